@@ -1,0 +1,29 @@
+# Each target works first in a fresh clone: .venv is built when it is missing, half-built or out of date.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: env demo test test-fast lint format clean
+
+env:
+	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+
+demo: env
+	$(RUN) tools/demo.py
+
+test: env
+	$(RUN) -m pytest
+
+test-fast: env
+	$(RUN) -m pytest -m "not slow"
+
+lint: env
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+format: env
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+clean:
+	rm -rf $(VENV) output build *.egg-info .pytest_cache .ruff_cache

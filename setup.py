@@ -1,0 +1,39 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="d2distill",
+    version="0.1.0",
+    description="Knowledge distillation for image classifiers and Detectron2 detectors",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["common*", "classification*", "detection*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.10",  # older ones have a known hole in torch.load(weights_only=True)
+        "torchvision>=0.25",
+        "numpy>=1.26",
+        "pillow>=10",
+        "fvcore>=0.1.5.post20221221",
+        "iopath>=0.1.9,<0.2",
+        "yacs>=0.1.8",
+        "pycocotools>=2.0.7",
+        "tensorboard>=2.15",
+        # Detectron2 itself has no release on the index: tools/setup_env.py installs it. These are what it imports.
+        "setuptools<81",  # pkg_resources
+        "omegaconf>=2.1,<2.4",
+        "hydra-core>=1.1",
+        "cloudpickle",
+        "matplotlib>=3.7",
+        "packaging",
+        "tabulate",
+        "termcolor>=1.1",
+        "tqdm>4.29",
+    ],
+    extras_require={
+        "digits": ["scikit-learn>=1.3"],
+        "timm": ["timm>=1.0.15"],
+        "dev": ["scikit-learn>=1.3", "timm>=1.0.15", "pytest>=8", "ruff>=0.9", "wheel>=0.43"],
+    },
+)
