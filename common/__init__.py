@@ -1,0 +1,1 @@
+"""The distillation core: tensors in, losses out. Knows no data set and no detector."""

@@ -1,0 +1,91 @@
+"""What every distillation method is: a module that turns two networks' outputs into losses."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from common.outputs import Outputs, OutputSpec
+
+__all__ = ["DISTILLERS", "Context", "Distiller"]
+
+DISTILLERS = Registry("DISTILLERS")
+DISTILLERS.__doc__ = """
+Distillation methods by name. The class name is the method's name; its settings are the node
+``DISTILL.<NAME IN CAPITALS>``, its loss is logged as ``loss_<name in lower case>``.
+"""
+
+
+@dataclass
+class Context:
+    """What a method may know of the step besides outputs and targets. Fields may be added, never removed.
+
+    Attributes:
+        time: training time in the unit of WARMUP: the epoch, counted from 1, in classification,
+            the iteration in detection.
+        index: (N,) positions of the samples in the data set.
+        contrast_index: (N, 1 + K) positions of the positive and the negatives, where the loader gives them.
+    """
+
+    time: float = 0.0
+    index: Tensor | None = None
+    contrast_index: Tensor | None = None
+
+
+class Distiller(nn.Module):
+    """Base of all methods. A subclass states `needs`, `defaults()` and `losses()`.
+
+    Args:
+        cfg: the method's own node, ``cfg.DISTILL.<NAME>``.
+        student_spec, teacher_spec: shapes of the two networks' outputs; connectors are built from them.
+        num_samples: size of the training set (memory banks), or None if unknown.
+
+    Raises:
+        ValueError: a network lacks a part that the method needs, or the class counts differ.
+    """
+
+    #: The fields of `Outputs` that the method reads, of both networks.
+    needs: tuple[str, ...] = ("logits",)
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        for part in self.needs:
+            field = "num_classes" if part == "logits" else part
+            for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
+                if getattr(spec, field) is None:
+                    raise ValueError(f"{self.name} needs the {part} of both networks, but the {side} gives none")
+        if "logits" in self.needs and student_spec.num_classes != teacher_spec.num_classes:
+            raise ValueError(
+                f"{self.name} compares class scores, but the student has {student_spec.num_classes} classes "
+                f"and the teacher {teacher_spec.num_classes}"
+            )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The method's settings with their default values. WEIGHT (1.0) and WARMUP (0) are always there."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """The method's terms before WEIGHT and WARMUP: 0-d tensors under names that start with ``loss_<name>``.
+
+        Args:
+            student, teacher: outputs for the same images; no gradient reaches the teacher's.
+            target: (N,) class of each row of the logits.
+        """
+        raise TypeError(f"{self.name} defines no losses()")
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """`losses()` times ``WEIGHT * min(time / WARMUP, 1)``."""
+        scale = self.cfg.WEIGHT
+        if self.cfg.WARMUP > 0:
+            scale *= min(ctx.time / self.cfg.WARMUP, 1.0)
+        return {name: scale * value for name, value in self.losses(student, teacher, target, ctx).items()}

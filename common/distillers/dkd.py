@@ -1,0 +1,84 @@
+"""Decoupled knowledge distillation."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs
+
+__all__ = ["DKD", "decoupled_kl", "dkd_loss"]
+
+
+def decoupled_kl(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The target-class and the non-target-class part of the divergence, per sample.
+
+    With p the target's probability and q the softmax over the other classes, of both networks at T:
+
+        TCKD = KL of the pairs (p, 1 - p),   NCKD = KL of the q,   KD = TCKD + (1 - p_teacher) * NCKD
+
+    All in log space: 1 - p is a log-sum-exp over the other classes, so nothing overflows or cancels.
+
+    Args:
+        logits_student, logits_teacher: (N, C), C >= 2. With C = 2 NCKD is 0: one other class has q = 1.
+        target: (N,) class of each sample.
+        temperature: T > 0.
+
+    Returns:
+        TCKD and NCKD, each (N,), without the factor T^2.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if logits_student.shape[1] < 2:
+        raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
+    is_target = F.one_hot(target, logits_student.shape[1]).bool()
+    pairs, others = [], []
+    for logits in (logits_student, logits_teacher.detach()):
+        log_p = F.log_softmax(at_least_float32(logits) / temperature, dim=1)
+        log_others = log_p.masked_fill(is_target, -torch.inf)
+        pairs.append(torch.stack([log_p[is_target], log_others.logsumexp(1)], dim=1))
+        # The target's column becomes log 1 on both sides: it adds 0 where -inf - -inf would be NaN.
+        others.append(F.log_softmax(log_others, dim=1).masked_fill(is_target, 0.0))
+    return kl_per_sample(*pairs), kl_per_sample(*others)
+
+
+def dkd_loss(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """Decoupled distillation loss.
+
+    Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022, arXiv:2203.08679, equation 7.
+
+        T^2 * mean over samples of (alpha * TCKD + beta * NCKD), the parts of :func:`decoupled_kl`
+
+    Args:
+        logits_student, logits_teacher: (N, C), C >= 2.
+        target: (N,) class of each sample.
+        alpha, beta: weights of the target-class and the non-target-class part.
+        temperature: T > 0.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    target_part, other_part = decoupled_kl(logits_student, logits_teacher, target, temperature)
+    return temperature**2 * batch_mean(alpha * target_part + beta * other_part)
+
+
+@DISTILLERS.register()
+class DKD(Distiller):
+    """`dkd_loss` on the class logits."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, float]:
+        return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0}
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        cfg = self.cfg
+        return {"loss_dkd": dkd_loss(student.logits, teacher.logits, target, cfg.ALPHA, cfg.BETA, cfg.T)}

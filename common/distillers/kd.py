@@ -1,0 +1,41 @@
+"""Knowledge distillation by softened class probabilities."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs
+
+__all__ = ["KD", "kd_loss"]
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
+    """Divergence of the softened class distributions.
+
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
+
+        T^2 * mean over samples of KL(softmax(t / T) || softmax(s / T)), summed over classes
+
+    Args:
+        logits_student, logits_teacher: (N, C).
+        temperature: T > 0.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+    """
+    log_student = F.log_softmax(at_least_float32(logits_student) / temperature, dim=1)
+    log_teacher = F.log_softmax(at_least_float32(logits_teacher).detach() / temperature, dim=1)
+    return temperature**2 * batch_mean(kl_per_sample(log_student, log_teacher))
+
+
+@DISTILLERS.register()
+class KD(Distiller):
+    """`kd_loss` on the class logits. The paper's CIFAR setting gives the cross-entropy a weight of 0.1."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, float]:
+        return {"WEIGHT": 0.9, "T": 4.0}
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        return {"loss_kd": kd_loss(student.logits, teacher.logits, self.cfg.T)}

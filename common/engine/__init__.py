@@ -1,0 +1,1 @@
+"""What the classification and the detection trainer share, on Detectron2's engine."""

@@ -1,0 +1,118 @@
+"""Checkpoints of a run: the one place that writes them, and the one that resumes from them."""
+
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any
+
+import torch
+from fvcore.common.checkpoint import Checkpointer
+from torch import Tensor
+
+from common.errors import CheckpointError
+
+__all__ = ["RunCheckpointer", "save_student", "write_atomically"]
+
+logger = logging.getLogger("detectron2.d2distill")
+_NAME = re.compile(r"model_(\d{7,})\.pth")
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The rename itself must reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_student(path: str | Path, state_dict: dict[str, Tensor]) -> None:
+    """Write a network alone, as ``{"model": state_dict}``: the form in which such checkpoints are published."""
+    write_atomically(path, lambda file: torch.save({"model": state_dict}, file))
+
+
+class RunCheckpointer(Checkpointer):
+    """fvcore's Checkpointer whose writes are atomic and whose reads run no code from the file.
+
+    Files are ``model_<steps done>.pth`` in the run folder; the newest `keep` of them are kept.
+    """
+
+    def __init__(self, model: torch.nn.Module, save_dir: str, *, keep: int = 2, **checkpointables: Any) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self.keep = keep
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write the model, every checkpointable and `kwargs` to ``<name>.pth``, then drop the oldest files."""
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = Path(self.save_dir, f"{name}.pth")
+        write_atomically(path, lambda file: torch.save(data, file))
+        write_atomically(path.with_name("last_checkpoint"), lambda file: file.write(path.name.encode()))
+        for old in self.files()[self.keep :]:
+            old.unlink()
+
+    def files(self) -> list[Path]:
+        """Checkpoints of the run folder, newest first."""
+        found = [p for p in Path(self.save_dir).glob("model_*.pth") if _NAME.fullmatch(p.name)]
+        return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the newest checkpoint that is whole; a damaged one is passed over with a warning.
+
+        Returns:
+            What the file holds beside the model and the checkpointables, or None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or the model is not the one that was saved.
+        """
+        files = self.files()
+        for path in files:
+            try:
+                data = self._load_file(str(path))
+            except CheckpointError as error:
+                logger.warning(f"{error}; trying the checkpoint before it")
+                continue
+            logger.info(f"Resuming from {path}")
+            self._load_model(data)
+            for key, item in self.checkpointables.items():
+                item.load_state_dict(data.pop(key))
+            return data
+        if files:
+            raise CheckpointError(f"none of the {len(files)} checkpoints in {self.save_dir} can be read")
+        return None
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        try:
+            # torch.load does not check the archive's checksums: flipped bits would become weights.
+            with zipfile.ZipFile(f) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"{f} is damaged: wrong checksum of {damaged}")
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{f} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from error
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(checkpoint.pop("model"))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint in {self.save_dir} is of another model; give this run another OUTPUT_DIR. {error}"
+            ) from error

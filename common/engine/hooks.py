@@ -1,0 +1,152 @@
+"""Hooks of both trainers, on Detectron2's. They are registered in the order evaluate, write, save:
+a checkpoint then never knows more or less than the log that lies beside it."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils import comm
+
+from common.engine.checkpoint import RunCheckpointer
+
+__all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
+
+logger = logging.getLogger("detectron2.d2distill")
+#: 128 + SIGTERM: what a shell reports for a process that ended on that signal.
+PREEMPTED = 143
+
+
+class EvaluationHook(HookBase):
+    """Evaluates every `period` steps and after the last, and keeps the best value of each metric.
+
+    Args:
+        evaluate: returns {metric: value} on the main process, an empty dict elsewhere; larger is better.
+        period: in steps.
+        select: the metric that decides which model is the best one.
+        on_best: called on the main process whenever that metric exceeds all before.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[], Mapping[str, float]], period: int, select: str, on_best: Callable[[], None]
+    ) -> None:
+        self._evaluate = evaluate
+        self._period = period
+        self._select = select
+        self._on_best = on_best
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+
+    def summary(self) -> dict[str, float]:
+        """The last value of each metric, and the best under ``best_<metric>``."""
+        return {**self.last, **{f"best_{name}": value for name, value in self.best.items()}}
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period and done != self.trainer.max_iter:
+            return
+        results = dict(self._evaluate())
+        comm.synchronize()
+        if not results:
+            return
+        improved = results[self._select] > self.best.get(self._select, -float("inf"))
+        self.last = results
+        self.best = {name: max(value, self.best.get(name, value)) for name, value in results.items()}
+        self.trainer.storage.put_scalars(**self.summary(), smoothing_hint=False)
+        facts = ", ".join(f"{name} {value:.2f} (best {self.best[name]:.2f})" for name, value in results.items())
+        logger.info(f"Evaluation after {done} steps: {facts}")
+        if improved:
+            self._on_best()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last, self.best = state["last"], state["best"]
+
+
+class WriterHook(PeriodicWriter):
+    """Detectron2's PeriodicWriter that writes at each epoch's end as well, and a line only for what is complete.
+
+    Args:
+        writers: Detectron2 event writers; used on the main process.
+        period: in steps.
+        epoch_length: in steps; 0 where there are no epochs.
+    """
+
+    def __init__(self, writers: list, period: int, epoch_length: int = 0) -> None:
+        super().__init__(writers, period)
+        self._epoch_length = epoch_length
+
+    def after_step(self) -> None:
+        done, length = self.trainer.iter + 1, self._epoch_length
+        if done % self._period and done != self.trainer.max_iter and not (length and done % length == 0):
+            return
+        self.trainer.log_metrics()
+        if length:
+            self.trainer.storage.put_scalar("epoch", done / length, smoothing_hint=False)
+        for writer in self._writers:
+            writer.write()
+
+    def after_train(self) -> None:
+        # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.
+        for writer in self._writers:
+            writer.close()
+
+
+class CheckpointHook(HookBase):
+    """Saves at multiples of each of `periods` and after the last step; on SIGTERM finishes the step, saves, exits 143.
+
+    Args:
+        checkpointer: knows the trainer as a checkpointable.
+        periods: in steps.
+        extra: facts of the run to keep in the file.
+    """
+
+    def __init__(self, checkpointer: RunCheckpointer, periods: list[int], extra: dict[str, Any] | None = None) -> None:
+        self._checkpointer = checkpointer
+        self._periods = periods
+        self._extra = extra or {}
+        self._stop = False
+        self._previous: Any = None
+
+    def before_train(self) -> None:
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        stop = self._any_process_stops()
+        if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter or stop:
+            self.trainer.metrics.compute()  # raises before weights that are not finite are saved
+            if comm.is_main_process():
+                self._checkpointer.save(f"model_{done:07d}", **self._extra)
+            comm.synchronize()
+        if stop:
+            logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
+            raise SystemExit(PREEMPTED)
+
+    def _any_process_stops(self) -> bool:
+        if comm.get_world_size() == 1:
+            return self._stop
+        # On the CPU group, so that no GPU waits for it.
+        flag = torch.tensor([int(self._stop)])
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=_cpu_group())
+        return bool(flag)
+
+    def after_train(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def _cpu_group() -> Any:
+    return comm._get_global_gloo_group()

@@ -1,0 +1,29 @@
+"""Errors that say what was wrong, where, and how to mend it. Commands print them without a traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "UserError", "nearest"]
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a configuration, a file, the machine."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be run."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that is missing, damaged, or not of the network it is meant for."""
+
+
+class DataError(UserError, ValueError):
+    """A data set that is incomplete, or holds something unreadable."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the known names closest to `name`, or an empty string where none is close."""
+    by_lower = {k.lower(): k for k in known}
+    close = get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(by_lower[c] for c in close)}?" if close else ""
