@@ -1,0 +1,1 @@
+"""Students and teachers that classify images."""

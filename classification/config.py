@@ -1,0 +1,209 @@
+"""Settings of the classification trainer: all defaults, reading, and every check that needs no data."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+from classification.data import dataset_info
+from classification.solver import OPTIMIZERS, SCHEDULES
+from common.config import CfgNode, add_distill_defaults
+from common.distillers import DISTILLERS
+from common.errors import ConfigError, nearest
+
+__all__ = ["get_cfg", "load_cfg", "resolve_device", "validate"]
+
+
+def get_cfg() -> CfgNode:
+    """All settings with their defaults, DISTILL included."""
+    cfg = CfgNode()
+    # The run folder: config, logs, checkpoints. Empty: output/<name of the config file>.
+    cfg.OUTPUT_DIR = ""
+    # Everything random in a run is a function of it: weights, order, augmentation, dropout.
+    cfg.SEED = 0
+    # Modules or files (relative to the config file) to import first: own methods, models, data sets.
+    cfg.IMPORTS = []
+    # Let cuDNN try its algorithms; faster, but two runs may then differ in the last bits.
+    cfg.CUDNN_BENCHMARK = False
+    # Log every so many steps, and at each epoch's end.
+    cfg.LOG_PERIOD = 20
+
+    cfg.MODEL = CfgNode()
+    # 0: what the data set says.
+    cfg.MODEL.NUM_CLASSES = 0
+    # auto: the GPU if there is one.
+    cfg.MODEL.DEVICE = "auto"
+    for side in ("STUDENT", "TEACHER"):
+        node = cfg.MODEL[side] = CfgNode()
+        # A model of the zoo, timm:NAME or torchvision:NAME.
+        node.NAME = ""
+        # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
+        node.WEIGHTS = ""
+        # RGB, in 0..255. Empty: the data set's.
+        node.PIXEL_MEAN = []
+        node.PIXEL_STD = []
+
+    add_distill_defaults(cfg)
+
+    cfg.DATASETS = CfgNode()
+    cfg.DATASETS.NAME = "cifar100"
+    # Empty: the environment variable DETECTRON2_DATASETS, else ./datasets.
+    cfg.DATASETS.ROOT = ""
+    # Train on the first so many samples of a fixed shuffle. 0: all.
+    cfg.DATASETS.TRAIN_SIZE = 0
+
+    cfg.INPUT = CfgNode()
+    # Side of the square images the networks see. 0: the data set's.
+    cfg.INPUT.SIZE = 0
+    # A recipe of classification/data/augment.py. Empty: the data set's.
+    cfg.INPUT.AUGMENTATION = ""
+
+    cfg.SOLVER = CfgNode()
+    cfg.SOLVER.EPOCHS = 240
+    # Of all processes together.
+    cfg.SOLVER.IMS_PER_BATCH = 64
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.BASE_LR = 0.05
+    cfg.SOLVER.MOMENTUM = 0.9
+    cfg.SOLVER.NESTEROV = False
+    cfg.SOLVER.WEIGHT_DECAY = 5e-4
+    # step: times GAMMA after each of STEPS (in epochs). cosine: to 0 at the end.
+    cfg.SOLVER.LR_SCHEDULE = "step"
+    cfg.SOLVER.STEPS = [150, 180, 210]
+    cfg.SOLVER.GAMMA = 0.1
+    # Linear, from a thousandth of BASE_LR, in epochs.
+    cfg.SOLVER.WARMUP_EPOCHS = 0
+    # Save every so many epochs, and, if not 0, every so many steps as well. The newest KEEP files stay.
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    cfg.SOLVER.CHECKPOINT_STEPS = 0
+    cfg.SOLVER.CHECKPOINT_KEEP = 2
+
+    cfg.DATALOADER = CfgNode()
+    # Per process. The result does not depend on it.
+    cfg.DATALOADER.NUM_WORKERS = 4
+
+    cfg.TEST = CfgNode()
+    # In epochs.
+    cfg.TEST.EVAL_PERIOD = 1
+    cfg.TEST.IMS_PER_BATCH = 256
+    return cfg
+
+
+def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
+    """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs; checked.
+
+    Raises:
+        ConfigError: unknown keys (named with the nearest known ones) or impossible values.
+        FileNotFoundError: no such file.
+    """
+    if config_file and not Path(config_file).is_file():
+        raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
+    if config_file:
+        # Own methods bring settings of their own, so they are imported before the defaults are made.
+        for name in CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []):
+            _import(name, Path(config_file).parent)
+    cfg = get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts or []))
+    if not cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: CfgNode) -> None:
+    """Check what can be checked before data and weights are touched.
+
+    Raises:
+        ConfigError: with the key, its value, and what would be right.
+    """
+    for name in cfg.DISTILL.METHODS:
+        if name not in DISTILLERS:
+            known = sorted(name for name, _ in DISTILLERS)
+            raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)} (there are {', '.join(known)})")
+    if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
+        raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
+    if not cfg.MODEL.STUDENT.NAME:
+        raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
+    if cfg.DISTILL.METHODS and not cfg.MODEL.TEACHER.NAME:
+        raise ConfigError(
+            f"DISTILL.METHODS {list(cfg.DISTILL.METHODS)} need a teacher, but MODEL.TEACHER.NAME is empty"
+        )
+    try:
+        dataset_info(cfg.DATASETS.NAME)
+    except ValueError as error:
+        raise ConfigError(f"DATASETS.NAME: {error}") from None
+    for key in ("EPOCHS", "IMS_PER_BATCH", "CHECKPOINT_PERIOD", "CHECKPOINT_KEEP"):
+        if cfg.SOLVER[key] < 1:
+            raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}, but must be at least 1")
+    for key, value, floor in (
+        ("SEED", cfg.SEED, 0),
+        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
+        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 1),
+        ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+        ("SOLVER.CHECKPOINT_STEPS", cfg.SOLVER.CHECKPOINT_STEPS, 0),
+        ("MODEL.NUM_CLASSES", cfg.MODEL.NUM_CLASSES, 0),
+    ):
+        if value < floor:
+            raise ConfigError(f"{key} is {value}, but must be at least {floor}")
+    for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES)):
+        if cfg.SOLVER[key] not in known:
+            value = cfg.SOLVER[key]
+            raise ConfigError(f"SOLVER.{key} {value} is none of {', '.join(known)}{nearest(value, known)}")
+    steps = list(cfg.SOLVER.STEPS)
+    if steps != sorted(set(steps)) or any(step < 1 for step in steps):
+        raise ConfigError(f"SOLVER.STEPS are epochs from 1 on, each once and in order, but are {steps}")
+    for side in ("STUDENT", "TEACHER"):
+        for key in ("PIXEL_MEAN", "PIXEL_STD"):
+            if len(cfg.MODEL[side][key]) not in (0, 3):
+                raise ConfigError(f"MODEL.{side}.{key} takes 3 numbers in RGB order, or none for the data set's")
+        if any(value <= 0 for value in cfg.MODEL[side].PIXEL_STD):
+            raise ConfigError(f"MODEL.{side}.PIXEL_STD must be positive, but is {list(cfg.MODEL[side].PIXEL_STD)}")
+    resolve_device(cfg)
+
+
+def resolve_device(cfg: CfgNode) -> torch.device:
+    """The device of MODEL.DEVICE.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    name = cfg.MODEL.DEVICE
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"MODEL.DEVICE is {name}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
+        )
+    return device
+
+
+def _import(name: str, folder: Path) -> None:
+    path = folder / name
+    if not name.endswith(".py"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"IMPORTS: {error} (a file ends in .py and is relative to the config file)") from error
+        return
+    if not path.is_file():
+        raise ConfigError(f"IMPORTS: there is no file {path.resolve()}")
+    # Under the file's own path, so that a second config of the same process does not run it again.
+    module_name = f"imported_by_config_{path.resolve()}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise

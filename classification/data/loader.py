@@ -1,0 +1,120 @@
+"""Batches whose order and augmentation are a function of (seed, epoch, index) alone."""
+
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from classification.data.augment import sample
+from classification.data.datasets import ImageDataset
+
+__all__ = ["EpochBatchSampler", "Samples", "Subset", "build_test_loader", "build_train_loader"]
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) from any step on, without going through the steps before it.
+
+    Each epoch is a permutation drawn from (seed, epoch), cut into batches; the last one of an epoch may be smaller.
+    With several processes each takes every `world_size`-th sample of the batch a single process would have.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: over all processes.
+        epochs: to run in all.
+        seed: of the run.
+        start: the first step (batch) to give, counted over all epochs.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, epochs: int, seed: int, start: int = 0) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.start = start
+        self.epoch_length = -(-num_samples // batch_size)
+
+    def __len__(self) -> int:
+        return self.epochs * self.epoch_length - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first_epoch, first_batch = divmod(self.start, self.epoch_length)
+        for epoch in range(first_epoch + 1, self.epochs + 1):
+            # The spawn key keeps this stream apart from the augmentation's, which is seeded by the same numbers.
+            stream = np.random.SeedSequence([self.seed, epoch], spawn_key=(0,))
+            order = np.random.default_rng(stream).permutation(self.num_samples)
+            for batch in range(first_batch, self.epoch_length):
+                indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+                yield [(epoch, int(index)) for index in indices[comm.get_rank() :: comm.get_world_size()]]
+            first_batch = 0
+
+
+class Subset(ImageDataset):
+    """The first `size` samples of a fixed shuffle of a data set, with all its classes."""
+
+    def __init__(self, dataset: ImageDataset, size: int, seed: int = 0) -> None:
+        self.positions = np.random.default_rng(seed).permutation(len(dataset))[:size]
+        super().__init__(dataset.info, dataset.labels[self.positions], dataset.classes)
+        self.dataset = dataset
+
+    def load(self, index: int):
+        return self.dataset.load(int(self.positions[index]))
+
+
+class Samples(Dataset):
+    """Samples by (epoch, index), augmented if an augmentation is named: image (3, S, S) uint8, label, index."""
+
+    def __init__(self, dataset: ImageDataset, size: int, seed: int = 0, augmentation: str = "") -> None:
+        self.dataset = dataset
+        self.size = size
+        self.seed = seed
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, torch.Tensor | int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return sample(
+            self.dataset,
+            index,
+            epoch=epoch,
+            seed=self.seed,
+            augmentation=self.augmentation or "none",
+            size=self.size,
+            train=bool(self.augmentation),
+        )
+
+
+def build_train_loader(
+    dataset: ImageDataset, batch_sampler: EpochBatchSampler, size: int, augmentation: str, num_workers: int
+) -> DataLoader:
+    """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`."""
+    samples = Samples(dataset, size, batch_sampler.seed, augmentation)
+    return DataLoader(samples, batch_sampler=batch_sampler, **_options(num_workers))
+
+
+def build_test_loader(dataset: ImageDataset, batch_size: int, size: int, num_workers: int) -> DataLoader:
+    """Every sample once, in order, shared out over the processes."""
+    sampler = InferenceSampler(len(dataset))
+    return DataLoader(Samples(dataset, size), batch_size, sampler=sampler, **_options(num_workers))
+
+
+def _options(num_workers: int) -> dict:
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": _ignore_sigterm,
+        "pin_memory": torch.cuda.is_available(),
+        # A generator of its own: the loader draws a seed for its workers, which no result depends on.
+        "generator": torch.Generator(),
+    }
+
+
+def _ignore_sigterm(worker: int) -> None:
+    # A scheduler signals the whole process group. The main process then finishes its step, for which it needs
+    # its workers; they end with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,40 @@
+"""Top-1 and top-5 accuracy, as a Detectron2 evaluator."""
+
+from collections.abc import Mapping
+
+import torch
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import Tensor
+
+__all__ = ["AccuracyEvaluator"]
+
+
+class AccuracyEvaluator(DatasetEvaluator):
+    """Percentage of images whose class is among the k highest logits, k = 1 and 5, over all processes.
+
+    With fewer than k classes k is their number. Counts stay on the device until :meth:`evaluate`.
+    """
+
+    TOPK = (1, 5)
+
+    def reset(self) -> None:
+        self._correct: Tensor | float = 0.0
+        self._total = 0
+
+    def process(self, inputs: Mapping[str, Tensor], outputs: Tensor) -> None:
+        """`inputs` holds ``label`` (N,); `outputs` are logits (N, C)."""
+        target = inputs["label"].to(outputs.device)
+        ranked = outputs.topk(min(max(self.TOPK), outputs.shape[1]), dim=1).indices
+        hits = ranked == target[:, None]
+        self._correct = self._correct + torch.stack([hits[:, :k].any(1).sum() for k in self.TOPK]).double()
+        self._total += len(target)
+
+    def evaluate(self) -> dict[str, float] | None:
+        """``{"top1": ..., "top5": ...}`` in percent on the main process, None elsewhere."""
+        gathered = comm.gather((torch.as_tensor(self._correct).cpu(), self._total))
+        if not comm.is_main_process():
+            return None
+        total = sum(count for _, count in gathered)
+        correct = sum(hits for hits, _ in gathered)
+        return {f"top{k}": 100.0 * value / total for k, value in zip(self.TOPK, correct.tolist(), strict=True)}

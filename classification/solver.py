@@ -1,0 +1,46 @@
+"""Optimisers and learning-rate schedules by name."""
+
+from collections.abc import Callable
+
+import torch
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler, ParamScheduler
+from torch import nn
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
+
+
+def _sgd(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, weight_decay=solver.WEIGHT_DECAY
+    )
+
+
+def _step(solver: CfgNode) -> ParamScheduler:
+    steps = [step for step in solver.STEPS if step < solver.EPOCHS]
+    values = [solver.GAMMA**i for i in range(len(steps) + 1)]
+    return MultiStepParamScheduler(values, milestones=steps, num_updates=solver.EPOCHS)
+
+
+def _cosine(solver: CfgNode) -> ParamScheduler:
+    return CosineParamScheduler(1.0, 0.0)
+
+
+#: Optimisers by SOLVER.OPTIMIZER.
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], CfgNode], torch.optim.Optimizer]] = {"SGD": _sgd}
+#: Schedules by SOLVER.LR_SCHEDULE: the factor on BASE_LR over the whole training.
+SCHEDULES: dict[str, Callable[[CfgNode], ParamScheduler]] = {"step": _step, "cosine": _cosine}
+
+
+def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
+    """The optimiser SOLVER.OPTIMIZER over all trainable parameters; weight decay on all, as in the literature."""
+    return OPTIMIZERS[solver.OPTIMIZER]([p for p in model.parameters() if p.requires_grad], solver)
+
+
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, solver: CfgNode, epoch_length: int) -> LRMultiplier:
+    """The schedule SOLVER.LR_SCHEDULE, stepped once per step, with linear warm-up from 0.001 over WARMUP_EPOCHS."""
+    schedule = SCHEDULES[solver.LR_SCHEDULE](solver)
+    if solver.WARMUP_EPOCHS:
+        schedule = WarmupParamScheduler(schedule, 0.001, min(solver.WARMUP_EPOCHS / solver.EPOCHS, 1.0))
+    return LRMultiplier(optimizer, schedule, solver.EPOCHS * epoch_length)

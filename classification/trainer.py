@@ -1,0 +1,224 @@
+"""Training and evaluating a classifier, from a configuration to a run folder."""
+
+import argparse
+import logging
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from detectron2.engine import default_setup, hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from classification.config import resolve_device
+from classification.data import ImageDataset, build_augmentation, build_dataset
+from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from classification.evaluation import AccuracyEvaluator
+from classification.modeling import DistillModel, build_distiller, build_network, image_size
+from classification.solver import build_lr_scheduler, build_optimizer
+from common.config import CfgNode
+from common.engine.checkpoint import RunCheckpointer, save_student
+from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from common.engine.trainer import StepTrainer, seed_step
+from common.engine.writers import build_writers
+from common.errors import CheckpointError, ConfigError
+
+__all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "start_run", "train"]
+
+logger = logging.getLogger("detectron2.d2distill")
+# What decides which samples a step sees and what is trained: with another value it would not be the same run.
+_FIXED = (
+    "SEED",
+    "SOLVER.IMS_PER_BATCH",
+    "DATASETS.NAME",
+    "DATASETS.TRAIN_SIZE",
+    "MODEL.STUDENT.NAME",
+    "DISTILL.METHODS",
+)
+
+
+class ClassificationTrainer(StepTrainer):
+    """Epochs over a data set, with evaluation, logs, checkpoints and the student's own files.
+
+    Args:
+        cfg: a checked configuration whose MODEL.NUM_CLASSES is set.
+        train_set, test_set: the two splits.
+    """
+
+    def __init__(self, cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> None:
+        self.cfg = cfg
+        solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
+        # The student is built first, so that its weights are the same whatever teacher and methods follow.
+        seed_step(cfg.SEED, 0)
+        student = build_network(cfg, "STUDENT", cfg.MODEL.NUM_CLASSES)
+        self.distill_model = build_distiller(cfg, student=student, num_samples=len(train_set))
+
+        def sampler(start: int) -> EpochBatchSampler:
+            return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
+
+        augmentation = cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+        super().__init__(
+            _wrap(self.distill_model),
+            build_optimizer(self.distill_model, solver),
+            lambda start: build_train_loader(train_set, sampler(start), size, augmentation, workers),
+            cfg.SEED,
+        )
+        self.epoch_length, self.max_iter = sampler(0).epoch_length, len(sampler(0))
+        self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
+        self.facts = {**{key: _get(cfg, key) for key in _FIXED}, "training samples": len(train_set)}
+        self.checkpointer = RunCheckpointer(
+            self.distill_model, cfg.OUTPUT_DIR, keep=solver.CHECKPOINT_KEEP, trainer=self
+        )
+        # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
+        self.evaluation = EvaluationHook(
+            self.test, cfg.TEST.EVAL_PERIOD * self.epoch_length, "top1", lambda: self.save_student("best")
+        )
+        schedule = build_lr_scheduler(self.optimizer, solver, self.epoch_length)
+        self.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(self.optimizer, schedule), self.evaluation])
+
+    def arguments(self, batch: Any) -> tuple[Any, ...]:
+        return batch, self.iter // self.epoch_length + 1
+
+    def test(self) -> dict[str, float]:
+        """Top-1 and top-5 accuracy of the student on the test split, in percent; empty beside the main process."""
+        if comm.get_world_size() > 1:
+            # Batch statistics differ between the processes after a step; the main one's are those that are saved.
+            for buffer in self.distill_model.student.buffers():
+                dist.broadcast(buffer, 0)
+        return inference_on_dataset(self.distill_model, self.test_loader, AccuracyEvaluator())
+
+    def save_student(self, name: str) -> None:
+        """Write ``student_<name>.pth``."""
+        save_student(Path(self.cfg.OUTPUT_DIR, f"student_{name}.pth"), self.distill_model.student.state_dict())
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one, and return the step to go on from.
+
+        Raises:
+            CheckpointError: the run was made with settings under which this would be another run.
+        """
+        saved = self.checkpointer.resume()
+        if saved is None:
+            logger.warning(f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR}; starting from the beginning")
+            return 0
+        changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k) != v]
+        if changed:
+            raise CheckpointError(f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}")
+        return self.iter + 1
+
+    def run(self, start: int = 0) -> dict[str, float]:
+        """Train from step `start` to the end.
+
+        Returns:
+            ``top1, top5, best_top1, best_top5`` on the main process, an empty dict elsewhere.
+        """
+        solver = self.cfg.SOLVER
+        periods = [solver.CHECKPOINT_PERIOD * self.epoch_length, solver.CHECKPOINT_STEPS]
+        writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
+        self.register_hooks(
+            [
+                WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length),
+                CheckpointHook(self.checkpointer, [period for period in periods if period], self.facts),
+            ]
+        )
+        self.train(start, self.max_iter)
+        if comm.is_main_process():
+            self.save_student("final")
+        return self.evaluation.summary()
+
+
+def _wrap(model: DistillModel) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    # The teacher is the same everywhere and never changes: nothing of it needs to be sent.
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith("teacher.")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    device = next(model.student.parameters()).device
+    return create_ddp_model(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def start_run(cfg: CfgNode, args: argparse.Namespace | None = None) -> None:
+    """Make the run folder: loggers, config.yaml, environment.txt. One process may start several runs, one by one."""
+    setup_logger.cache_clear()
+    for name in ("fvcore", "detectron2"):
+        logging.getLogger(name).handlers.clear()
+    default_setup(cfg, args or argparse.Namespace(config_file=""))
+    if comm.is_main_process():
+        Path(cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
+
+
+def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
+    """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0.
+
+    Raises:
+        FileNotFoundError, DataError: the data set is missing or incomplete.
+        ConfigError: MODEL.NUM_CLASSES is not that of the data, or an unknown augmentation.
+    """
+    if cfg.INPUT.AUGMENTATION:
+        try:
+            build_augmentation(cfg.INPUT.AUGMENTATION)
+        except ValueError as error:
+            raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
+    train_set, test_set = (build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split) for split in ("train", "val"))
+    if cfg.MODEL.NUM_CLASSES not in (0, train_set.num_classes):
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but data set {cfg.DATASETS.NAME} has "
+            f"{train_set.num_classes} classes; leave it at 0 to take the data set's"
+        )
+    cfg.MODEL.NUM_CLASSES = train_set.num_classes
+    if cfg.DATASETS.TRAIN_SIZE > len(train_set):
+        raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
+    if cfg.DATASETS.TRAIN_SIZE:
+        train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
+    return train_set, test_set
+
+
+def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+    """One process's part of a training run: ``tools/train_cls.py`` without its command line.
+
+    Returns:
+        ``top1, top5, best_top1, best_top5`` on the main process.
+
+    Raises:
+        UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
+    """
+    output = Path(cfg.OUTPUT_DIR)
+    if not args.resume and any(output.glob("model_*.pth")):
+        raise ConfigError(f"OUTPUT_DIR {output} holds a run: continue it with --resume, or choose another folder")
+    if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared out over {comm.get_world_size()} processes"
+        )
+    train_set, test_set = load_datasets(cfg)
+    start_run(cfg, args)
+    trainer = ClassificationTrainer(cfg, train_set, test_set)
+    results = trainer.run(trainer.resume() if args.resume else 0)
+    if results:
+        logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+    return results
+
+
+def evaluate(cfg: CfgNode) -> dict[str, float]:
+    """Accuracy of MODEL.STUDENT.WEIGHTS, or of the run folder's best student, on the test split.
+
+    Raises:
+        UserError, FileNotFoundError: something is missing or does not fit.
+    """
+    if not cfg.MODEL.STUDENT.WEIGHTS:
+        cfg.MODEL.STUDENT.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "student_best.pth"))
+    _, test_set = load_datasets(cfg)
+    cfg.DISTILL.METHODS = []
+    model = build_distiller(cfg)
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
+    return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    value = reduce(lambda node, part: node[part], key.split("."), cfg)
+    return list(value) if isinstance(value, list | tuple) else value
