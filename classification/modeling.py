@@ -1,10 +1,12 @@
 """The student with a teacher at its side: what the trainer calls."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +19,7 @@ from common.engine.weights import load_weights
 from common.errors import ConfigError
 from common.outputs import OutputSpec
 
-__all__ = ["DistillModel", "build_distiller", "build_network"]
+__all__ = ["DistillModel", "build_distiller", "build_network", "describe", "image_size", "model_cost"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -189,6 +191,15 @@ def describe(network: nn.Module, size: int) -> OutputSpec:
     spec = network.eval().outputs(torch.zeros(1, 3, size, size, device=parameter.device)).spec()
     network.train(was_training)
     return spec
+
+
+def model_cost(network: nn.Module, size: int) -> dict[str, int]:
+    """``parameters``, and ``flops`` (multiply-adds, as fvcore counts them) for one image of `size` x `size`."""
+    plain = copy.deepcopy(network).cpu().eval()
+    with torch.no_grad():
+        flops = FlopCountAnalysis(plain, torch.zeros(1, 3, size, size))
+        flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return {"parameters": sum(p.numel() for p in network.parameters()), "flops": int(flops.total())}
 
 
 def _normalize(cfg: CfgNode, side: str, info: DatasetInfo) -> Normalize:

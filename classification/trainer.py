@@ -1,7 +1,9 @@
 """Training and evaluating a classifier, from a configuration to a run folder."""
 
 import argparse
+import json
 import logging
+import time
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from classification.config import resolve_device
 from classification.data import ImageDataset, build_augmentation, build_dataset
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
-from classification.modeling import DistillModel, build_distiller, build_network, image_size
+from classification.modeling import DistillModel, build_distiller, build_network, image_size, model_cost
 from classification.solver import build_lr_scheduler, build_optimizer
 from common.config import CfgNode
-from common.engine.checkpoint import RunCheckpointer, save_student
+from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import build_writers
@@ -75,6 +77,8 @@ class ClassificationTrainer(StepTrainer):
         self.checkpointer = RunCheckpointer(
             self.distill_model, cfg.OUTPUT_DIR, keep=solver.CHECKPOINT_KEEP, trainer=self
         )
+        # Of training and evaluation, over all restarts.
+        self.seconds = 0.0
         # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
         self.evaluation = EvaluationHook(
             self.test, cfg.TEST.EVAL_PERIOD * self.epoch_length, "top1", lambda: self.save_student("best")
@@ -127,10 +131,27 @@ class ClassificationTrainer(StepTrainer):
                 CheckpointHook(self.checkpointer, [period for period in periods if period], self.facts),
             ]
         )
+        self._begun = time.perf_counter() - self.seconds
         self.train(start, self.max_iter)
+        results = self.evaluation.summary()
         if comm.is_main_process():
             self.save_student("final")
-        return self.evaluation.summary()
+            facts = {**results, **model_cost(self.distill_model.student, image_size(self.cfg)), "seconds": self.seconds}
+            write_atomically(
+                Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
+            )
+        return results
+
+    def after_step(self) -> None:
+        self.seconds = time.perf_counter() - self._begun
+        super().after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seconds = state_dict["seconds"]
 
 
 def _wrap(model: DistillModel) -> nn.Module:
@@ -191,10 +212,9 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     output = Path(cfg.OUTPUT_DIR)
     if not args.resume and any(output.glob("model_*.pth")):
         raise ConfigError(f"OUTPUT_DIR {output} holds a run: continue it with --resume, or choose another folder")
-    if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared out over {comm.get_world_size()} processes"
-        )
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch % processes:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
     train_set, test_set = load_datasets(cfg)
     start_run(cfg, args)
     trainer = ClassificationTrainer(cfg, train_set, test_set)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Outputs", "OutputSpec"]
+__all__ = ["OutputSpec", "Outputs"]
 
 
 @dataclass

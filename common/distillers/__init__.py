@@ -17,4 +17,4 @@ for _info in iter_modules(__path__):
     for _name in getattr(_module, "__all__", ()):
         globals()[_name] = getattr(_module, _name)
         if _name not in __all__:
-            __all__.append(_name)  # noqa: PYI056
+            __all__.append(_name)

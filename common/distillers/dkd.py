@@ -20,7 +20,8 @@ def decoupled_kl(
 
         TCKD = KL of the pairs (p, 1 - p),   NCKD = KL of the q,   KD = TCKD + (1 - p_teacher) * NCKD
 
-    All in log space: 1 - p is a log-sum-exp over the other classes, so nothing overflows or cancels.
+    All in log space: p is the sigmoid of the target's logit minus the log-sum-exp of the others, so neither p nor
+    1 - p overflows or cancels.
 
     Args:
         logits_student, logits_teacher: (N, C), C >= 2. With C = 2 NCKD is 0: one other class has q = 1.
@@ -38,11 +39,12 @@ def decoupled_kl(
     is_target = F.one_hot(target, logits_student.shape[1]).bool()
     pairs, others = [], []
     for logits in (logits_student, logits_teacher.detach()):
-        log_p = F.log_softmax(at_least_float32(logits) / temperature, dim=1)
-        log_others = log_p.masked_fill(is_target, -torch.inf)
-        pairs.append(torch.stack([log_p[is_target], log_others.logsumexp(1)], dim=1))
+        scaled = at_least_float32(logits) / temperature
+        rest = scaled.masked_fill(is_target, -torch.inf)
+        odds = scaled[is_target] - rest.logsumexp(1)
+        pairs.append(torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1))
         # The target's column becomes log 1 on both sides: it adds 0 where -inf - -inf would be NaN.
-        others.append(F.log_softmax(log_others, dim=1).masked_fill(is_target, 0.0))
+        others.append(F.log_softmax(rest, dim=1).masked_fill(is_target, 0.0))
     return kl_per_sample(*pairs), kl_per_sample(*others)
 
 

@@ -1,0 +1,224 @@
+"""Augmentation as numbers: drawn from (seed, epoch, index), applied by a pure function.
+
+No global RNG is read or moved, so a sample's pixels do not depend on the order of loading, on the number of workers
+or on restarts. All pixel work is torchvision's: on PIL images in PIL, on tensors in torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from .datasets import ImageDataset
+from .registry import NamedRegistry
+
+ImageLike = torch.Tensor | Image.Image
+Params = dict[str, int | float | bool]
+AUGMENTATION_REGISTRY = NamedRegistry("augmentation")
+
+
+def _to_tensor(image: ImageLike) -> torch.Tensor:
+    return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+
+
+def _fit(image: ImageLike, size: int) -> ImageLike:
+    height, width = F.get_size(image)
+    if (height, width) == (size, size):
+        return image
+    short_side = round(size * 256 / 224)
+    image = F.resize(image, [short_side], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return F.center_crop(image, [size, size])
+
+
+def _flip_if(image: ImageLike, flip: bool) -> ImageLike:
+    return F.horizontal_flip(image) if flip else image
+
+
+def eval_transform(image: ImageLike, size: int) -> torch.Tensor:
+    """The image as it is if size x size; else short side to size * 256/224 (bilinear, antialiased), centre crop.
+
+    Args:
+        image: uint8 tensor (3, H, W) or RGB PIL image.
+
+    Returns:
+        uint8 (3, size, size).
+    """
+    return _to_tensor(_fit(image, size))
+
+
+class Augmentation:
+    """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them.
+
+    Attributes:
+        fits_first: :meth:`apply` first brings the image to size x size as :func:`eval_transform` does, so
+            :meth:`draw` is given ``(size, size)``; otherwise it is given the stored image's height and width.
+    """
+
+    fits_first = True
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        """Numbers for one image of height x width pixels."""
+        raise NotImplementedError
+
+    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        """uint8 tensor (3, size, size): a pure function of its arguments; ``image`` is not changed."""
+        raise NotImplementedError
+
+
+@AUGMENTATION_REGISTRY.register_as("none")
+class NoAugmentation(Augmentation):
+    """The evaluation transform."""
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        return {}
+
+    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        return eval_transform(image, size)
+
+
+@AUGMENTATION_REGISTRY.register_as("crop")
+class Crop(Augmentation):
+    """Pad by size // 8 zeros on each side (4 for 32) and crop back at random.
+
+    Numbers: ``top``, ``left``, the crop's corner in the padded image, 0..2 * padding.
+    """
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        return {
+            "top": int(rng.integers(2 * (height // 8) + 1)),
+            "left": int(rng.integers(2 * (width // 8) + 1)),
+        }
+
+    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        padding = size // 8
+        padded = F.pad(_fit(image, size), [padding] * 4, fill=0)
+        return _to_tensor(F.crop(padded, params["top"], params["left"], size, size))
+
+
+@AUGMENTATION_REGISTRY.register_as("crop_flip")
+class CropFlip(Crop):
+    """CIFAR's recipe: :class:`Crop`, then a horizontal flip with probability 1/2 (``flip``)."""
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        return super().draw(rng, height, width) | {"flip": bool(rng.random() < 0.5)}
+
+    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        return _flip_if(super().apply(image, params, size), params["flip"])
+
+
+@AUGMENTATION_REGISTRY.register_as("rotate_flip")
+class RotateFlip(Augmentation):
+    """Tiny-ImageNet's reference recipe: rotate by up to 20 degrees (nearest, zeros outside), flip.
+
+    Numbers: ``angle`` in degrees, counter-clockwise; ``flip``.
+    """
+
+    max_angle = 20.0
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        return {
+            "angle": float(rng.uniform(-self.max_angle, self.max_angle)),
+            "flip": bool(rng.random() < 0.5),
+        }
+
+    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        rotated = F.rotate(_fit(image, size), params["angle"], interpolation=InterpolationMode.NEAREST, fill=0)
+        return _to_tensor(_flip_if(rotated, params["flip"]))
+
+
+@AUGMENTATION_REGISTRY.register_as("resized_crop_flip")
+class ResizedCropFlip(Augmentation):
+    """ImageNet's recipe: torchvision's RandomResizedCrop algorithm, bilinear with antialias, and a flip.
+
+    Numbers: ``top``, ``left``, ``height``, ``width`` of the crop in the stored image; ``flip``.
+    """
+
+    fits_first = False
+    scale = (0.08, 1.0)
+    ratio = (3 / 4, 4 / 3)
+    attempts = 10
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        box = self._draw_box(rng, height, width)
+        return box | {"flip": bool(rng.random() < 0.5)}
+
+    def _draw_box(self, rng: np.random.Generator, height: int, width: int) -> Params:
+        for _ in range(self.attempts):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w = round(math.sqrt(area * ratio))
+            h = round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                top = int(rng.integers(height - h + 1))
+                left = int(rng.integers(width - w + 1))
+                return {"top": top, "left": left, "height": h, "width": w}
+        # No box fits in a very long or very small image: the largest centred one of an allowed ratio.
+        low, high = self.ratio
+        w = min(width, max(1, round(height * high)))
+        h = min(height, max(1, round(width / low)))
+        return {"top": (height - h) // 2, "left": (width - w) // 2, "height": h, "width": w}
+
+    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        box = [params[key] for key in ("top", "left", "height", "width")]
+        image = F.resized_crop(image, *box, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+        return _to_tensor(_flip_if(image, params["flip"]))
+
+
+def augmentation_names() -> list[str]:
+    """Names of all registered recipes, sorted."""
+    return AUGMENTATION_REGISTRY.names()
+
+
+def build_augmentation(name: str) -> Augmentation:
+    """The recipe registered under ``name``.
+
+    Raises:
+        ValueError: unknown name; the message proposes the nearest ones.
+    """
+    return AUGMENTATION_REGISTRY.get(name)()
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one sample in one epoch; all three numbers are 0 or more."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def sample(
+    dataset: ImageDataset,
+    index: int,
+    *,
+    epoch: int,
+    seed: int,
+    augmentation: str | Augmentation,
+    size: int,
+    train: bool,
+) -> dict[str, Any]:
+    """One sample as a network's input, a pure function of its arguments.
+
+    Args:
+        index: position in the data set.
+        epoch, seed: 0 or more; with ``index`` they fix the augmentation.
+        augmentation: a recipe or its name; not used when ``train`` is false.
+        size: side of the result in pixels.
+
+    Returns:
+        dict of ``image`` (3, size, size) uint8 RGB, ``label`` int and ``index`` int.
+
+    Raises:
+        UnreadableImageError: the image file cannot be decoded.
+        ValueError: unknown recipe, or a negative seed, epoch or index.
+    """
+    index = int(index)
+    image, label = dataset.load(index)
+    if not train:
+        return {"image": eval_transform(image, size), "label": label, "index": index}
+    recipe = build_augmentation(augmentation) if isinstance(augmentation, str) else augmentation
+    height, width = (size, size) if recipe.fits_first else F.get_size(image)
+    params = recipe.draw(sample_rng(seed, epoch, index), height, width)
+    return {"image": recipe.apply(image, params, size), "label": label, "index": index}

@@ -1,0 +1,242 @@
+"""What a data set is here: named facts, images with labels, and a registry of builders.
+
+An own data set needs one file that is imported before training::
+
+    @register_dataset(DatasetInfo(name="flowers", num_classes=102, image_size=224, ...))
+    def build_flowers(info: DatasetInfo, root: str, split: str) -> ImageDataset:
+        return ArrayDataset(info, images, labels, classes)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.errors import DataError
+
+from .locate import dataset_root
+from .registry import NamedRegistry
+
+SPLITS = ("train", "val")
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+class UnreadableImageError(DataError):
+    """An image file that cannot be decoded; the message names the file."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts about a data set that are known before any file is read.
+
+    Attributes:
+        name: the name in the registry (``DATASETS.NAME``).
+        num_classes: number of classes; None where it is read from disk.
+        image_size: side in pixels of the square images a network is given.
+        pixel_mean, pixel_std: per channel in RGB order, on the 0..255 scale.
+        zoo: the model family that bare model names mean: "cifar", "tiny_imagenet" or "imagenet".
+        augmentation: name of the training recipe in :mod:`classification.data.augment`.
+        source: one sentence or command that says how to get the files.
+    """
+
+    name: str
+    num_classes: int | None
+    image_size: int
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    zoo: str
+    augmentation: str
+    source: str
+
+
+class ImageDataset:
+    """Labelled images, never augmented or normalised: position -> (image, label).
+
+    Subclasses implement :meth:`load`.
+
+    Attributes:
+        info: the :class:`DatasetInfo` it was built from; ``name``, ``image_size``, ``pixel_mean`` and ``pixel_std``
+            are also attributes here.
+        classes: class names, in the order of the labels; ``num_classes`` is their number.
+        labels: (n,) int64 tensor.
+
+    Raises:
+        DataError: no samples, labels that are not whole numbers in 0..num_classes-1, or a number of classes that
+            is not ``info.num_classes``.
+    """
+
+    def __init__(self, info: DatasetInfo, labels: Sequence[int] | np.ndarray | torch.Tensor, classes: Sequence[str]):
+        self.info = info
+        self.name = info.name
+        self.classes = list(classes)
+        self.num_classes = len(self.classes)
+        self.image_size = info.image_size
+        self.pixel_mean = info.pixel_mean
+        self.pixel_std = info.pixel_std
+        if info.num_classes is not None and self.num_classes != info.num_classes:
+            raise DataError(f"{info.name} has {info.num_classes} classes, but {self.num_classes} were found")
+        values = np.asarray(labels)
+        if values.size == 0:
+            raise DataError(f"{info.name}: no images")
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise DataError(f"{info.name}: labels must be a flat list of whole numbers, got {values.dtype}")
+        if values.min() < 0 or values.max() >= self.num_classes:
+            raise DataError(
+                f"{info.name}: labels must lie in 0..{self.num_classes - 1}, found {values.min()}..{values.max()}"
+            )
+        self.labels = torch.from_numpy(values.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
+        """The image at ``index`` as stored, and its label.
+
+        Returns:
+            A uint8 RGB tensor (3, H, W) where the set is in memory, an RGB ``PIL.Image`` where it is files.
+
+        Raises:
+            UnreadableImageError: the file cannot be decoded.
+        """
+        raise NotImplementedError
+
+
+class ArrayDataset(ImageDataset):
+    """Images in memory.
+
+    Attributes:
+        images: (n, 3, H, W) uint8 RGB tensor.
+
+    Raises:
+        DataError: as :class:`ImageDataset`, and for images of another type, shape or number than the labels'.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        images: np.ndarray | torch.Tensor,
+        labels: Sequence[int] | np.ndarray | torch.Tensor,
+        classes: Sequence[str],
+    ):
+        super().__init__(info, labels, classes)
+        self.images = torch.as_tensor(images)
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise DataError(
+                f"{info.name}: images must be uint8 (n, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if len(self.images) != len(self.labels):
+            raise DataError(f"{info.name}: {len(self.images)} images but {len(self.labels)} labels")
+
+    def load(self, index: int) -> tuple[torch.Tensor, int]:
+        # A view would let a caller change the data set, and would drag all of it along to another process.
+        return self.images[index].clone(), int(self.labels[index])
+
+
+class FileDataset(ImageDataset):
+    """One image file per sample.
+
+    Args:
+        folder: what the paths are relative to.
+        paths: one relative path per sample.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        folder: str | Path,
+        paths: Sequence[str],
+        labels: Sequence[int] | np.ndarray | torch.Tensor,
+        classes: Sequence[str],
+    ):
+        super().__init__(info, labels, classes)
+        if len(paths) != len(self.labels):
+            raise DataError(f"{info.name}: {len(paths)} files but {len(self.labels)} labels")
+        self.folder = str(folder)
+        # One array, not a million str objects: their reference counts would make every forked worker copy the list.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def path(self, index: int) -> str:
+        """The file of the sample at ``index``."""
+        return os.path.join(self.folder, os.fsdecode(self._paths[index]))
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.path(index)), int(self.labels[index])
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode an image file as 8-bit RGB.
+
+    Raises:
+        UnreadableImageError: missing, truncated or not an image, or of a mode with no defined 8-bit range.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixel mode {image.mode} has no defined range; store the image with 8 or 16 bits")
+            if image.mode.startswith("I;16"):
+                # PIL's own conversion clips at 255, which turns nearly every 16-bit image white.
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # PIL warns on the direct way; the colours are the same
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise UnreadableImageError(f"cannot read image {path}: {str(error) or type(error).__name__}") from error
+
+
+DatasetBuilder = Callable[[DatasetInfo, str, str], ImageDataset]
+DATASET_REGISTRY = NamedRegistry("data set")
+
+
+def register_dataset(info: DatasetInfo) -> Callable[[DatasetBuilder], DatasetBuilder]:
+    """Decorator for a builder ``(info, root, split) -> ImageDataset``; ``root`` is resolved, ``split`` is valid.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorator(builder: DatasetBuilder) -> DatasetBuilder:
+        DATASET_REGISTRY.register_as(info.name)((info, builder))
+        return builder
+
+    return decorator
+
+
+def dataset_names() -> list[str]:
+    """Names of all registered data sets, sorted."""
+    return DATASET_REGISTRY.names()
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Facts about a data set; reads no file.
+
+    Raises:
+        ValueError: unknown name; the message proposes the nearest ones.
+    """
+    return DATASET_REGISTRY.get(name)[0]
+
+
+def build_dataset(name: str, root: str | os.PathLike = "", split: str = "train") -> ImageDataset:
+    """Open a data set.
+
+    Args:
+        name: a name of :func:`dataset_names`.
+        root: folder that holds the data set's folder, or that folder itself. Empty: the environment variable
+            ``DETECTRON2_DATASETS``, and without it ``./datasets``.
+        split: "train" or "val" (the labelled test images, for sets that call them so).
+
+    Raises:
+        ValueError: unknown name or split.
+        DataError: files that are not what they should be (the message names the file).
+        FileNotFoundError: the files are missing; the message says where they were looked for and how to get them.
+    """
+    info, builder = DATASET_REGISTRY.get(name)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return builder(info, dataset_root(root), split)

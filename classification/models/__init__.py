@@ -1,0 +1,23 @@
+"""The model zoo: every classifier that can be a student or a teacher, behind one function.
+
+``build_model(name, num_classes)`` gives a module; ``model(images)`` its logits, ``model.outputs(images)``
+everything a distillation method may look at (:class:`common.outputs.Outputs`).
+"""
+
+# Importing a family's file registers its models.
+from . import (  # noqa: F401
+    mobilenetv1,
+    mobilenetv2_cifar,
+    mobilenetv2_tiny,
+    resnet_cifar,
+    resnet_imagenet,
+    resnet_wide_stem,
+    shufflev1,
+    shufflev2,
+    vgg,
+    wrn,
+)
+from .base import ZooModel
+from .registry import build_model, model_names, register
+
+__all__ = ["ZooModel", "build_model", "model_names", "register"]

@@ -1,0 +1,130 @@
+"""``torchvision:NAME``: torchvision's classifiers, looked into with forward hooks."""
+
+import math
+from collections.abc import Iterator
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import SwinTransformer, VisionTransformer
+from torchvision.ops import Permute
+
+from common.errors import nearest
+from common.outputs import Outputs
+
+from .library import LibraryModel, PooledRecorder, adopt, evenly_spaced, hooked, last_classifier, tokens_to_map
+
+# Norms are left out as the map before one is the block's own; the rest makes no maps.
+_NOT_BLOCKS = (
+    nn.BatchNorm2d,
+    nn.LayerNorm,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Flatten,
+    nn.Linear,
+    Permute,
+)
+_HEADS = ("classifier", "fc", "head", "heads")
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+
+
+class TorchvisionModel(LibraryModel):
+    """torchvision's model with ``outputs``; ``feats`` are the last block's output at each resolution."""
+
+    def outputs(self, images: Tensor) -> Outputs:
+        pooled = PooledRecorder(self)
+        levels = _LevelRecorder(images, channels_last=isinstance(self, SwinTransformer))
+        with hooked(pooled.hooks + [(block, levels) for block in _blocks(self)]):
+            logits = self.forward(images)
+        return Outputs(logits, levels.feats(), None, pooled.pooled())
+
+
+class TorchvisionViT(LibraryModel):
+    """torchvision's ViT with ``outputs``; ``feats`` are the patch embedding and four evenly spaced blocks."""
+
+    def outputs(self, images: Tensor) -> Outputs:
+        pooled = PooledRecorder(self)
+        feats: list[Tensor] = []
+
+        def record(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            feats.append(output if output.ndim == 4 else tokens_to_map(output, *feats[0].shape[2:]))
+
+        layers = self.encoder.layers
+        chosen = [self.conv_proj, *(layers[i] for i in evenly_spaced(len(layers)))]
+        with hooked(pooled.hooks + [(module, record) for module in chosen]):
+            logits = self.forward(images)
+        return Outputs(logits, feats, None, pooled.pooled())
+
+
+class _LevelRecorder:
+    """Keeps the last map of each resolution and, where the first one is already a quarter's, a map of the stem."""
+
+    def __init__(self, images: Tensor, channels_last: bool):
+        self.image_area = math.prod(images.shape[2:])
+        self.channels_last = channels_last
+        self.stem: Tensor | None = None
+        self.levels: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if output.ndim != 4:
+            return
+        if self.channels_last and not isinstance(module, nn.Conv2d):
+            output = output.permute(0, 3, 1, 2)
+        area = math.prod(output.shape[2:])
+        if self.stem is None:
+            self.stem = output
+        # Convolutions without padding lose a row or two (Inception); only a halved area is a new resolution.
+        if self.levels and 2 * area > math.prod(self.levels[-1].shape[2:]):
+            self.levels[-1] = output
+        else:
+            self.levels.append(output)
+
+    def feats(self) -> list[Tensor]:
+        patchify = self.image_area >= 12 * math.prod(self.stem.shape[2:])
+        return [self.stem, *self.levels] if patchify and self.stem is not self.levels[0] else self.levels
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose outputs are looked at. Only plain containers are opened: their subclasses are blocks."""
+    for name, child in module.named_children():
+        if name in _HEADS:
+            continue
+        if type(child) in (nn.Sequential, nn.ModuleList):
+            yield from _blocks(child)
+        elif not isinstance(child, _NOT_BLOCKS):
+            yield child
+
+
+def build_torchvision(name: str, num_classes: int, image_size: int | tuple[int, int] | None = None) -> nn.Module:
+    """``torchvision.models.get_model(name, weights=None, num_classes=...)`` with ``outputs``.
+
+    ``image_size`` goes to ViT and MaxViT, which have a fixed one; the others ignore it. GoogLeNet and Inception-v3
+    are built without auxiliary heads, whose weights in a checkpoint are passed over; for torchvision's own weights
+    of these two set the pixel mean and standard deviation to 127.5, as their ``transform_input`` would.
+
+    Raises:
+        ValueError: torchvision knows no such classifier.
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"torchvision {torchvision.__version__} has no classifier {name!r}{nearest(name, known)}")
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif image_size is not None and name.startswith(("vit_", "maxvit")):
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if name.startswith("maxvit"):
+            options = {"input_size": (height, width)}
+        elif height != width:
+            raise ValueError(f"torchvision's {name} takes square images only, got {height}x{width}")
+        else:
+            options = {"image_size": height}
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    model.register_load_state_dict_pre_hook(_drop_auxiliary_heads)
+    mixin = TorchvisionViT if isinstance(model, VisionTransformer) else TorchvisionModel
+    return adopt(model, mixin, [last_classifier(model, num_classes)])
+
+
+def _drop_auxiliary_heads(module: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
+    if isinstance(module, torchvision.models.GoogLeNet | torchvision.models.Inception3):
+        for key in [k for k in state_dict if k.startswith(_AUXILIARY)]:
+            del state_dict[key]
