@@ -56,7 +56,7 @@ def run_all(entries: Sequence[Entry], output_dir: str | Path, processes: int, th
     """
     jobs = [(entry, seed, folder) for e in entries for entry, seed, folder in _jobs(e, output_dir)]
     steps = {folder: _planned_steps(entry) for entry, _, folder in jobs}
-    waiting, running, start = list(jobs), {}, time.perf_counter()
+    waiting, running, progress = list(jobs), {}, _Progress()
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -70,7 +70,8 @@ def run_all(entries: Sequence[Entry], output_dir: str | Path, processes: int, th
                         lines = (folder / "console.txt").read_text().splitlines()[-8:]
                         raise UserError(f"the run in {folder} failed:\n" + "\n".join(lines))
             done = sum(_done_steps(folder) for folder in steps)
-            _show(done, sum(steps.values()), len(jobs) - len(waiting) - len(running), len(jobs), start)
+            finished = len(jobs) - len(waiting) - len(running)
+            progress.show(f"{finished}/{len(jobs)} runs", done, sum(steps.values()))
     finally:
         for process in running.values():
             process.terminate()
@@ -151,11 +152,24 @@ def _done_steps(folder: Path) -> int:
     return int(lines[-1]["iteration"]) + 1 if lines else 0
 
 
-def _show(done: int, total: int, finished: int, runs: int, start: float) -> None:
-    elapsed = time.perf_counter() - start
-    left = f"{elapsed / done * (total - done):.0f} s left" if done else "starting"
-    line = f"{finished}/{runs} runs, {done}/{total} steps ({100 * done // total} %), {elapsed:.0f} s, {left}"
-    print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
+class _Progress:
+    """One line that is written over on a terminal; a new line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.start, self.shown, self.already = time.perf_counter(), -math.inf, None
+
+    def show(self, runs: str, done: int, total: int) -> None:
+        elapsed = time.perf_counter() - self.start
+        if self.already is None:
+            self.already = done  # by an earlier call, in no time
+        new = done - self.already
+        left = f"about {elapsed / new * (total - done):.0f} s left" if new else "starting"
+        line = f"{runs}, {done}/{total} steps ({100 * done // total} %), {elapsed:.0f} s, {left}"
+        if sys.stderr.isatty():
+            print(f"\r{line:<75}", end="", file=sys.stderr, flush=True)
+        elif elapsed - self.shown >= 10:
+            self.shown = elapsed
+            print(line, file=sys.stderr, flush=True)
 
 
 def _mean_std(values: list[float]) -> str:
