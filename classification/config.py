@@ -123,7 +123,7 @@ def validate(cfg: CfgNode) -> None:
     for name in cfg.DISTILL.METHODS:
         if name not in DISTILLERS:
             known = sorted(name for name, _ in DISTILLERS)
-            raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)} (there are {', '.join(known)})")
+            raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)}; there are {', '.join(known)}")
     if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
         raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
     if not cfg.MODEL.STUDENT.NAME:

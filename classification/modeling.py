@@ -131,6 +131,8 @@ def build_network(cfg: CfgNode, side: str, num_classes: int) -> nn.Module:
         raise ConfigError(f"MODEL.{side}.NAME: {error}") from error
     if node.WEIGHTS:
         load_weights(network, node.WEIGHTS, f"MODEL.{side}.WEIGHTS")
+    elif side == "TEACHER":
+        logger.warning("MODEL.TEACHER.WEIGHTS is empty: the teacher has random weights and teaches nothing")
     return network
 
 
@@ -166,8 +168,6 @@ def build_distiller(
         if not cfg.MODEL.TEACHER.NAME:
             raise ConfigError(f"DISTILL.METHODS {methods} need a teacher, but MODEL.TEACHER.NAME is empty")
         teacher = build_network(cfg, "TEACHER", num_classes)
-        if not cfg.MODEL.TEACHER.WEIGHTS:
-            logger.warning("MODEL.TEACHER.WEIGHTS is empty: the teacher has random weights and teaches nothing")
     distillers = {}
     if methods:
         student_spec, teacher_spec = (describe(network, image_size(cfg)) for network in (student, teacher))

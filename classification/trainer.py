@@ -8,8 +8,9 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from detectron2.engine import default_setup, hooks
+from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
@@ -31,7 +32,7 @@ from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import build_writers
 from common.errors import CheckpointError, ConfigError
 
-__all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "start_run", "train"]
+__all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
 # What decides which samples a step sees and what is trained: with another value it would not be the same run.
@@ -164,14 +165,20 @@ def _wrap(model: DistillModel) -> nn.Module:
     return create_ddp_model(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def start_run(cfg: CfgNode, args: argparse.Namespace | None = None) -> None:
-    """Make the run folder: loggers, config.yaml, environment.txt. One process may start several runs, one by one."""
+def start_logs(output_dir: str) -> None:
+    """Send Detectron2's and our logs to the console and to log.txt. One process may start several runs, one by one."""
     setup_logger.cache_clear()
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
-    default_setup(cfg, args or argparse.Namespace(config_file=""))
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+
+
+def describe_run(cfg: CfgNode) -> None:
+    """Write what a reader of the run folder needs to know: config.yaml and environment.txt."""
     if comm.is_main_process():
+        Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
         Path(cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
+        logger.info(f"Run folder {cfg.OUTPUT_DIR}: all settings in config.yaml, versions in environment.txt")
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
@@ -216,9 +223,13 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     if batch % processes:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
     train_set, test_set = load_datasets(cfg)
-    start_run(cfg, args)
+    start_logs(cfg.OUTPUT_DIR)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     trainer = ClassificationTrainer(cfg, train_set, test_set)
-    results = trainer.run(trainer.resume() if args.resume else 0)
+    start = trainer.resume() if args.resume else 0
+    # Only now, so that a call that fails leaves the folder of an earlier run as it was.
+    describe_run(cfg)
+    results = trainer.run(start)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results

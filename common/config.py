@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from detectron2.config import CfgNode as Detectron2CfgNode
 from fvcore.common.config import CfgNode as _CfgNode
 
 from common.distillers import DISTILLERS
@@ -30,38 +29,35 @@ class CheckedMerge:
     """
 
     def merge_from_other_cfg(self, cfg_other: _CfgNode) -> None:
-        _check(self, cfg_other, known=_leaves(self), path=())
-        super().merge_from_other_cfg(cfg_other)
+        """Merge the settings of another node.
+
+        Raises:
+            ConfigError: an unknown key, or a value of another type.
+        """
+        _check(self, cfg_other, _leaves(self), path=())
+        try:
+            super().merge_from_other_cfg(cfg_other)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         """Merge ``["KEY", value, ...]``, as a command line gives them.
 
         Raises:
-            ConfigError: a key without a value, or an unknown key.
+            ConfigError: a key without a value, an unknown key, or a value of another type.
         """
         if len(cfg_list) % 2:
             raise ConfigError(f"settings come as KEY VALUE pairs, but {cfg_list[-1]!r} has no value: {cfg_list}")
-        known = _leaves(self)
         for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
             nested: Any = self._decode_cfg_value(value)
             for part in reversed(key.split(".")):
                 nested = {part: nested}
             # Through a node, so that what is checked for a file is checked for a command line as well.
-            node = type(self)(nested)
-            _check(self, node, known, path=())
-            super().merge_from_other_cfg(node)
+            self.merge_from_other_cfg(type(self)(nested))
 
 
-class CfgNode(CheckedMerge, Detectron2CfgNode):
-    """Detectron2's CfgNode, which its engine asks for, with checked merging and without its version upgrades."""
-
-    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
-        """Merge a YAML file and its ``_BASE_`` files; no tag in it runs code.
-
-        Raises:
-            ConfigError: an unknown key.
-        """
-        _CfgNode.merge_from_file(self, cfg_filename, allow_unsafe)
+class CfgNode(CheckedMerge, _CfgNode):
+    """fvcore's CfgNode (yacs with ``_BASE_`` files) with checked merging."""
 
 
 def _leaves(node: _CfgNode, prefix: str = "") -> list[str]:

@@ -23,7 +23,7 @@ class DataError(UserError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the known names closest to `name`, or an empty string where none is close."""
+    """Text " (did you mean ...?)" with the known names closest to `name`, case ignored; empty where none is close."""
     by_lower = {k.lower(): k for k in known}
     close = get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(by_lower[c] for c in close)}?" if close else ""
+    return f" (did you mean {' or '.join(by_lower[c] for c in close)}?)" if close else ""

@@ -1,5 +1,6 @@
 """Batches whose order and augmentation are a function of (seed, epoch, index) alone."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -105,7 +106,8 @@ def build_test_loader(dataset: ImageDataset, batch_size: int, size: int, num_wor
 
 def _options(num_workers: int) -> dict:
     return {
-        "num_workers": num_workers,
+        # More of them than cores would only get into each other's way.
+        "num_workers": min(num_workers, len(os.sched_getaffinity(0))),
         "worker_init_fn": _ignore_sigterm,
         "pin_memory": torch.cuda.is_available(),
         # A generator of its own: the loader draws a seed for its workers, which no result depends on.

@@ -43,7 +43,7 @@ class NamedRegistry(Registry):
         if name in self:
             return super().get(name)
         hint = nearest(str(name), self.names())
-        raise ValueError(f"unknown {self._name} {name!r}{hint} (known: {', '.join(self.names())})")
+        raise ValueError(f"unknown {self._name} {name!r}{hint}; known: {', '.join(self.names())}")
 
     def names(self) -> list[str]:
         """All registered names, sorted."""

@@ -74,6 +74,6 @@ def build_model(
             return _BUILDERS[candidate](num_classes)
     known = [*_BUILDERS, *(n.split("/")[1] for n in _BUILDERS)]
     raise ValueError(
-        f"unknown model {name!r}{nearest(name, known)}. "
-        f"model_names() lists the zoo; library models are 'timm:NAME' and 'torchvision:NAME'"
+        f"unknown model {name!r}{nearest(name, known)}; "
+        f"model_names() lists the zoo, library models are 'timm:NAME' and 'torchvision:NAME'"
     )

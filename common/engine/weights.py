@@ -105,7 +105,10 @@ def _local_path(source: str) -> str:
     from detectron2.utils.file_io import PathManager
 
     if "://" not in source and not os.path.isfile(source):
-        raise CheckpointError(f"there is no checkpoint at {os.path.abspath(source)}")
+        raise CheckpointError(
+            f"there is no checkpoint at {os.path.abspath(source)}; README.md, 'Teachers', says where published ones "
+            "are and how to train one"
+        )
     try:
         return PathManager.get_local_path(source)
     except Exception as error:  # whatever the handler of the URL raises

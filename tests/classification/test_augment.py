@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 def test_names():
     assert set(RECIPES) <= set(augmentation_names())
-    with pytest.raises(ValueError, match="unknown augmentation 'crop-flip'; did you mean crop_flip"):
+    with pytest.raises(ValueError, match=r"unknown augmentation 'crop-flip' \(did you mean crop_flip"):
         build_augmentation("crop-flip")
 
 

@@ -69,7 +69,7 @@ def test_info_values():
 
 @pytest.mark.parametrize("call", [dataset_info, build_dataset])
 def test_unknown_name_proposes_the_nearest(call):
-    with pytest.raises(ValueError, match="'CIFAR-100'; did you mean cifar100 or cifar10"):
+    with pytest.raises(ValueError, match=r"'CIFAR-100' \(did you mean cifar100 or cifar10"):
         call("CIFAR-100")
 
 

@@ -183,9 +183,9 @@ def test_auxiliary_heads_are_left_out():
 
 
 def test_unknown_library_names():
-    with pytest.raises(ValueError, match=r"timm .* has no model 'resnet18x'; did you mean .*resnet18"):
+    with pytest.raises(ValueError, match=r"timm .* has no model 'resnet18x' \(did you mean .*resnet18"):
         build_model("timm:resnet18x", 7)
-    with pytest.raises(ValueError, match=r"torchvision .* has no classifier 'resnet19'; did you mean resnet"):
+    with pytest.raises(ValueError, match=r"torchvision .* has no classifier 'resnet19' \(did you mean resnet"):
         build_model("torchvision:resnet19", 7)
     # A detector is no classifier, and timm's remote sources are no names of models.
     for name in ("torchvision:fasterrcnn_resnet50_fpn", "timm:hf-hub:timm/resnet18.a1_in1k", "timm:local-dir:/tmp"):
