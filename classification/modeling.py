@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,7 +191,8 @@ def describe(network: nn.Module, size: int) -> OutputSpec:
     parameter = next(network.parameters())
     spec = network.eval().outputs(torch.zeros(1, 3, size, size, device=parameter.device)).spec()
     network.train(was_training)
-    return spec
+    norms = getattr(network, "bn_before_relu", None)
+    return replace(spec, bn_before_relu=None if norms is None else tuple(norms))
 
 
 def model_cost(network: nn.Module, size: int) -> dict[str, int]:

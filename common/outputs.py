@@ -6,7 +6,7 @@ a method never knows which of the two called it.
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["OutputSpec", "Outputs"]
 
@@ -50,9 +50,11 @@ class OutputSpec:
         num_classes: C of the logits (background included in detection).
         feats, preacts: (C_i, H_i, W_i) per map, or (C_i,) where the size changes with the image.
         pooled: D.
+        bn_before_relu: the batch norm before the last ReLU of each of ``preacts[1:]``, where the network has them.
     """
 
     num_classes: int | None = None
     feats: tuple[tuple[int, ...], ...] | None = None
     preacts: tuple[tuple[int, ...], ...] | None = None
     pooled: int | None = None
+    bn_before_relu: tuple[nn.Module, ...] | None = None

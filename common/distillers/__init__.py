@@ -8,9 +8,9 @@ the same once it is imported (the config key IMPORTS).
 from importlib import import_module
 from pkgutil import iter_modules
 
-from common.distillers.base import DISTILLERS, Context, Distiller
+from common.distillers.base import DISTILLERS, Context, Distiller, LogitDistiller
 
-__all__ = ["DISTILLERS", "Context", "Distiller"]
+__all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller"]
 
 for _info in iter_modules(__path__):
     _module = import_module(f"{__name__}.{_info.name}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.outputs import Outputs, OutputSpec
 
-__all__ = ["DISTILLERS", "Context", "Distiller"]
+__all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller"]
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = """
@@ -48,6 +48,8 @@ class Distiller(nn.Module):
 
     #: The fields of `Outputs` that the method reads, of both networks.
     needs: tuple[str, ...] = ("logits",)
+    #: Whether the teacher's batch norms use the batch's statistics (its running ones stay as they are).
+    teacher_batch_statistics = False
 
     def __init__(
         self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
@@ -89,3 +91,14 @@ class Distiller(nn.Module):
         if self.cfg.WARMUP > 0:
             scale *= min(ctx.time / self.cfg.WARMUP, 1.0)
         return {name: scale * value for name, value in self.losses(student, teacher, target, ctx).items()}
+
+
+class LogitDistiller(Distiller):
+    """Base of the methods that compare class logits. A subclass states `defaults()` and `logit_loss()`."""
+
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+        """The method's term: a 0-d tensor from logits (N, C) and target classes (N,)."""
+        raise TypeError(f"{self.name} defines no logit_loss()")
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        return {f"loss_{self.name.lower()}": self.logit_loss(student.logits, teacher.logits, target)}

@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs
+from common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["DKD", "decoupled_kl", "dkd_loss"]
 
@@ -74,13 +73,12 @@ def dkd_loss(
 
 
 @DISTILLERS.register()
-class DKD(Distiller):
+class DKD(LogitDistiller):
     """`dkd_loss` on the class logits."""
 
     @classmethod
     def defaults(cls) -> dict[str, float]:
         return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0}
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        cfg = self.cfg
-        return {"loss_dkd": dkd_loss(student.logits, teacher.logits, target, cfg.ALPHA, cfg.BETA, cfg.T)}
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+        return dkd_loss(logits_student, logits_teacher, target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.T)

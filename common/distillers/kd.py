@@ -4,8 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs
+from common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["KD", "kd_loss"]
 
@@ -30,12 +29,12 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 
 
 @DISTILLERS.register()
-class KD(Distiller):
+class KD(LogitDistiller):
     """`kd_loss` on the class logits. The paper's CIFAR setting gives the cross-entropy a weight of 0.1."""
 
     @classmethod
     def defaults(cls) -> dict[str, float]:
         return {"WEIGHT": 0.9, "T": 4.0}
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        return {"loss_kd": kd_loss(student.logits, teacher.logits, self.cfg.T)}
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+        return kd_loss(logits_student, logits_teacher, self.cfg.T)
