@@ -69,9 +69,9 @@ def run_all(entries: Sequence[Entry], output_dir: str | Path, processes: int, th
                     if process.returncode:
                         lines = (folder / "console.txt").read_text().splitlines()[-8:]
                         raise UserError(f"the run in {folder} failed:\n" + "\n".join(lines))
-            done = sum(_done_steps(folder) for folder in steps)
             finished = len(jobs) - len(waiting) - len(running)
-            progress.show(f"{finished}/{len(jobs)} runs", done, sum(steps.values()))
+            done = sum(_done_steps(folder) for folder in steps)
+            progress.show(f"{finished}/{len(jobs)} runs", done, sum(steps.values()), last=finished == len(jobs))
     finally:
         for process in running.values():
             process.terminate()
@@ -158,7 +158,7 @@ class _Progress:
     def __init__(self) -> None:
         self.start, self.shown, self.already = time.perf_counter(), -math.inf, None
 
-    def show(self, runs: str, done: int, total: int) -> None:
+    def show(self, runs: str, done: int, total: int, last: bool) -> None:
         elapsed = time.perf_counter() - self.start
         if self.already is None:
             self.already = done  # by an earlier call, in no time
@@ -167,7 +167,7 @@ class _Progress:
         line = f"{runs}, {done}/{total} steps ({100 * done // total} %), {elapsed:.0f} s, {left}"
         if sys.stderr.isatty():
             print(f"\r{line:<75}", end="", file=sys.stderr, flush=True)
-        elif elapsed - self.shown >= 10:
+        elif elapsed - self.shown >= 10 or last:
             self.shown = elapsed
             print(line, file=sys.stderr, flush=True)
 

@@ -1,5 +1,7 @@
 """Batches whose order and augmentation are a function of (seed, epoch, index) alone."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -115,8 +117,15 @@ def _options(num_workers: int) -> dict:
     }
 
 
+@atexit.register
+def _end_workers() -> None:
+    # At exit multiprocessing sends SIGTERM to the workers that an error left behind, and waits for them.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def _ignore_sigterm(worker: int) -> None:
-    # A scheduler signals the whole process group. The main process then finishes its step, for which it needs
-    # its workers; they end with it.
+    # A scheduler signals every process of a job. The main one then finishes its step, for which it needs its workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -80,6 +80,8 @@ class RunCheckpointer(Checkpointer):
         Raises:
             CheckpointError: every checkpoint is damaged, or the model is not the one that was saved.
         """
+        for stale in Path(self.save_dir).glob("*.tmp"):
+            stale.unlink(missing_ok=True)  # of a save that was killed
         files = self.files()
         for path in files:
             try:
@@ -107,7 +109,8 @@ class RunCheckpointer(Checkpointer):
         except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, UnpicklingError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{f} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{f} is damaged: {reason}") from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         try:

@@ -58,6 +58,11 @@ class StepTrainer(TrainerBase):
         self.model.train()
         self._batches = iter(self.build_batches(self.start_iter))
 
+    def after_train(self) -> None:
+        # Ends the loader's workers now, and not when the garbage collector finds the iterator.
+        del self._batches
+        super().after_train()
+
     def arguments(self, batch: Any) -> tuple[Any, ...]:
         """What the model is called with for this batch."""
         return (batch,)

@@ -1,0 +1,123 @@
+"""Every published configuration is loaded, built and stepped once; get_cfg's values are checked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from classification.config import get_cfg, load_cfg, resolve_device, validate
+from classification.data import dataset_info
+from classification.modeling import build_distiller, image_size
+from classification.solver import build_lr_scheduler, build_optimizer
+from common.errors import ConfigError
+from tests.goldens.fill import array
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "cls").glob("*.yaml"))
+RUNNABLE = [path for path in CONFIGS if not path.name.startswith("base_")]
+DKD_BETAS = {
+    "r56_r20": 2, "r110_r32": 2, "r32x4_r8x4": 8, "wrn40_2_wrn16_2": 6, "wrn40_2_wrn40_1": 6, "vgg13_vgg8": 6,
+    "vgg13_mv2": 6, "r32x4_shuv1": 8, "r32x4_shuv2": 8, "wrn40_2_shuv1": 8, "r50_mv2": 8,
+}  # fmt: skip
+
+
+def load(path, *opts):
+    return load_cfg(str(path), ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.WEIGHTS", "", *opts])
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_config_is_built_and_stepped(path):
+    cfg = load(path)
+    assert cfg.OUTPUT_DIR == f"output/{path.stem}"
+    torch.manual_seed(0)
+    model = build_distiller(cfg, num_samples=50)
+    optimizer = build_optimizer(model, cfg.SOLVER)
+    build_lr_scheduler(optimizer, cfg.SOLVER, epoch_length=10)
+    size, classes = image_size(cfg), dataset_info(cfg.DATASETS.NAME).num_classes
+    batch = {"image": array(0, 2, 3, size, size) * 50 + 120, "label": torch.tensor([0, classes - 1])}
+    batch["index"] = torch.tensor([3, 4])
+    losses = model(batch, 1)
+    assert set(losses) == {"loss_ce", *(f"loss_{name.lower()}" for name in cfg.DISTILL.METHODS)}
+    before = [p.detach().clone() for p in model.student.parameters()]
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.student.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("pair", "beta"), DKD_BETAS.items())
+def test_published_cifar_pairs(pair, beta):
+    path = CONFIGS[0].parent
+    dkd, kd = load(path / f"cifar100_{pair}_dkd.yaml"), load(path / f"cifar100_{pair}_kd.yaml")
+    assert dkd.DISTILL.METHODS == ["DKD"] and dkd.DISTILL.DKD.BETA == beta and dkd.DISTILL.CE_WEIGHT == 1.0
+    assert (dkd.DISTILL.DKD.ALPHA, dkd.DISTILL.DKD.T, dkd.DISTILL.DKD.WARMUP) == (1.0, 4.0, 20)
+    assert kd.DISTILL.METHODS == ["KD"] and kd.DISTILL.CE_WEIGHT == 0.1
+    assert (kd.DISTILL.KD.WEIGHT, kd.DISTILL.KD.T) == (0.9, 4.0)
+    assert dkd.MODEL == kd.MODEL and dkd.SOLVER == kd.SOLVER
+    small = pair.endswith(("mv2", "shuv1", "shuv2"))
+    assert dkd.SOLVER.BASE_LR == (0.01 if small else 0.05) and dkd.SOLVER.EPOCHS == 240
+    for name in (dkd.MODEL.TEACHER.NAME, dkd.MODEL.STUDENT.NAME):
+        assert any(load(p).MODEL.STUDENT.NAME == name for p in RUNNABLE if p.stem.count("_") < 3), name
+
+
+@pytest.mark.parametrize(("pair", "beta"), [("r34_r18", 0.5), ("r50_mv1", 2.0)])
+def test_published_imagenet_pairs(pair, beta):
+    path = CONFIGS[0].parent
+    dkd, kd = load(path / f"imagenet_{pair}_dkd.yaml"), load(path / f"imagenet_{pair}_kd.yaml")
+    assert dkd.DISTILL.DKD == {"WEIGHT": 1.0, "WARMUP": 1, "ALPHA": 1.0, "BETA": beta, "T": 1.0}
+    assert (kd.DISTILL.KD.T, kd.DISTILL.KD.WEIGHT, kd.DISTILL.CE_WEIGHT) == (1.0, 0.5, 0.5)
+    solver = dkd.SOLVER
+    assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (100, 512, 0.2, 1e-4)
+    assert solver.STEPS == [30, 60, 90]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["DISTILL.METHODS", ["DKT"]], r"no method DKT \(did you mean .*DKD"),
+        (["DISTILL.METHODS", ["KD", "KD"]], "twice"),
+        (["DISTILL.METHODS", ["KD"]], "MODEL.TEACHER.NAME is empty"),
+        (["MODEL.STUDENT.NAME", ""], "MODEL.STUDENT.NAME is empty"),
+        (["DATASETS.NAME", "cifar1000"], r"did you mean cifar100"),
+        (["SOLVER.EPOCHS", 0], "SOLVER.EPOCHS is 0"),
+        (["SOLVER.OPTIMIZER", "SDG"], r"SOLVER.OPTIMIZER SDG .*did you mean SGD"),
+        (["SOLVER.LR_SCHEDULE", "cosin"], "did you mean cosine"),
+        (["SOLVER.STEPS", [20, 10]], "SOLVER.STEPS"),
+        (["SEED", -1], "SEED is -1"),
+        (["MODEL.STUDENT.PIXEL_MEAN", [1.0]], "takes 3 numbers"),
+        (["MODEL.TEACHER.PIXEL_STD", [1.0, 0.0, 1.0]], "must be positive"),
+        (["MODEL.DEVICE", "cuda:99"], "GPU"),
+        (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
+    ],
+)
+def test_impossible_settings(opts, message):
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.STUDENT.NAME", "resnet8", *opts])
+    with pytest.raises(ConfigError, match=message):
+        validate(cfg)
+
+
+def test_device_auto():
+    assert resolve_device(get_cfg()).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"EPOCHS": 4, "STEPS": [1, 3], "GAMMA": 0.1}, [1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+        ({"EPOCHS": 4, "STEPS": [2, 50]}, [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]),
+        ({"EPOCHS": 2, "LR_SCHEDULE": "cosine"}, [1, 0.85355, 0.5, 0.14645]),
+        ({"EPOCHS": 4, "STEPS": [], "WARMUP_EPOCHS": 2}, [0.001, 0.25075, 0.5005, 0.75025, 1, 1, 1, 1]),
+    ],
+)
+def test_learning_rates(settings, factors):
+    solver = get_cfg().SOLVER
+    for key, value in settings.items():
+        solver[key] = value
+    optimizer = build_optimizer(torch.nn.Linear(1, 1), solver)
+    scheduler = build_lr_scheduler(optimizer, solver, epoch_length=2)
+    rates = []
+    for _ in factors:
+        rates.append(optimizer.param_groups[0]["lr"] / solver.BASE_LR)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(factors, rel=1e-4)

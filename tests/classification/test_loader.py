@@ -1,0 +1,114 @@
+"""Order and content of batches: a function of (seed, epoch, index)."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from classification.data import build_dataset
+from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from classification.evaluation import AccuracyEvaluator
+
+
+def test_every_epoch_is_a_permutation():
+    batches = list(EpochBatchSampler(num_samples=10, batch_size=4, epochs=3, seed=5))
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    orders = []
+    for epoch in (1, 2, 3):
+        keys = [key for batch in batches[3 * epoch - 3 : 3 * epoch] for key in batch]
+        assert {e for e, _ in keys} == {epoch} and sorted(i for _, i in keys) == list(range(10))
+        orders.append(tuple(i for _, i in keys))
+    assert len(set(orders)) == 3
+
+
+@pytest.mark.parametrize("start", range(10))
+def test_any_start_gives_the_tail(start):
+    whole = list(EpochBatchSampler(10, 4, 3, seed=5))
+    sampler = EpochBatchSampler(10, 4, 3, seed=5, start=start)
+    assert list(sampler) == whole[start:] and len(sampler) == len(whole) - start
+
+
+def test_the_order_depends_on_the_seed_alone():
+    assert list(EpochBatchSampler(10, 4, 2, 5)) == list(EpochBatchSampler(10, 4, 2, 5))
+    assert list(EpochBatchSampler(10, 4, 2, 5)) != list(EpochBatchSampler(10, 4, 2, 6))
+    # More epochs only add to the end.
+    assert list(EpochBatchSampler(10, 4, 5, 5))[:6] == list(EpochBatchSampler(10, 4, 2, 5))
+
+
+def test_processes_share_a_batch_out(monkeypatch):
+    whole = list(EpochBatchSampler(10, 4, 2, 5))
+    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        parts.append(list(EpochBatchSampler(10, 4, 2, 5)))
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+    assert [len(a) for a in parts[0]] == [len(b) for b in parts[1]]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return build_dataset("digits", split="train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_whatever_the_workers_and_the_start(digits, workers):
+    def load(start, workers):
+        sampler = EpochBatchSampler(len(digits), 500, 2, seed=1, start=start)
+        state = np.random.get_state()[1].copy(), torch.get_rng_state()
+        batches = list(build_train_loader(digits, sampler, 32, "crop", workers))
+        assert np.array_equal(np.random.get_state()[1], state[0]) and torch.equal(torch.get_rng_state(), state[1])
+        return batches
+
+    whole, tail = load(0, 0), load(4, workers)
+    assert len(whole) == 6 and len(tail) == 2
+    for a, b in zip(whole[4:], tail, strict=True):
+        assert b["image"].dtype == torch.uint8 and b["image"].shape[1:] == (3, 32, 32)
+        assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "index"))
+        assert torch.equal(b["label"], digits.labels[b["index"]])
+    assert not torch.equal(whole[0]["image"], whole[3]["image"])
+
+
+def test_the_test_loader_gives_every_image_once_as_it_is(digits):
+    batches = list(build_test_loader(digits, 400, 32, 0))
+    assert torch.cat([b["index"] for b in batches]).tolist() == list(range(len(digits)))
+    assert torch.equal(batches[0]["image"][7], digits.load(7)[0])
+
+
+def test_subset_is_fixed_and_nested(digits):
+    small, large = Subset(digits, 50), Subset(digits, 100)
+    assert len(small) == 50 and small.num_classes == 10 and set(small.labels.tolist()) == set(range(10))
+    assert torch.equal(small.labels, large.labels[:50])
+    assert torch.equal(small.load(3)[0], large.load(3)[0]) and small.load(3)[1] == small.labels[3]
+
+
+def test_workers_outlive_sigterm_and_end_with_the_iterator(digits):
+    iterator = iter(build_train_loader(digits, EpochBatchSampler(len(digits), 100, 50, 0), 32, "crop", 2))
+    next(iterator)
+    workers = iterator._workers
+    for worker in workers:
+        worker.terminate()
+    time.sleep(0.2)
+    next(iterator)
+    assert all(worker.is_alive() for worker in workers)
+    del iterator
+    assert all(worker.exitcode in (0, -signal.SIGTERM) for worker in workers)
+
+
+def test_accuracy():
+    evaluator = AccuracyEvaluator()
+    evaluator.reset()
+    logits = torch.eye(10)[[0, 1, 2, 3]] * 2 + torch.linspace(0, 1, 10)
+    # In row 0 the order of classes is 0, 9, 8, ... 1: class 0 is first, 6 fifth, 5 sixth.
+    evaluator.process({"label": torch.tensor([0, 1])}, logits[:2])
+    evaluator.process({"label": torch.tensor([6, 4])}, logits[[0, 0]])
+    assert evaluator.evaluate() == {"top1": 50.0, "top5": 75.0}
+
+
+def test_accuracy_with_few_classes():
+    evaluator = AccuracyEvaluator()
+    evaluator.reset()
+    evaluator.process({"label": torch.tensor([0, 1, 1])}, torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]))
+    assert evaluator.evaluate() == {"top1": pytest.approx(200 / 3), "top5": 100.0}
