@@ -32,6 +32,10 @@ SUMMARY = "Detectron2 at upstream commit a59f0563, pure Python, packed anew from
 DROPPED_REQUIREMENTS = ("numpy<2", "black", "dataclasses")
 
 
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def pip(python: Path, *arguments: str) -> None:
     subprocess.run([str(python), "-m", "pip", "--disable-pip-version-check", *arguments], check=True, cwd=ROOT)
 
@@ -86,7 +90,9 @@ def install_detectron2(python: Path, choice: str) -> None:
 
 def install(python: Path, choice: str) -> None:
     pip(python, "install", "-q", "-c", "constraints.txt", "setuptools", "wheel")
-    pip(python, "install", "-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]")
+    say("  torch, torchvision and the other packages of constraints.txt")
+    pip(python, "install", "-q", "-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]")
+    say("  Detectron2")
     install_detectron2(python, choice)
 
 
@@ -106,14 +112,15 @@ def main() -> None:
         install(Path(sys.executable), choice)
         return
     # The stamp is written last, so a build that was cut off has none and is made again from nothing.
-    stamp, wanted = args.venv / "complete", fingerprint(choice)
+    venv = args.venv.absolute()
+    stamp, wanted = venv / "complete", fingerprint(choice)
     built = stamp.read_text() if stamp.exists() else ""
     if built == wanted or (not choice and built.startswith(wanted + " ")):
         return
-    print(f"Building {args.venv}: about 3 minutes and 6 GB the first time.", flush=True)
-    shutil.rmtree(args.venv, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(args.venv)], check=True)
-    install(args.venv / "bin" / "python", choice)
+    say(f"Building {venv}: about 3 minutes and 6 GB")
+    shutil.rmtree(venv, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    install(venv / "bin" / "python", choice)
     stamp.write_text(wanted)
 
 
