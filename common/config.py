@@ -18,7 +18,7 @@ def add_distill_defaults(cfg: _CfgNode) -> None:
     # Weight of the task's own cross-entropy (classification).
     node.CE_WEIGHT = 1.0
     for name, method in DISTILLERS:
-        node[name.upper()] = type(cfg)({"WEIGHT": 1.0, "WARMUP": 0, **method.defaults()})
+        node[name.upper()] = type(cfg)({**method.common_defaults(), **method.defaults()})
     cfg.DISTILL = node
 
 

@@ -7,9 +7,10 @@ from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from common.distillers._numerics import at_least_float32
 from common.outputs import Outputs, OutputSpec
 
-__all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller"]
+__all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
 
 DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = """
@@ -40,52 +41,76 @@ class Distiller(nn.Module):
     Args:
         cfg: the method's own node, ``cfg.DISTILL.<NAME>``.
         student_spec, teacher_spec: shapes of the two networks' outputs; connectors are built from them.
+            The teacher's is None where there is no teacher.
         num_samples: size of the training set (memory banks), or None if unknown.
 
     Raises:
-        ValueError: a network lacks a part that the method needs, or the class counts differ.
+        ValueError: a network lacks a part that the method needs, or is missing, or the class counts differ.
     """
 
     #: The fields of `Outputs` that the method reads, of both networks.
     needs: tuple[str, ...] = ("logits",)
+    #: False for a method that looks at the student alone; it is then given None for the teacher's part.
+    needs_teacher = True
     #: Whether the teacher's batch norms use the batch's statistics (its running ones stay as they are).
     teacher_batch_statistics = False
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self,
+        cfg: CfgNode,
+        student_spec: OutputSpec,
+        teacher_spec: OutputSpec | None = None,
+        num_samples: int | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
+        if self.needs_teacher and teacher_spec is None:
+            raise ValueError(f"{self.name} needs a teacher, but there is none")
+        sides = {"student": student_spec, "teacher": teacher_spec} if self.needs_teacher else {"student": student_spec}
         for part in self.needs:
             field = "num_classes" if part == "logits" else part
-            for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
+            for side, spec in sides.items():
                 if getattr(spec, field) is None:
-                    raise ValueError(f"{self.name} needs the {part} of both networks, but the {side} gives none")
-        if "logits" in self.needs and student_spec.num_classes != teacher_spec.num_classes:
+                    of = "both networks" if self.needs_teacher else "the student"
+                    raise ValueError(f"{self.name} needs the {part} of {of}, but the {side} gives none")
+        if self.needs_teacher and "logits" in self.needs and student_spec.num_classes != teacher_spec.num_classes:
             raise ValueError(
                 f"{self.name} compares class scores, but the student has {student_spec.num_classes} classes "
                 f"and the teacher {teacher_spec.num_classes}"
             )
 
     @classmethod
+    def common_defaults(cls) -> dict[str, Any]:
+        """The settings of every method of this kind; `defaults()` may give them other values."""
+        return {"WEIGHT": 1.0, "WARMUP": 0}
+
+    @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The method's settings with their default values. WEIGHT (1.0) and WARMUP (0) are always there."""
+        """The method's own settings with their default values; those of `common_defaults()` are there as well."""
         return {}
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def set_labels(self, labels: Tensor) -> None:
+        """Called once before training where the classes of all training samples are known.
+
+        Args:
+            labels: (num_samples,) class of each sample, in the order of `Context.index`.
+        """
+
+    def losses(self, student: Outputs, teacher: Outputs | None, target: Tensor, ctx: Context) -> dict[str, Tensor]:
         """The method's terms before WEIGHT and WARMUP: 0-d tensors under names that start with ``loss_<name>``.
 
         Args:
-            student, teacher: outputs for the same images; no gradient reaches the teacher's.
+            student, teacher: outputs for the same images; no gradient reaches the teacher's. The teacher's are None
+                where there is no teacher.
             target: (N,) class of each row of the logits.
         """
         raise TypeError(f"{self.name} defines no losses()")
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, ctx: Context) -> dict[str, Tensor]:
         """`losses()` times ``WEIGHT * min(time / WARMUP, 1)``."""
         scale = self.cfg.WEIGHT
         if self.cfg.WARMUP > 0:
@@ -93,12 +118,41 @@ class Distiller(nn.Module):
         return {name: scale * value for name, value in self.losses(student, teacher, target, ctx).items()}
 
 
+def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
+    """Logits of each sample with zero mean and unit deviation: a student then learns their order and distances.
+
+    Sun et al.: Logit Standardization in Knowledge Distillation, CVPR 2024, arXiv:2403.01427.
+
+        (logits - mean over classes) / (unbiased standard deviation over classes + eps)
+
+    Args:
+        logits: (N, C). With C = 1 the result is 0.
+
+    Returns:
+        (N, C), at least fp32.
+    """
+    logits = at_least_float32(logits)
+    # One value has no unbiased deviation. At a deviation of 0 torch takes its gradient as 0.
+    deviation = logits.std(1, correction=min(1, logits.shape[1] - 1), keepdim=True)
+    return (logits - logits.mean(1, keepdim=True)) / (deviation + eps)
+
+
 class LogitDistiller(Distiller):
-    """Base of the methods that compare class logits. A subclass states `defaults()` and `logit_loss()`."""
+    """Base of the methods that compare class logits. A subclass states `defaults()` and `logit_loss()`.
+
+    The setting STANDARDIZE compares logits under :func:`standardize_logits`.
+    """
+
+    @classmethod
+    def common_defaults(cls) -> dict[str, Any]:
+        return {**super().common_defaults(), "STANDARDIZE": False}
 
     def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
         """The method's term: a 0-d tensor from logits (N, C) and target classes (N,)."""
         raise TypeError(f"{self.name} defines no logit_loss()")
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        return {f"loss_{self.name.lower()}": self.logit_loss(student.logits, teacher.logits, target)}
+        logits = [student.logits, teacher.logits]
+        if self.cfg.STANDARDIZE:
+            logits = [standardize_logits(part) for part in logits]
+        return {f"loss_{self.name.lower()}": self.logit_loss(*logits, target)}

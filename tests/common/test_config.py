@@ -3,7 +3,7 @@
 import pytest
 
 from common.config import CfgNode, add_distill_defaults
-from common.distillers import DISTILLERS
+from common.distillers import DISTILLERS, LogitDistiller
 from common.errors import ConfigError
 
 
@@ -18,12 +18,20 @@ def test_every_method_has_its_node(cfg):
     for name, method in DISTILLERS:
         node = cfg.DISTILL[name.upper()]
         assert {"WEIGHT", "WARMUP"} <= set(node) and all(node[k] == v for k, v in method.defaults().items())
+        assert ("STANDARDIZE" in node) == issubclass(method, LogitDistiller)
 
 
 def test_published_defaults(cfg):
     assert cfg.DISTILL.METHODS == [] and cfg.DISTILL.CE_WEIGHT == 1.0
-    assert cfg.DISTILL.KD == {"WEIGHT": 0.9, "WARMUP": 0, "T": 4.0}
-    assert cfg.DISTILL.DKD == {"WEIGHT": 1.0, "WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0}
+    assert cfg.DISTILL.KD == {"WEIGHT": 0.9, "WARMUP": 0, "STANDARDIZE": False, "T": 4.0}
+    assert cfg.DISTILL.DKD == {
+        "WEIGHT": 1.0,
+        "WARMUP": 20,
+        "STANDARDIZE": False,
+        "ALPHA": 1.0,
+        "BETA": 8.0,
+        "T": 4.0,
+    }
 
 
 @pytest.mark.parametrize(
