@@ -13,12 +13,20 @@ from common.config import CfgNode, add_distill_defaults
 from common.distillers import DISTILLERS
 from common.errors import ConfigError, nearest
 
-__all__ = ["get_cfg", "load_cfg", "resolve_device", "validate"]
+__all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "resolve_device", "teacher_nodes", "validate"]
+
+#: Precisions of autocast by SOLVER.AMP.
+PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _CfgNode(CfgNode):
+    #: Keys that take one value, or a list of one per teacher.
+    LISTABLE = ("MODEL.TEACHER.NAME", "MODEL.TEACHER.WEIGHTS")
 
 
 def get_cfg() -> CfgNode:
     """All settings with their defaults, DISTILL included."""
-    cfg = CfgNode()
+    cfg = _CfgNode()
     # The run folder: config, logs, checkpoints. Empty: output/<name of the config file>.
     cfg.OUTPUT_DIR = ""
     # Everything random in a run is a function of it: weights, order, augmentation, dropout.
@@ -30,41 +38,47 @@ def get_cfg() -> CfgNode:
     # Log every so many steps, and at each epoch's end.
     cfg.LOG_PERIOD = 20
 
-    cfg.MODEL = CfgNode()
+    cfg.MODEL = _CfgNode()
     # 0: what the data set says.
     cfg.MODEL.NUM_CLASSES = 0
     # auto: the GPU if there is one.
     cfg.MODEL.DEVICE = "auto"
     for side in ("STUDENT", "TEACHER"):
-        node = cfg.MODEL[side] = CfgNode()
-        # A model of the zoo, timm:NAME or torchvision:NAME.
+        node = cfg.MODEL[side] = _CfgNode()
+        # A model of the zoo, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
         node.NAME = ""
         # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
         node.WEIGHTS = ""
         # RGB, in 0..255. Empty: the data set's.
         node.PIXEL_MEAN = []
         node.PIXEL_STD = []
+    # Of several teachers: how much each counts. Empty: all the same. PIXEL_MEAN and _STD then are for all, or a list.
+    cfg.MODEL.TEACHER.SHARES = []
+    # Batch norms of the student take their statistics over all processes.
+    cfg.MODEL.SYNC_BN = False
 
     add_distill_defaults(cfg)
 
-    cfg.DATASETS = CfgNode()
+    cfg.DATASETS = _CfgNode()
     cfg.DATASETS.NAME = "cifar100"
     # Empty: the environment variable DETECTRON2_DATASETS, else ./datasets.
     cfg.DATASETS.ROOT = ""
     # Train on the first so many samples of a fixed shuffle. 0: all.
     cfg.DATASETS.TRAIN_SIZE = 0
 
-    cfg.INPUT = CfgNode()
+    cfg.INPUT = _CfgNode()
     # Side of the square images the networks see. 0: the data set's.
     cfg.INPUT.SIZE = 0
     # A recipe of classification/data/augment.py. Empty: the data set's.
     cfg.INPUT.AUGMENTATION = ""
 
-    cfg.SOLVER = CfgNode()
+    cfg.SOLVER = _CfgNode()
     cfg.SOLVER.EPOCHS = 240
     # Of all processes together.
     cfg.SOLVER.IMS_PER_BATCH = 64
+    # SGD, AdamW, or DOT, which gives the task's and the distillation's gradient a momentum each: 0.9 -+ DELTA.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.DELTA = 0.075
     cfg.SOLVER.BASE_LR = 0.05
     cfg.SOLVER.MOMENTUM = 0.9
     cfg.SOLVER.NESTEROV = False
@@ -75,16 +89,20 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.GAMMA = 0.1
     # Linear, from a thousandth of BASE_LR, in epochs.
     cfg.SOLVER.WARMUP_EPOCHS = 0
+    # Largest norm of the gradient. 0: no clipping.
+    cfg.SOLVER.CLIP_GRAD_NORM = 0.0
+    # Automatic mixed precision: "", "bf16" or "fp16" (with loss scaling). Losses are computed in fp32 all the same.
+    cfg.SOLVER.AMP = ""
     # Save every so many epochs, and, if not 0, every so many steps as well. The newest KEEP files stay.
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
     cfg.SOLVER.CHECKPOINT_STEPS = 0
     cfg.SOLVER.CHECKPOINT_KEEP = 2
 
-    cfg.DATALOADER = CfgNode()
+    cfg.DATALOADER = _CfgNode()
     # Per process. The result does not depend on it.
     cfg.DATALOADER.NUM_WORKERS = 4
 
-    cfg.TEST = CfgNode()
+    cfg.TEST = _CfgNode()
     # In epochs.
     cfg.TEST.EVAL_PERIOD = 1
     cfg.TEST.IMS_PER_BATCH = 256
@@ -112,6 +130,52 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
         cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
     validate(cfg)
     return cfg
+
+
+def image_size(cfg: CfgNode) -> int:
+    """Side in pixels of the images the networks see."""
+    return cfg.INPUT.SIZE or dataset_info(cfg.DATASETS.NAME).image_size
+
+
+def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
+    """One node of NAME, WEIGHTS, PIXEL_MEAN, PIXEL_STD and SHARE per teacher; shares sum to 1.
+
+    Args:
+        given: number of networks that take the place of those named, if any.
+
+    Raises:
+        ConfigError: lists of different length, or shares that are not positive.
+    """
+    node, count = cfg.MODEL.TEACHER, given or len(_names(cfg))
+    if not count:
+        return []
+    names = [""] * count if given else _names(cfg)
+    if given or not node.WEIGHTS:
+        weights = [""] * count
+    else:
+        weights = [node.WEIGHTS] if isinstance(node.WEIGHTS, str) else list(node.WEIGHTS)
+    shares = list(node.SHARES) or [1.0] * count
+    statistics = []
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        several = any(isinstance(value, list | tuple) for value in node[key])
+        statistics.append(list(node[key]) if several else [node[key]] * count)
+    for key, values in zip(
+        ("WEIGHTS", "SHARES", "PIXEL_MEAN", "PIXEL_STD"), (weights, shares, *statistics), strict=True
+    ):
+        if len(values) != count:
+            raise ConfigError(f"MODEL.TEACHER.{key} has {len(values)} entries for {count} teachers: {values}")
+    if any(share <= 0 for share in shares):
+        raise ConfigError(f"MODEL.TEACHER.SHARES must be positive, but is {shares}")
+    keys = ("NAME", "WEIGHTS", "PIXEL_MEAN", "PIXEL_STD")
+    return [
+        CfgNode({**dict(zip(keys, values[:4], strict=True)), "SHARE": values[4] / sum(shares)})
+        for values in zip(names, weights, *statistics, shares, strict=True)
+    ]
+
+
+def _names(cfg: CfgNode) -> list[str]:
+    names = cfg.MODEL.TEACHER.NAME
+    return [name for name in ([names] if isinstance(names, str) else names) if name]
 
 
 def validate(cfg: CfgNode) -> None:
@@ -157,12 +221,19 @@ def validate(cfg: CfgNode) -> None:
     steps = list(cfg.SOLVER.STEPS)
     if steps != sorted(set(steps)) or any(step < 1 for step in steps):
         raise ConfigError(f"SOLVER.STEPS are epochs from 1 on, each once and in order, but are {steps}")
-    for side in ("STUDENT", "TEACHER"):
-        for key in ("PIXEL_MEAN", "PIXEL_STD"):
-            if len(cfg.MODEL[side][key]) not in (0, 3):
-                raise ConfigError(f"MODEL.{side}.{key} takes 3 numbers in RGB order, or none for the data set's")
-        if any(value <= 0 for value in cfg.MODEL[side].PIXEL_STD):
-            raise ConfigError(f"MODEL.{side}.PIXEL_STD must be positive, but is {list(cfg.MODEL[side].PIXEL_STD)}")
+    for key, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teacher_nodes(cfg))]:
+        for name in ("PIXEL_MEAN", "PIXEL_STD"):
+            if len(node[name]) not in (0, 3):
+                raise ConfigError(f"MODEL.{key}.{name} takes 3 numbers in RGB order, or none for the data set's")
+        if any(value <= 0 for value in node.PIXEL_STD):
+            raise ConfigError(f"MODEL.{key}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
+    if cfg.SOLVER.AMP not in PRECISIONS:
+        raise ConfigError(f"SOLVER.AMP {cfg.SOLVER.AMP} is none of {', '.join(map(repr, PRECISIONS))}")
+    if cfg.SOLVER.OPTIMIZER == "DOT":
+        if not 0 <= cfg.SOLVER.DELTA < min(cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM):
+            raise ConfigError(f"SOLVER.DELTA {cfg.SOLVER.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
+        if not cfg.DISTILL.METHODS or cfg.SOLVER.CLIP_GRAD_NORM or cfg.SOLVER.AMP == "fp16":
+            raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, and bf16 or no AMP")
     resolve_device(cfg)
 
 

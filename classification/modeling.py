@@ -1,83 +1,76 @@
-"""The student with a teacher at its side: what the trainer calls."""
+"""The student with a teacher, or several, at its side: what the trainer calls."""
 
-import copy
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.config import resolve_device
-from classification.data import DatasetInfo, dataset_info
-from classification.models import build_model
+from classification.config import image_size, resolve_device, teacher_nodes
+from classification.data import dataset_info
+from classification.networks import Normalize, build_network, describe
 from common.config import CfgNode
 from common.distillers import DISTILLERS, Context
-from common.engine.weights import load_weights
+from common.engine.teacher import batch_statistics, leave_teacher_out_of_checkpoints
 from common.errors import ConfigError
-from common.outputs import OutputSpec
+from common.outputs import Outputs
 
-__all__ = ["DistillModel", "build_distiller", "build_network", "describe", "image_size", "model_cost"]
-
-logger = logging.getLogger("detectron2.d2distill")
-
-
-class Normalize(nn.Module):
-    """(images - mean) / std for images in 0..255, (N, 3, H, W), to float. Not part of any checkpoint."""
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images.to(self.mean.device, non_blocking=True) - self.mean) / self.std
+__all__ = ["DistillModel", "build_distiller"]
 
 
 class DistillModel(nn.Module):
     """Turns a batch into losses in training mode and into the student's logits in eval mode.
 
-    The teacher is always in eval mode, never in a gradient and never in the state dict.
+    Teachers are always in eval mode, never in a gradient and never in the state dict.
 
     Args:
-        student, teacher: networks with ``outputs()``; teacher None for plain training.
+        student: a network with ``outputs()``.
+        teachers: networks with ``outputs()``; none for plain training and for methods that need none.
         distillers: methods by lower-case name.
-        student_norm, teacher_norm: each network's normalisation.
+        student_norm, teacher_norms: each network's normalisation.
+        shares: of each teacher in what several of them teach together; their sum is 1.
         ce_weight: weight of the cross-entropy.
 
     Attributes:
-        student, teacher, distillers: as given.
+        student, distillers: as given.
+        teacher: the one teacher, a ModuleList of several, or None.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teachers: Sequence[nn.Module],
         distillers: dict[str, nn.Module],
         student_norm: Normalize,
-        teacher_norm: Normalize,
+        teacher_norms: Sequence[Normalize],
+        shares: Sequence[float],
         ce_weight: float,
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher
+        self.teacher = None
+        if teachers:
+            self.teacher = nn.ModuleList(teachers) if len(teachers) > 1 else teachers[0]
+            self.teacher.requires_grad_(False).eval()
         self.distillers = nn.ModuleDict(distillers)
         self.student_norm = student_norm
-        self.teacher_norm = teacher_norm
+        self.teacher_norms = nn.ModuleList(teacher_norms)
+        self.shares = list(shares)
         self.ce_weight = ce_weight
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
-        self.register_state_dict_post_hook(_drop_teacher)
-        self.register_load_state_dict_post_hook(_expect_no_teacher)
+        leave_teacher_out_of_checkpoints(self)
 
     def train(self, mode: bool = True) -> "DistillModel":
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def set_labels(self, labels: Tensor) -> None:
+        """Tell the methods the class of every training sample: (num_samples,), in the order of ``index``."""
+        for distiller in self.distillers.values():
+            distiller.set_labels(labels)
 
     def forward(self, batch: Mapping[str, Tensor], epoch: float = 1) -> dict[str, Tensor] | Tensor:
         """Losses of a batch, or its logits.
@@ -93,62 +86,44 @@ class DistillModel(nn.Module):
         images = self.student_norm(batch["image"])
         if not self.training:
             return self.student(images)
-        target = batch["label"].to(images.device, non_blocking=True)
+        target, index, contrast_index = (
+            None if part is None else part.to(images.device, non_blocking=True)
+            for part in (batch["label"], batch.get("index"), batch.get("contrast_index"))
+        )
         student = self.student.outputs(images)
         # The sum over an empty batch is 0; its mean would be NaN.
-        cross_entropy = F.cross_entropy(student.logits, target, reduction="sum") / max(len(target), 1)
+        cross_entropy = F.cross_entropy(student.logits.float(), target, reduction="sum") / max(len(target), 1)
         losses = {"loss_ce": self.ce_weight * cross_entropy}
-        if self.distillers:
-            with torch.no_grad():
-                teacher = self.teacher.outputs(self.teacher_norm(batch["image"]))
-            ctx = Context(epoch, batch.get("index"), batch.get("contrast_index"))
-            for distiller in self.distillers.values():
-                losses.update(distiller(student, teacher, target, ctx))
+        teachers = self._teach(batch["image"])
+        ctx = Context(epoch, index, contrast_index)
+        for distiller in self.distillers.values():
+            teacher = teachers[distiller.cfg.TEACHER] if distiller.needs_teacher else None
+            losses.update(distiller(student, teacher, target, ctx))
         return losses
 
-
-def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
-        del state[name]
-
-
-def _expect_no_teacher(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [
-        n for n in incompatible.missing_keys if "teacher." not in n.partition("student.")[0]
-    ]
-
-
-def build_network(cfg: CfgNode, side: str, num_classes: int) -> nn.Module:
-    """The network of ``cfg.MODEL.<side>`` with its WEIGHTS, if it names any.
-
-    Raises:
-        ConfigError: unknown model name.
-        CheckpointError: weights that are missing or of another network.
-    """
-    node, info = cfg.MODEL[side], dataset_info(cfg.DATASETS.NAME)
-    try:
-        network = build_model(node.NAME, num_classes, zoo=info.zoo, image_size=image_size(cfg))
-    except ValueError as error:
-        raise ConfigError(f"MODEL.{side}.NAME: {error}") from error
-    if node.WEIGHTS:
-        load_weights(network, node.WEIGHTS, f"MODEL.{side}.WEIGHTS")
-    elif side == "TEACHER":
-        logger.warning("MODEL.TEACHER.WEIGHTS is empty: the teacher has random weights and teaches nothing")
-    return network
-
-
-def image_size(cfg: CfgNode) -> int:
-    """Side in pixels of the images the networks see."""
-    return cfg.INPUT.SIZE or dataset_info(cfg.DATASETS.NAME).image_size
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> list[Outputs]:
+        if self.teacher is None:
+            return []
+        networks = self.teacher if isinstance(self.teacher, nn.ModuleList) else [self.teacher]
+        by_batch = any(distiller.teacher_batch_statistics for distiller in self.distillers.values())
+        teachers = []
+        for network, norm in zip(networks, self.teacher_norms, strict=True):
+            with batch_statistics(network) if by_batch else nullcontext():
+                teachers.append(network.outputs(norm(images)))
+        if len(teachers) > 1:
+            ensemble = [(share, teacher.logits) for share, teacher in zip(self.shares, teachers, strict=True)]
+            teachers = [replace(teacher, ensemble=ensemble) for teacher in teachers]
+        return teachers
 
 
 def build_distiller(
     cfg: CfgNode,
     student: nn.Module | None = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Sequence[nn.Module] | None = None,
     num_samples: int | None = None,
 ) -> DistillModel:
-    """Student, teacher and the methods of ``cfg.DISTILL.METHODS``, on the device of ``cfg.MODEL.DEVICE``.
+    """Student, teachers and the methods of ``cfg.DISTILL.METHODS``, on the device of ``cfg.MODEL.DEVICE``.
 
     Args:
         cfg: from :func:`classification.config.get_cfg`.
@@ -163,47 +138,32 @@ def build_distiller(
     num_classes = cfg.MODEL.NUM_CLASSES or info.num_classes
     if num_classes is None:
         raise ConfigError(f"MODEL.NUM_CLASSES: data set {info.name} has no fixed number of classes; set it")
-    student = student or build_network(cfg, "STUDENT", num_classes)
-    methods = list(cfg.DISTILL.METHODS)
-    if methods and teacher is None:
-        if not cfg.MODEL.TEACHER.NAME:
-            raise ConfigError(f"DISTILL.METHODS {methods} need a teacher, but MODEL.TEACHER.NAME is empty")
-        teacher = build_network(cfg, "TEACHER", num_classes)
+    methods = {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
+    student = student or build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, num_classes)
+    teachers, shares, norms = [], [], []
+    if any(method.needs_teacher for method in methods.values()):
+        given = [] if teacher is None else list(teacher) if isinstance(teacher, Sequence | nn.ModuleList) else [teacher]
+        nodes = teacher_nodes(cfg, len(given))
+        if not nodes:
+            raise ConfigError(f"DISTILL.METHODS {list(methods)} need a teacher, but MODEL.TEACHER.NAME is empty")
+        teachers = given or [build_network(cfg, "MODEL.TEACHER", node, num_classes) for node in nodes]
+        shares = [node.SHARE for node in nodes]
+        norms = [Normalize.of(node, info) for node in nodes]
     distillers = {}
     if methods:
-        student_spec, teacher_spec = (describe(network, image_size(cfg)) for network in (student, teacher))
-        for name in methods:
-            try:
-                distillers[name.lower()] = DISTILLERS.get(name)(
-                    cfg.DISTILL[name.upper()], student_spec, teacher_spec, num_samples
-                )
-            except ValueError as error:
-                raise ConfigError(f"DISTILL.METHODS: {error}") from error
-    norms = [_normalize(cfg, side, info) for side in ("STUDENT", "TEACHER")]
-    model = DistillModel(student, teacher if methods else None, distillers, *norms, cfg.DISTILL.CE_WEIGHT)
+        size = image_size(cfg)
+        student_spec, *teacher_specs = (describe(network, size) for network in (student, *teachers))
+    for name, method in methods.items():
+        node = cfg.DISTILL[name.upper()]
+        if method.needs_teacher and not 0 <= node.TEACHER < len(teachers):
+            raise ConfigError(
+                f"DISTILL.{name.upper()}.TEACHER is {node.TEACHER}, but there are {len(teachers)} teachers"
+            )
+        teacher_spec = teacher_specs[node.TEACHER] if method.needs_teacher else None
+        try:
+            distillers[name.lower()] = method(node, student_spec, teacher_spec, num_samples)
+        except ValueError as error:
+            raise ConfigError(f"DISTILL.METHODS: {error}") from error
+    student_norm = Normalize.of(cfg.MODEL.STUDENT, info)
+    model = DistillModel(student, teachers, distillers, student_norm, norms, shares, cfg.DISTILL.CE_WEIGHT)
     return model.to(resolve_device(cfg))
-
-
-@torch.no_grad()
-def describe(network: nn.Module, size: int) -> OutputSpec:
-    """Shapes of a network's outputs, from one forward pass of one image."""
-    was_training = network.training
-    parameter = next(network.parameters())
-    spec = network.eval().outputs(torch.zeros(1, 3, size, size, device=parameter.device)).spec()
-    network.train(was_training)
-    norms = getattr(network, "bn_before_relu", None)
-    return replace(spec, bn_before_relu=None if norms is None else tuple(norms))
-
-
-def model_cost(network: nn.Module, size: int) -> dict[str, int]:
-    """``parameters``, and ``flops`` (multiply-adds, as fvcore counts them) for one image of `size` x `size`."""
-    plain = copy.deepcopy(network).cpu().eval()
-    with torch.no_grad():
-        flops = FlopCountAnalysis(plain, torch.zeros(1, 3, size, size))
-        flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        return {"parameters": sum(p.numel() for p in network.parameters()), "flops": int(flops.total())}
-
-
-def _normalize(cfg: CfgNode, side: str, info: DatasetInfo) -> Normalize:
-    node = cfg.MODEL[side]
-    return Normalize(list(node.PIXEL_MEAN or info.pixel_mean), list(node.PIXEL_STD or info.pixel_std))

@@ -8,12 +8,29 @@ from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler, ParamScheduler
 from torch import nn
 
+from common.engine.dot import DOT as DistillationOrientedTrainer
+
 __all__ = ["OPTIMIZERS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
 
 
 def _sgd(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         parameters, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, weight_decay=solver.WEIGHT_DECAY
+    )
+
+
+def _adamw(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
+    # As transformers are trained: biases, norms and tokens do not decay.
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": solver.WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], solver.BASE_LR)
+
+
+def _dot(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
+    return DistillationOrientedTrainer(
+        parameters, solver.BASE_LR, solver.MOMENTUM, solver.DELTA, weight_decay=solver.WEIGHT_DECAY
     )
 
 
@@ -28,13 +45,20 @@ def _cosine(solver: CfgNode) -> ParamScheduler:
 
 
 #: Optimisers by SOLVER.OPTIMIZER.
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], CfgNode], torch.optim.Optimizer]] = {"SGD": _sgd}
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], CfgNode], torch.optim.Optimizer]] = {
+    "SGD": _sgd,
+    "AdamW": _adamw,
+    "DOT": _dot,
+}
 #: Schedules by SOLVER.LR_SCHEDULE: the factor on BASE_LR over the whole training.
 SCHEDULES: dict[str, Callable[[CfgNode], ParamScheduler]] = {"step": _step, "cosine": _cosine}
 
 
 def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
-    """The optimiser SOLVER.OPTIMIZER over all trainable parameters; weight decay on all, as in the literature."""
+    """The optimiser SOLVER.OPTIMIZER over all trainable parameters.
+
+    SGD and DOT decay all of them, as the literature on CNNs does; AdamW the matrices and kernels only.
+    """
     return OPTIMIZERS[solver.OPTIMIZER]([p for p in model.parameters() if p.requires_grad], solver)
 
 

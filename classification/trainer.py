@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.engine import hooks
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from classification.config import resolve_device
+from classification.config import PRECISIONS, image_size, resolve_device
 from classification.data import ImageDataset, build_augmentation, build_dataset
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
-from classification.modeling import DistillModel, build_distiller, build_network, image_size, model_cost
+from classification.modeling import build_distiller
+from classification.networks import build_network, model_cost
 from classification.solver import build_lr_scheduler, build_optimizer
 from common.config import CfgNode
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import build_writers
@@ -59,20 +58,29 @@ class ClassificationTrainer(StepTrainer):
         solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
         # The student is built first, so that its weights are the same whatever teacher and methods follow.
         seed_step(cfg.SEED, 0)
-        student = build_network(cfg, "STUDENT", cfg.MODEL.NUM_CLASSES)
+        student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
         self.distill_model = build_distiller(cfg, student=student, num_samples=len(train_set))
+        self.distill_model.set_labels(train_set.labels.to(resolve_device(cfg)))
+        if cfg.MODEL.SYNC_BN:
+            synchronize_batch_norms(self.distill_model.student)
 
         def sampler(start: int) -> EpochBatchSampler:
             return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
 
         augmentation = cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+        optimizer = build_optimizer(self.distill_model, solver)
+        # An optimiser with a backward of its own averages the gradients over the processes itself.
+        self._own_backward = getattr(optimizer, "backward", None)
         super().__init__(
-            _wrap(self.distill_model),
-            build_optimizer(self.distill_model, solver),
+            self.distill_model if self._own_backward else wrap_student(self.distill_model),
+            optimizer,
             lambda start: build_train_loader(train_set, sampler(start), size, augmentation, workers),
             cfg.SEED,
+            PRECISIONS[solver.AMP],
+            solver.CLIP_GRAD_NORM,
         )
-        self.epoch_length, self.max_iter = sampler(0).epoch_length, len(sampler(0))
+        self.sampler = sampler(0)
+        self.epoch_length, self.max_iter = self.sampler.epoch_length, len(self.sampler)
         self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
         self.facts = {**{key: _get(cfg, key) for key in _FIXED}, "training samples": len(train_set)}
         self.checkpointer = RunCheckpointer(
@@ -87,15 +95,25 @@ class ClassificationTrainer(StepTrainer):
         schedule = build_lr_scheduler(self.optimizer, solver, self.epoch_length)
         self.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(self.optimizer, schedule), self.evaluation])
 
-    def arguments(self, batch: Any) -> tuple[Any, ...]:
-        return batch, self.iter // self.epoch_length + 1
+    def compute_losses(self, batch: Any) -> dict[str, Tensor]:
+        losses = self.model(batch, self.iter // self.epoch_length + 1)
+        # Each process takes the mean over its own samples; their average is the mean over the whole batch only
+        # where all have the same number, so not in an epoch's last batch.
+        share = self.sampler.share(self.iter)
+        return losses if share == 1 else {name: share * value for name, value in losses.items()}
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
+        if self._own_backward is None:
+            super().backward(losses)
+        else:
+            task, *distill = losses.values()
+            self._own_backward(task, sum(distill))
 
     def test(self) -> dict[str, float]:
         """Top-1 and top-5 accuracy of the student on the test split, in percent; empty beside the main process."""
         if comm.get_world_size() > 1:
-            # Batch statistics differ between the processes after a step; the main one's are those that are saved.
-            for buffer in self.distill_model.student.buffers():
-                dist.broadcast(buffer, 0)
+            # Running statistics differ between the processes after a step; the main one's are those that are saved.
+            broadcast_buffers(self.distill_model.student)
         return inference_on_dataset(self.distill_model, self.test_loader, AccuracyEvaluator())
 
     def save_student(self, name: str) -> None:
@@ -153,16 +171,6 @@ class ClassificationTrainer(StepTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.seconds = state_dict["seconds"]
-
-
-def _wrap(model: DistillModel) -> nn.Module:
-    if comm.get_world_size() == 1:
-        return model
-    # The teacher is the same everywhere and never changes: nothing of it needs to be sent.
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name.startswith("teacher.")]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    device = next(model.student.parameters()).device
-    return create_ddp_model(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def start_logs(output_dir: str) -> None:

@@ -28,13 +28,16 @@ class CheckedMerge:
     A whole number is taken where a float is expected.
     """
 
+    #: Keys that take a string or a list.
+    LISTABLE: tuple[str, ...] = ()
+
     def merge_from_other_cfg(self, cfg_other: _CfgNode) -> None:
         """Merge the settings of another node.
 
         Raises:
             ConfigError: an unknown key, or a value of another type.
         """
-        _check(self, cfg_other, _leaves(self), path=())
+        _check(self, cfg_other, _leaves(self), self.LISTABLE)
         try:
             super().merge_from_other_cfg(cfg_other)
         except ValueError as error:
@@ -67,7 +70,9 @@ def _leaves(node: _CfgNode, prefix: str = "") -> list[str]:
     return names
 
 
-def _check(node: _CfgNode, other: _CfgNode, known: list[str], path: tuple[str, ...]) -> None:
+def _check(
+    node: _CfgNode, other: _CfgNode, known: list[str], listable: tuple[str, ...], path: tuple[str, ...] = ()
+) -> None:
     for key, value in other.items():
         name = ".".join((*path, key))
         if key not in node:
@@ -76,7 +81,7 @@ def _check(node: _CfgNode, other: _CfgNode, known: list[str], path: tuple[str, .
             raise ConfigError(f"unknown config key {name}{nearest(name, known)}")
         mine = node[key]
         if isinstance(mine, _CfgNode) and isinstance(value, _CfgNode):
-            _check(mine, value, known, (*path, key))
+            _check(mine, value, known, listable, (*path, key))
         elif isinstance(mine, _CfgNode) != isinstance(value, _CfgNode):
             kind = "a node with keys below it" if isinstance(mine, _CfgNode) else f"a value ({mine!r})"
             raise ConfigError(f"config key {name} is {kind}, but was given {value!r}")
@@ -84,3 +89,6 @@ def _check(node: _CfgNode, other: _CfgNode, known: list[str], path: tuple[str, .
             decoded = other._decode_cfg_value(value)
             if type(decoded) is int:
                 other[key] = float(decoded)
+        elif name in listable:
+            # yacs lets no value change its type: give the old one the type of the new.
+            node[key] = type(other._decode_cfg_value(value))()

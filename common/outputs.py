@@ -21,12 +21,14 @@ class Outputs:
             stem ("stages" in the literature are ``feats[1:]``); in detection p2 to p6.
         preacts: the same maps before their last ReLU.
         pooled: (N, D), the flattened vector that enters the classifier.
+        ensemble: (share, logits) of each of several teachers, shares that sum to 1; None where there is one.
     """
 
     logits: Tensor | None = None
     feats: list[Tensor] | None = None
     preacts: list[Tensor] | None = None
     pooled: Tensor | None = None
+    ensemble: list[tuple[float, Tensor]] | None = None
 
     def spec(self) -> "OutputSpec":
         """The shapes of these outputs, without the batch axis."""

@@ -146,7 +146,7 @@ def test_a_method_needs_one_file_and_one_yaml(tmp_path):
     (tmp_path / "half.yaml").write_text(CONFIG.format(base=ROOT / "configs/cls/digits_r8.yaml"))
     try:
         cfg = load_cfg(str(tmp_path / "half.yaml"), ["DISTILL.HALVED.WARMUP", "2"])
-        assert cfg.DISTILL.HALVED == {"WEIGHT": 5.0, "WARMUP": 2, "POWER": 2}
+        assert cfg.DISTILL.HALVED == {"WEIGHT": 5.0, "WARMUP": 2, "TEACHER": 0, "POWER": 2}
         model = build_distiller(cfg)
         batch = {"image": array(0, 4, 3, 32, 32) * 50 + 120, "label": torch.arange(4), "index": torch.arange(4)}
         losses = model(batch, 1)

@@ -22,7 +22,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) from any step on, without going through the steps before it.
 
     Each epoch is a permutation drawn from (seed, epoch), cut into batches; the last one of an epoch may be smaller.
-    With several processes each takes every `world_size`-th sample of the batch a single process would have.
+    With several processes each takes every `world_size`-th sample of the batch a single process would have. One that
+    gets none of an epoch's last few is given the first, with a share of 0.
 
     Args:
         num_samples: size of the data set.
@@ -51,8 +52,19 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             order = np.random.default_rng(stream).permutation(self.num_samples)
             for batch in range(first_batch, self.epoch_length):
                 indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(epoch, int(index)) for index in indices[comm.get_rank() :: comm.get_world_size()]]
+                own = indices[comm.get_rank() :: comm.get_world_size()]
+                yield [(epoch, int(index)) for index in (own if len(own) else indices[:1])]
             first_batch = 0
+
+    def share(self, step: int) -> float:
+        """What this process's mean over its samples of a step counts in the average over the processes.
+
+        With it that average is the mean over the whole batch: 1 where all processes have the same number.
+        """
+        first = step % self.epoch_length * self.batch_size
+        size = min(self.batch_size, self.num_samples - first)
+        own = len(range(comm.get_rank(), size, comm.get_world_size()))
+        return own * comm.get_world_size() / size
 
 
 class Subset(ImageDataset):

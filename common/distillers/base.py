@@ -1,8 +1,10 @@
 """What every distillation method is: a module that turns two networks' outputs into losses."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
@@ -82,7 +84,8 @@ class Distiller(nn.Module):
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
         """The settings of every method of this kind; `defaults()` may give them other values."""
-        return {"WEIGHT": 1.0, "WARMUP": 0}
+        # Of several teachers a method on features looks at number TEACHER; one on logits looks at all of them.
+        return {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
 class LogitDistiller(Distiller):
     """Base of the methods that compare class logits. A subclass states `defaults()` and `logit_loss()`.
 
-    The setting STANDARDIZE compares logits under :func:`standardize_logits`.
+    The setting STANDARDIZE compares logits under :func:`standardize_logits`. Several teachers count as one whose
+    probabilities, softened with the method's T (1 without), are the average of theirs.
     """
 
     @classmethod
@@ -152,7 +156,15 @@ class LogitDistiller(Distiller):
         raise TypeError(f"{self.name} defines no logit_loss()")
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        logits = [student.logits, teacher.logits]
-        if self.cfg.STANDARDIZE:
-            logits = [standardize_logits(part) for part in logits]
-        return {f"loss_{self.name.lower()}": self.logit_loss(*logits, target)}
+        prepare = standardize_logits if self.cfg.STANDARDIZE else at_least_float32
+        logits_teacher = prepare(teacher.logits)
+        if teacher.ensemble is not None:
+            members = [(share, prepare(logits)) for share, logits in teacher.ensemble]
+            logits_teacher = average_softened(members, self.cfg.get("T", 1.0))
+        return {f"loss_{self.name.lower()}": self.logit_loss(prepare(student.logits), logits_teacher, target)}
+
+
+def average_softened(members: list[tuple[float, Tensor]], temperature: float) -> Tensor:
+    """Logits (N, C) whose softmax at `temperature` is the average, by shares, of that of each member's logits."""
+    logs = [(logits / temperature).log_softmax(1) + math.log(share) for share, logits in members if share > 0]
+    return temperature * torch.stack(logs).logsumexp(0)

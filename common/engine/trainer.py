@@ -32,10 +32,12 @@ class StepTrainer(TrainerBase):
     """Detectron2's TrainerBase with a step that is exact under restarts.
 
     Args:
-        model: returns a dict of losses for ``model(*arguments(batch))`` in training mode.
+        model: returns a dict of losses in training mode.
         optimizer: over the trainable parameters of `model`.
         build_batches: called with the first step to do; returns the batches from that step on.
         seed: of the run.
+        precision: of autocast; None trains in fp32. torch.float16 comes with loss scaling.
+        clip: largest norm of the gradient; 0 does not clip.
     """
 
     def __init__(
@@ -44,12 +46,18 @@ class StepTrainer(TrainerBase):
         optimizer: torch.optim.Optimizer,
         build_batches: Callable[[int], Iterable[Any]],
         seed: int,
+        precision: torch.dtype | None = None,
+        clip: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer = optimizer
         self.build_batches = build_batches
         self.seed = seed
+        self.precision = precision
+        self.clip = clip
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.metrics = MeanMetrics()
         self._batches: Iterator[Any]
 
@@ -63,22 +71,31 @@ class StepTrainer(TrainerBase):
         del self._batches
         super().after_train()
 
-    def arguments(self, batch: Any) -> tuple[Any, ...]:
-        """What the model is called with for this batch."""
-        return (batch,)
-
     def run_step(self) -> None:
         start = time.perf_counter()
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
         seed_step(self.seed, self.iter)
-        losses: dict[str, Tensor] = self.model(*self.arguments(batch))
-        total = sum(losses.values())
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            losses = self.compute_losses(batch)
         self.optimizer.zero_grad()
-        total.backward()
+        self.backward(losses)
         self.after_backward()
-        self.optimizer.step()
-        self.metrics.update({"total_loss": total, **losses})
+        if self.clip:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.metrics.update({"total_loss": sum(losses.values()), **losses})
+
+    def compute_losses(self, batch: Any) -> dict[str, Tensor]:
+        """The losses of a batch, whose sum is what this process descends on."""
+        return self.model(batch)
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
+        """Put the gradients where the optimiser finds them."""
+        self.scaler.scale(sum(losses.values())).backward()
 
     def log_metrics(self) -> None:
         """Put the losses' means since the last call, over all processes, into the event storage."""
@@ -89,9 +106,15 @@ class StepTrainer(TrainerBase):
             self.storage.put_scalar(name, np.mean([m[name] for m in gathered]), smoothing_hint=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "metrics": self.metrics.state_dict()}
+        return {
+            **super().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "metrics": self.metrics.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.scaler.load_state_dict(state_dict["scaler"])
         self.metrics.load_state_dict(state_dict["metrics"])

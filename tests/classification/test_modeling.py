@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from classification.config import get_cfg
-from classification.modeling import build_distiller, model_cost
+from classification.modeling import build_distiller
 from classification.models import build_model
+from classification.networks import model_cost
 from common.distillers import kd_loss
 from common.engine.checkpoint import save_student
 from common.errors import CheckpointError, ConfigError

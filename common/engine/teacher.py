@@ -1,0 +1,41 @@
+"""What holds for a teacher whatever the task: frozen, in eval mode, in no checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints"]
+
+_PREFIX = "teacher."
+
+
+def leave_teacher_out_of_checkpoints(model: nn.Module) -> None:
+    """Make ``model.state_dict()`` end without, and ``model.load_state_dict()`` expect nothing of, ``model.teacher``."""
+    model.register_state_dict_post_hook(_drop)
+    model.register_load_state_dict_post_hook(_expect_none)
+
+
+def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(prefix + _PREFIX)]:
+        del state[name]
+
+
+def _expect_none(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith(_PREFIX)]
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Within the block the network's batch norms use the batch's statistics and leave their running ones alone."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for norm, (training, track) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, track
