@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.distillers import Context, contrast_products, crd_loss
+from common.distillers import Context, crd_loss
+from common.distillers._contrast import contrast_products, last_of_each
 from common.outputs import Outputs
 from tests.common.distillers.building import build, settings
 from tests.goldens.fill import array
@@ -104,6 +105,11 @@ def test_momentum_and_the_last_of_a_repeated_sample():
     for sample, row in ((7, 2), (2, 1)):
         new = 0.8 * old[sample] + 0.2 * embedding[row]
         assert torch.allclose(method.bank_student[sample], new / new.norm(), atol=1e-6)
+
+
+def test_last_of_each():
+    # By hand, since only a device writes repeated rows in any order.
+    assert last_of_each(torch.tensor([7, 2, 7, 5, 2, 7])).tolist() == [5, 4, 5, 3, 4, 5]
 
 
 def test_z_is_that_of_the_first_batch():

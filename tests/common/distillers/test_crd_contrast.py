@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from common.distillers import Context, draw_contrast
+from common.distillers import Context
+from common.distillers._contrast import draw_contrast
 from common.outputs import Outputs
 from tests.common.distillers.test_crd import LABELS, SAMPLES, make, outputs, step
 
