@@ -20,3 +20,13 @@ def batch_mean(per_sample: Tensor) -> Tensor:
 def kl_per_sample(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     """KL(teacher || student) of log-probabilities (N, C), summed over classes: (N,)."""
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+
+
+def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Values minus their mean over `dim`; 0, without a gradient, where they are constant.
+
+    What rounding leaves of constant values has no direction, and would become one when divided by its norm.
+    """
+    difference = values - values.mean(dim, keepdim=True)
+    norm, size = (torch.linalg.vector_norm(part, dim=dim, keepdim=True) for part in (difference, values))
+    return difference.masked_fill(norm <= 8 * torch.finfo(values.dtype).eps * size, 0.0)

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from common.distillers._numerics import at_least_float32
+from common.distillers._numerics import at_least_float32, centred
 from common.outputs import Outputs, OutputSpec
 
 __all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
@@ -129,15 +129,16 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
         (logits - mean over classes) / (unbiased standard deviation over classes + eps)
 
     Args:
-        logits: (N, C). With C = 1 the result is 0.
+        logits: (N, C). Equal logits, and with C = 1 any, become 0 and have no gradient.
 
     Returns:
         (N, C), at least fp32.
     """
     logits = at_least_float32(logits)
-    # One value has no unbiased deviation. At a deviation of 0 torch takes its gradient as 0.
-    deviation = logits.std(1, correction=min(1, logits.shape[1] - 1), keepdim=True)
-    return (logits - logits.mean(1, keepdim=True)) / (deviation + eps)
+    difference = centred(logits, 1)
+    # The norm's gradient is 0 where all logits are equal; that of a square root would be infinite.
+    deviation = difference.norm(dim=1, keepdim=True) / max(logits.shape[1] - 1, 1) ** 0.5
+    return difference / (deviation + eps)
 
 
 class LogitDistiller(Distiller):

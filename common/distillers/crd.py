@@ -1,0 +1,151 @@
+"""Contrastive representation distillation."""
+
+import math
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.distillers._contrast import contrast_products, draw_contrast, last_of_each
+from common.distillers._numerics import batch_mean
+from common.distillers._processes import all_ranks, sum_over_ranks
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs, OutputSpec
+
+__all__ = ["CRD", "crd_loss"]
+
+
+def crd_loss(log_scores: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
+    """Noise-contrastive estimation of one side's scores, against uniform noise.
+
+    Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020, arXiv:1910.10699, equation 18.
+
+        - mean over samples of ( log(P+ / (P+ + c + eps)) + sum over negatives of log(c / (P- + c + eps)) )
+
+    with c = K / num_samples.
+
+    Args:
+        log_scores: (N, 1 + K) log P = dot / T - log Z of the positive and of K > 0 negatives.
+        num_samples: size of the training set.
+
+    Returns:
+        0-d tensor; 0 for an empty batch.
+    """
+    num_negatives = log_scores.shape[1] - 1
+    noise = num_negatives / num_samples
+    gap = log_scores - math.log(noise + eps)
+    negatives = F.logsigmoid(-gap[:, 1:]).sum(1) - num_negatives * math.log1p(eps / noise)
+    return -batch_mean(F.logsigmoid(gap[:, 0]) + negatives)
+
+
+@DISTILLERS.register()
+class CRD(Distiller):
+    """`crd_loss` of each network's embedding against a memory bank of the other's, both sides added.
+
+    An embedding is a learned linear map of `pooled` to FEAT_DIM numbers, divided by its L2 norm. A bank row is the
+    normalised mean, with momentum, of a sample's embeddings; where a batch holds a sample twice, the last one counts.
+    Z is the mean score of the first batch times `num_samples`, per side. MODE "exact" takes the sample itself as the
+    positive, "relax" any sample of its class. Samples whose class is not known yet can be negatives of any other.
+
+    Over several processes banks, classes and Z are made of the whole batch, and are the same in each of them.
+
+    Raises:
+        ValueError: `num_samples` is unknown or below 2, K below 1, an unknown MODE; in a step no index, or a
+            `contrast_index` without negatives.
+    """
+
+    needs = ("pooled",)
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        if num_samples is None or num_samples < 2:
+            raise ValueError(f"{self.name} remembers training samples, but their number is {num_samples}; 2 or more")
+        if cfg.K < 1 or cfg.MODE not in ("exact", "relax"):
+            raise ValueError(f'{self.name} takes K >= 1 and MODE "exact" or "relax", not {cfg.K} and {cfg.MODE!r}')
+        self.num_samples = num_samples
+        self.embed_student = nn.Linear(student_spec.pooled, cfg.FEAT_DIM)
+        self.embed_teacher = nn.Linear(teacher_spec.pooled, cfg.FEAT_DIM)
+        # A seed of their own: all processes must begin with the same banks, however they are seeded.
+        generator = torch.Generator().manual_seed(0)
+        bound = math.sqrt(3 / cfg.FEAT_DIM)
+        for side in ("student", "teacher"):
+            bank = torch.empty(num_samples, cfg.FEAT_DIM).uniform_(-bound, bound, generator=generator)
+            self.register_buffer(f"bank_{side}", bank)
+        self.register_buffer("z", torch.full((2,), -1.0))
+        self.register_buffer("labels", torch.full((num_samples,), -1))
+        self.register_buffer("order", torch.arange(num_samples), persistent=False)
+        self.all_known = False
+        self.register_load_state_dict_post_hook(_after_load)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {"WEIGHT": 0.8, "K": 16384, "T": 0.07, "MOMENTUM": 0.5, "FEAT_DIM": 128, "MODE": "exact"}
+
+    def set_labels(self, labels: Tensor) -> None:
+        """Fill the table of classes, which is otherwise learned from the batches.
+
+        Raises:
+            ValueError: not one whole number per training sample, or a single class: there are no negatives.
+        """
+        labels = torch.as_tensor(labels, device=self.labels.device)
+        if labels.shape != self.labels.shape or labels.is_floating_point():
+            raise ValueError(
+                f"{self.name} takes one class number per training sample, ({self.num_samples},), "
+                f"but was given {tuple(labels.shape)} of {labels.dtype}"
+            )
+        if labels.min() == labels.max() >= 0:
+            raise ValueError(f"{self.name} contrasts classes, but all training samples are of class {int(labels[0])}")
+        self.labels.copy_(labels)
+        self._sort()
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        if ctx.index is None:
+            raise ValueError(f"{self.name} needs the position of each sample in the data set (ctx.index)")
+        device, index = self.z.device, ctx.index.long().to(self.z.device, non_blocking=True)
+        with torch.autocast(device.type, enabled=False):
+            of_student = F.normalize(self.embed_student(student.pooled.to(self.z.dtype)))
+            of_teacher = F.normalize(self.embed_teacher(teacher.pooled.detach().to(self.z.dtype)))
+            everywhere, classes, *embeddings = all_ranks(index, target.long(), of_student, of_teacher)
+            last = last_of_each(everywhere)
+            if not self.all_known:
+                self.labels[everywhere] = classes[last]
+                self.order.copy_(self.labels.argsort(stable=True))
+            contrast = self._contrast(index, ctx.contrast_index)
+            products = [
+                contrast_products(of_student, self.bank_teacher, contrast) / self.cfg.T,
+                contrast_products(of_teacher, self.bank_student, contrast) / self.cfg.T,
+            ]
+            self._fix_z(products)
+            loss = sum(crd_loss(p - z.log(), self.num_samples) for p, z in zip(products, self.z, strict=True))
+            for bank, embedding in zip((self.bank_student, self.bank_teacher), embeddings, strict=True):
+                mean = self.cfg.MOMENTUM * bank[everywhere] + (1 - self.cfg.MOMENTUM) * embedding[last]
+                bank[everywhere] = F.normalize(mean)
+        return {f"loss_{self.name.lower()}": loss}
+
+    def _contrast(self, index: Tensor, given: Tensor | None) -> Tensor:
+        if given is None:
+            positives = index if self.cfg.MODE == "exact" else None
+            return draw_contrast(self.labels[index], self.order, self.labels[self.order], self.cfg.K, positives)
+        if given.shape[1] < 2:
+            raise ValueError(f"{self.name}: contrast_index holds a positive and its negatives, not {given.shape[1]}")
+        return given.long().to(index.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _fix_z(self, products: list[Tensor]) -> None:
+        """Set Z where it is unset; done in every step, since asking whether it is would wait for the device."""
+        count = products[0].new_full((1,), products[0].numel())
+        *sums, count = sum_over_ranks(torch.cat([*(p.exp().sum()[None] for p in products), count]))
+        fresh = self.num_samples * torch.stack(sums) / count.clamp(min=1)
+        self.z.copy_(torch.where((self.z < 0) & (count > 0), fresh, self.z))
+
+    def _sort(self) -> None:
+        self.order.copy_(self.labels.argsort(stable=True))
+        self.all_known = bool((self.labels >= 0).all())
+
+
+def _after_load(module: CRD, incompatible: Any) -> None:
+    module._sort()

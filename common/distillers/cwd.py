@@ -1,0 +1,48 @@
+"""Channel-wise distillation: where each channel of a feature map looks."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.distillers._levels import LevelDistiller, same_size
+from common.distillers._numerics import batch_mean, kl_per_sample
+from common.distillers.base import DISTILLERS
+
+__all__ = ["CWD", "cwd_loss"]
+
+
+def cwd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], temperature: float = 1.0) -> Tensor:
+    """Divergence of each channel's distribution over space.
+
+    Shu et al.: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021, arXiv:2011.13256.
+
+        sum over levels of T^2 / (N * C) * sum over samples and channels of KL(softmax(t / T) || softmax(s / T))
+
+    with softmax and KL over the H * W positions of a channel.
+
+    Args:
+        feats_student, feats_teacher: lists of maps (N, C, H, W), from shallow to deep. Of lists of different length
+            the deepest entries are compared; a student map of another size is interpolated to the teacher's.
+        temperature: T > 0.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: maps of different channels.
+    """
+    return temperature**2 * sum(
+        batch_mean(kl_per_sample(*(F.log_softmax(maps.flatten(2).flatten(0, 1) / temperature, dim=1) for maps in pair)))
+        for pair in same_size(feats_student, feats_teacher)
+    )
+
+
+@DISTILLERS.register()
+class CWD(LevelDistiller):
+    """`cwd_loss` on feature maps."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, float]:
+        return {"WEIGHT": 10.0, "T": 1.0}
+
+    def level_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+        return cwd_loss(feats_student, feats_teacher, self.cfg.T)

@@ -1,0 +1,61 @@
+"""Normalised distillation: soft cross-entropies of the target class and of the others among themselves."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.distillers._numerics import at_least_float32, batch_mean
+from common.distillers.base import DISTILLERS, LogitDistiller
+
+__all__ = ["NKD", "nkd_loss"]
+
+
+def nkd_loss(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, gamma: float, temperature: float
+) -> Tensor:
+    """The target's log-probability weighted by the teacher's, and the cross-entropy of the other classes.
+
+    Yang et al.: From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
+    and Customized Soft Labels, ICCV 2023, arXiv:2303.13005, equation 7.
+
+        - mean over samples of ( p_t[y] * log p_s[y]  +  gamma * T^2 * sum over c != y of q_t[c] * log q_s[c] )
+
+    with p the softmax of the logits, and q the softmax of logits / T over the classes other than y.
+
+    Args:
+        logits_student, logits_teacher: (N, C), C >= 2. With C = 2 the second part is 0: one other class has q = 1.
+        target: (N,) class y of each sample.
+        gamma: weight of the other classes.
+        temperature: T > 0, of the other classes alone.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if logits_student.shape[1] < 2:
+        raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
+    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    label = target[:, None]
+    p_target = F.softmax(teacher, dim=1).gather(1, label)
+    target_part = (p_target * F.log_softmax(student, dim=1).gather(1, label)).sum(1)
+    log_q_student, log_q_teacher = (
+        # The target's column becomes log 1 and is weighted by q = 0 where 0 * -inf would be NaN.
+        F.log_softmax((logits / temperature).scatter(1, label, -torch.inf), dim=1)
+        for logits in (student, teacher)
+    )
+    other_part = (log_q_teacher.exp() * log_q_student.scatter(1, label, 0.0)).sum(1)
+    return -batch_mean(target_part + gamma * temperature**2 * other_part)
+
+
+@DISTILLERS.register()
+class NKD(LogitDistiller):
+    """`nkd_loss` on the class logits, with the paper's CIFAR settings; ImageNet has gamma 1.5 and T 1."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, float]:
+        return {"GAMMA": 3.5, "T": 3.0}
+
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+        return nkd_loss(logits_student, logits_teacher, target, self.cfg.GAMMA, self.cfg.T)

@@ -1,0 +1,77 @@
+"""Distillation with logits that the labels refine."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
+from common.distillers.base import DISTILLERS, LogitDistiller
+
+__all__ = ["RLD", "rld_loss"]
+
+# Far below any logit, and finite: a row of nothing else is uniform where -inf would make it NaN.
+_HIDDEN = -1e9
+
+
+def _log_pair(logits: Tensor, index: Tensor) -> Tensor:
+    """log p and log(1 - p) of one class per row, (N, 2), in log space."""
+    rest = logits.scatter(1, index[:, None], -torch.inf).logsumexp(1)
+    odds = logits.gather(1, index[:, None])[:, 0] - rest
+    return torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1)
+
+
+def rld_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    alpha_temperature: float,
+    temperature: float,
+) -> Tensor:
+    """The teacher's confidence, moved to the right class, and its relations among the classes it ranks below that.
+
+    Sun et al.: Knowledge Distillation with Refined Logits, ICCV 2025, arXiv:2408.07703.
+
+        mean over samples of
+            alpha * Ta^2 * KL((p_t[m], 1 - p_t[m]) || (p_s[y], 1 - p_s[y])),   p at Ta, m the teacher's top class
+          + beta  * T^2  * KL(q_t || q_s),   q at T, over the classes whose teacher logit is below that of y
+
+    The second part is 0 for a sample with fewer than two such classes.
+
+    Args:
+        logits_student, logits_teacher: (N, C), C >= 2.
+        target: (N,) class y of each sample.
+        alpha, beta: weights of the two parts.
+        alpha_temperature, temperature: Ta > 0 and T > 0.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if logits_student.shape[1] < 2:
+        raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
+    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    confidence = kl_per_sample(
+        _log_pair(student / alpha_temperature, target), _log_pair(teacher / alpha_temperature, teacher.argmax(1))
+    )
+    misleading = teacher >= teacher.gather(1, target[:, None])
+    correlation = kl_per_sample(
+        *(F.log_softmax((part / temperature).masked_fill(misleading, _HIDDEN), dim=1) for part in (student, teacher))
+    )
+    return batch_mean(alpha * alpha_temperature**2 * confidence + beta * temperature**2 * correlation)
+
+
+@DISTILLERS.register()
+class RLD(LogitDistiller):
+    """`rld_loss` on the class logits."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, float]:
+        return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
+
+    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+        cfg = self.cfg
+        return rld_loss(logits_student, logits_teacher, target, cfg.ALPHA, cfg.BETA, cfg.ALPHA_T, cfg.T)

@@ -1,0 +1,92 @@
+"""Standardised logits, and what the base classes give to every method."""
+
+import pytest
+import torch
+
+from common.distillers import DISTILLERS, Context, Distiller, LogitDistiller, kd_loss, standardize_logits
+from common.outputs import Outputs, OutputSpec
+from tests.common.distillers.building import build, settings
+from tests.goldens.fill import array
+
+LOGIT_METHODS = [name for name, method in DISTILLERS if issubclass(method, LogitDistiller)]
+TARGET = torch.tensor([3, 0, 9, 5, 1, 1])
+
+
+def test_mean_0_and_deviation_1():
+    z = standardize_logits(array(1, 6, 10, scale=7).double() + 100)
+    assert torch.allclose(z.mean(1), torch.zeros(6).double(), atol=1e-12)
+    assert torch.allclose(z.std(1), torch.ones(6).double(), atol=1e-7)
+
+
+def test_equals_the_formula():
+    logits = array(2, 3, 4, scale=3).double()
+    for row, got in zip(logits.tolist(), standardize_logits(logits, eps=0.5).tolist(), strict=True):
+        mean = sum(row) / 4
+        deviation = (sum((v - mean) ** 2 for v in row) / 3) ** 0.5
+        assert got == pytest.approx([(v - mean) / (deviation + 0.5) for v in row], rel=1e-12)
+
+
+def test_gradcheck():
+    assert torch.autograd.gradcheck(standardize_logits, array(3, 4, 5).double().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(2, 5),
+        torch.full((2, 5), 1e4),
+        torch.full((2, 100), 0.1),
+        torch.ones(2, 1),
+        torch.zeros(0, 5),
+        torch.tensor([[1e4, -1e4]]),
+    ],
+    ids=["zero", "constant", "rounded", "one class", "empty", "two huge"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_finite_with_finite_gradients(logits, dtype):
+    logits = logits.clone().to(dtype).detach().requires_grad_()
+    z = standardize_logits(logits)
+    (z * torch.arange(logits.shape[1])).sum().backward()
+    assert z.dtype == torch.float32 and z.isfinite().all() and logits.grad.isfinite().all()
+    assert logits.shape[1] > 1 or not z.any()
+
+
+@pytest.mark.parametrize("name", LOGIT_METHODS)
+def test_every_logit_method_has_the_switch(name):
+    student, teacher = Outputs(array(4, 6, 10, scale=3)), Outputs(array(5, 6, 10, scale=3))
+    plain, switched = (build(name, student, teacher, STANDARDIZE=on, WARMUP=0, WEIGHT=1.0) for on in (False, True))
+    by_hand = Outputs(standardize_logits(student.logits)), Outputs(standardize_logits(teacher.logits))
+    ctx, key = Context(1.0), f"loss_{name.lower()}"
+    off, on = plain(student, teacher, TARGET, ctx)[key], switched(student, teacher, TARGET, ctx)[key]
+    assert on.item() == pytest.approx(plain(*by_hand, TARGET, ctx)[key].item(), rel=1e-6)
+    assert on.item() != pytest.approx(off.item(), rel=1e-3)
+    scaled = Outputs(5 * student.logits + 3), Outputs(0.2 * teacher.logits - 1)
+    assert switched(*scaled, TARGET, ctx)[key].item() == pytest.approx(on.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LOGIT_METHODS)
+def test_standardised_gradients_are_finite(name):
+    student, teacher = torch.zeros(4, 6).requires_grad_(), Outputs(1e4 * array(6, 4, 6))
+    method = build(name, Outputs(student), teacher, STANDARDIZE=True, WARMUP=0)
+    (value,) = method(Outputs(student), teacher, TARGET[:4] % 6, Context()).values()
+    value.backward()
+    assert value.isfinite() and student.grad.isfinite().all()
+
+
+def test_published_setting_of_plain_distillation():
+    student, teacher = Outputs(array(4, 6, 10)), Outputs(array(5, 6, 10))
+    method = build("KD", student, teacher, STANDARDIZE=True, WEIGHT=9.0, T=2.0)
+    expected = 9 * kd_loss(standardize_logits(student.logits), standardize_logits(teacher.logits), 2.0)
+    assert method(student, teacher, TARGET, Context())["loss_kd"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS if method.needs_teacher])
+def test_a_missing_teacher_is_named(name):
+    spec = OutputSpec(10, ((3, 8, 8), (4, 4, 4)), ((3, 8, 8), (4, 4, 4)), 4)
+    with pytest.raises(ValueError, match=f"{name} needs a teacher"):
+        DISTILLERS.get(name)(settings(name), spec, None, 10)
+
+
+def test_a_method_may_ignore_labels():
+    method = build("KD", Outputs(torch.zeros(1, 3)), Outputs(torch.zeros(1, 3)))
+    assert method.set_labels(torch.zeros(5, dtype=torch.long)) is None and Distiller.needs_teacher
