@@ -31,9 +31,7 @@ def at(feats_student, feats_teacher, p=2):
         for n in range(len(s)):
             attention = []
             for x in (s[n], t[n]):
-                a = [
-                    sum(abs(v) ** p for v in x[:, i, j].tolist()) for i in range(x.shape[1]) for j in range(x.shape[2])
-                ]
+                a = [sum(abs(v) ** p for v in position.tolist()) for position in x.flatten(1).T]
                 norm = math.sqrt(sum(v * v for v in a))
                 attention.append([v / norm for v in a])
             errors += [(a - b) ** 2 for a, b in zip(*attention, strict=True)]

@@ -84,11 +84,8 @@ def test_embedding_losses_equal_the_formula():
 
 
 def test_predicted_gaussian_equals_the_formula():
-    mean, teacher, variance = (
-        array(160, 2, 3, 4, 5).double(),
-        array(161, 2, 3, 4, 5).double(),
-        torch.tensor([0.1, 1, 5]),
-    )
+    mean, teacher = array(160, 2, 3, 4, 5).double(), array(161, 2, 3, 4, 5).double()
+    variance = torch.tensor([0.1, 1, 5])
     assert vid_loss(mean, teacher, variance).item() == pytest.approx(formulas.vid(mean, teacher, variance), rel=1e-6)
 
 
