@@ -17,6 +17,31 @@ def batch_mean(per_sample: Tensor) -> Tensor:
     return per_sample.sum() / max(per_sample.shape[0], 1)
 
 
+def element_mean(tensor: Tensor) -> Tensor:
+    """Mean over all elements; 0, with a graph, where there are none."""
+    return tensor.sum() / max(tensor.numel(), 1)
+
+
+def l2_normalize(tensor: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
+    """Divide by the L2 norm along `dim`. Where that is at most `eps` the direction is undefined: 0, without gradient.
+
+    (With ``F.normalize`` such a slice, a dead channel say, has gradients that are 1 / eps times too large.)
+    """
+    norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
+    return torch.where(norm > eps, tensor / norm.clamp_min(eps), torch.zeros_like(tensor))
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over all elements in at least fp32; 0 where there are none. The teacher is detached."""
+    student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
+    return F.mse_loss(student, teacher, reduction="sum") / max(student.numel(), 1)
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Autocast off on the tensor's device: it would turn fp32 matrix products back into half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def kl_per_sample(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     """KL(teacher || student) of log-probabilities (N, C), summed over classes: (N,)."""
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)

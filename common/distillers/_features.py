@@ -1,0 +1,98 @@
+"""What the methods on feature maps share: which maps are compared, and how maps of different size are."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.distillers._numerics import at_least_float32
+from common.distillers.base import Context, Distiller
+from common.outputs import Outputs, OutputSpec
+
+__all__ = ["FeatureDistiller"]
+
+
+class FeatureDistiller(Distiller):
+    """Base of the methods that compare lists of feature maps. A subclass states `feature_loss()`.
+
+    The setting FIRST is the index of the first map that takes part. 1, the default, leaves out a classifier's stem:
+    the "stages" of the literature. A config says 0 where entry 0 is as good as the rest (feature pyramids).
+    Networks with different numbers of stages are aligned from the deep end: the longer list loses its shallowest.
+
+    Raises:
+        ValueError: no map is left from FIRST on.
+    """
+
+    needs = ("feats",)
+    #: The field of `Outputs` that is compared, of either network. A subclass may choose after looking at the specs.
+    student_maps = "feats"
+    teacher_maps = "feats"
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
+            if len(spec.feats) <= cfg.FIRST:
+                raise ValueError(
+                    f"{self.name}: FIRST is {cfg.FIRST}, which leaves none of the {side}'s {len(spec.feats)} maps"
+                )
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {"FIRST": 1}
+
+    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+        """The maps (of outputs) or shapes (of specs) that are compared, in pairs from shallow to deep."""
+        first = self.cfg.FIRST
+        return align(getattr(student, self.student_maps)[first:], getattr(teacher, self.teacher_maps)[first:])
+
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+        """The method's term: a 0-d tensor from two lists, of the same length, of maps (N, C, H, W)."""
+        raise TypeError(f"{self.name} defines no feature_loss()")
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        return {f"loss_{self.name.lower()}": self.feature_loss(*self.stages(student, teacher))}
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm for connectors. With fewer than two values per channel, as the last batch of an epoch may leave
+    for a pooled vector, there is no variance to take: the running statistics serve."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() < 2 * x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+def align(*lists: Sequence[Any]) -> tuple[list[Any], ...]:
+    """The lists cut to the length of the shortest; their last entries, the deepest, stay together."""
+    length = min(map(len, lists))
+    return tuple(list(entries[len(entries) - length :]) for entries in lists)
+
+
+def match_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The larger of two maps (N, C, H, W) average-pooled to the smaller, along each axis."""
+    size = [min(sizes) for sizes in zip(a.shape[2:], b.shape[2:], strict=True)]
+    return resize(a, size), resize(b, size)
+
+
+def matched(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of maps of one size, see :func:`match_size`, in at least fp32, the teacher's detached.
+
+    Raises:
+        ValueError: lists of different length.
+    """
+    for student, teacher in zip(feats_student, feats_teacher, strict=True):
+        yield match_size(at_least_float32(student), at_least_float32(teacher).detach())
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (N, C, H, W) of another size: average-pooled along an axis that shrinks, bilinear along one that grows."""
+    size = tuple(size)
+    pooled = tuple(min(sizes) for sizes in zip(x.shape[2:], size, strict=True))
+    if pooled != x.shape[2:]:
+        x = F.adaptive_avg_pool2d(x, pooled)
+    return x if size == pooled else F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -1,0 +1,49 @@
+"""Attention transfer."""
+
+from typing import Any
+
+from torch import Tensor
+
+from common.distillers._features import FeatureDistiller, matched
+from common.distillers._numerics import element_mean, l2_normalize
+from common.distillers.base import DISTILLERS
+
+__all__ = ["AT", "at_loss"]
+
+
+def at_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], p: float = 2) -> Tensor:
+    """Distance of the normalised spatial attention maps.
+
+    Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv:1612.03928.
+
+        sum over maps of mean((a_s - a_t)^2),  a = A / ||A||_2 per sample,  A = mean over channels of |feat|^p
+
+    The larger map of a pair is average-pooled to the smaller; the channels may differ.
+
+    Args:
+        feats_student, feats_teacher: lists of the same length of (N, C, H, W).
+        p: power of the activations, >= 1.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: lists of different length.
+    """
+
+    def attention(feats: Tensor) -> Tensor:
+        return l2_normalize(feats.abs().pow(p).mean(1).flatten(1), dim=1)
+
+    return sum(element_mean((attention(s) - attention(t)).square()) for s, t in matched(feats_student, feats_teacher))
+
+
+@DISTILLERS.register()
+class AT(FeatureDistiller):
+    """`at_loss` on the stages."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {**super().defaults(), "WEIGHT": 1000.0, "P": 2.0}
+
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+        return at_loss(feats_student, feats_teacher, self.cfg.P)

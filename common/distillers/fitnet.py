@@ -1,0 +1,89 @@
+"""Hints from an intermediate layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.distillers._features import BatchNorm, resize
+from common.distillers._numerics import mse
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs, OutputSpec
+
+__all__ = ["FitNet", "fitnet_loss"]
+
+
+def fitnet_loss(feat_student: Tensor, feat_teacher: Tensor) -> Tensor:
+    """Mean squared error of the regressed student map to the teacher's.
+
+    Romero et al.: FitNets: Hints for Thin Deep Nets, ICLR 2015, arXiv:1412.6550.
+
+    Args:
+        feat_student, feat_teacher: (N, C, H, W), the student's after its regressor.
+
+    Returns:
+        0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
+    """
+    return mse(feat_student, feat_teacher)
+
+
+class Regressor(nn.Module):
+    """Convolution, batch norm and ReLU from a student's map to the shape of a teacher's.
+
+    The convolution is 3x3 with stride 2 if the student's map is twice as large as the teacher's, a transposed 4x4 with
+    stride 2 if it is half as large, a valid one of size 1 + s - t if it is not smaller otherwise. Where it is smaller
+    or the sizes are unknown, it is 1x1, and its result is resized to the teacher's map.
+
+    Args:
+        student_shape, teacher_shape: (C, H, W), or (C,) where the size is unknown.
+    """
+
+    def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
+        super().__init__()
+        channels = student_shape[0], teacher_shape[0]
+        sizes = list(zip(student_shape[1:], teacher_shape[1:], strict=False))
+        if sizes and all(s == 2 * t for s, t in sizes):
+            self.conv = nn.Conv2d(*channels, 3, stride=2, padding=1)
+        elif sizes and all(2 * s == t for s, t in sizes):
+            self.conv = nn.ConvTranspose2d(*channels, 4, stride=2, padding=1)
+        elif sizes and all(s >= t for s, t in sizes):
+            self.conv = nn.Conv2d(*channels, tuple(1 + s - t for s, t in sizes))
+        else:
+            self.conv = nn.Conv2d(*channels, 1)
+        self.bn = BatchNorm(teacher_shape[0])
+
+    def forward(self, feat: Tensor, size: Sequence[int]) -> Tensor:
+        """(N, C_s, H_s, W_s) to (N, C_t, *size)."""
+        return F.relu(self.bn(resize(self.conv(feat), size)))
+
+
+@DISTILLERS.register()
+class FitNet(Distiller):
+    """`fitnet_loss` at ``feats[HINT_LAYER]``, through a learned regressor.
+
+    Raises:
+        ValueError: a network has no map of that index.
+    """
+
+    needs = ("feats",)
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        layer = cfg.HINT_LAYER
+        for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
+            if not -len(spec.feats) <= layer < len(spec.feats):
+                raise ValueError(f"{self.name}: HINT_LAYER is {layer}, but the {side} has {len(spec.feats)} maps")
+        self.regressor = Regressor(student_spec.feats[layer], teacher_spec.feats[layer])
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {"WEIGHT": 100.0, "HINT_LAYER": 2}
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        feat_teacher = teacher.feats[self.cfg.HINT_LAYER]
+        regressed = self.regressor(student.feats[self.cfg.HINT_LAYER], feat_teacher.shape[2:])
+        return {"loss_fitnet": fitnet_loss(regressed, feat_teacher)}

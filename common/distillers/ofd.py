@@ -1,0 +1,126 @@
+"""Overhaul of feature distillation."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from common.distillers._features import BatchNorm, FeatureDistiller, align, matched
+from common.distillers._numerics import at_least_float32, batch_mean
+from common.distillers.base import DISTILLERS
+from common.outputs import OutputSpec
+
+__all__ = ["OFD", "ofd_loss", "ofd_margin"]
+
+
+def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: Sequence[Tensor]) -> Tensor:
+    """Partial L2 distance to the teacher's pre-activations under a margin ReLU.
+
+    Heo et al.: A Comprehensive Overhaul of Feature Distillation, ICCV 2019, arXiv:1904.01866.
+
+        sum over the n maps i of 2^(i + 1 - n) * mean over samples of sum of (s - t')^2 [s > t' or t' > 0],
+        t' = max(t, margin)
+
+    so a student that is below a negative target has nothing to learn there. The larger map of a pair is
+    average-pooled to the smaller.
+
+    Args:
+        feats_student: list of (N, C, H, W), after the connectors.
+        feats_teacher: list of the same length of (N, C, H, W), before the ReLU.
+        margins: one (C,) each, see :func:`ofd_margin`.
+
+    Returns:
+        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
+
+    Raises:
+        ValueError: lists of different length.
+    """
+    total = 0.0
+    pairs = zip(matched(feats_student, feats_teacher), margins, strict=True)
+    for i, ((student, teacher), margin) in enumerate(pairs):
+        teacher = torch.maximum(teacher, at_least_float32(margin).view(1, -1, 1, 1))
+        error = (student - teacher).square() * ((student > teacher) | (teacher > 0))
+        total = total + batch_mean(error.flatten(1).sum(1)) / 2 ** (len(feats_student) - 1 - i)
+    return total
+
+
+def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    """Expected value of what a ReLU cuts off a batch norm's output: E[x | x < 0] for x ~ N(bias, weight^2).
+
+    Where hardly anything is negative (a probability of 1e-3 or less) it is -3 |weight|.
+
+    Args:
+        weight, bias: (C,), of the batch norm; a weight may be negative.
+
+    Returns:
+        (C,), at most 0.
+    """
+    mean = bias.detach().double()
+    std = weight.detach().double().abs()
+    ratio = mean / std.clamp_min(torch.finfo(torch.float64).tiny)
+    negative = torch.special.ndtr(-ratio)
+    expected = mean - std * torch.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi) / negative
+    return torch.where(negative > 1e-3, expected, -3 * std).to(at_least_float32(bias).dtype)
+
+
+def _connector(channels_student: int, channels_teacher: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels_student, channels_teacher, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, BatchNorm(channels_teacher))
+
+
+@DISTILLERS.register()
+class OFD(FeatureDistiller):
+    """`ofd_loss` on the stages before their last ReLU, the student's through 1x1 connectors.
+
+    A network without pre-activations is compared at its feature maps. Margins come from the teacher's batch norms
+    as they are at construction: load its weights before.
+
+    Raises:
+        ValueError: the teacher names no batch norms before its ReLUs, or ones that do not fit its maps.
+    """
+
+    teacher_batch_statistics = True
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        if not teacher_spec.bn_before_relu:
+            raise ValueError(
+                f"{self.name} takes its margins from the teacher's batch norms before a ReLU "
+                "(OutputSpec.bn_before_relu), but this teacher names none"
+            )
+        self.student_maps = "feats" if student_spec.preacts is None else "preacts"
+        self.teacher_maps = "feats" if teacher_spec.preacts is None else "preacts"
+        stages = align(*super().stages(student_spec, teacher_spec), teacher_spec.bn_before_relu)
+        self.connectors = nn.ModuleList()
+        for i, (student_shape, teacher_shape, norm) in enumerate(zip(*stages, strict=True)):
+            if norm.num_features != teacher_shape[0]:
+                raise ValueError(
+                    f"{self.name}: the teacher's batch norm {i} has {norm.num_features} channels, "
+                    f"but its map {teacher_shape[0]}"
+                )
+            self.connectors.append(_connector(student_shape[0], teacher_shape[0]))
+            # Without affine parameters a batch norm's output is N(0, 1).
+            weight = torch.ones(norm.num_features) if norm.weight is None else norm.weight
+            bias = torch.zeros(norm.num_features) if norm.bias is None else norm.bias
+            self.register_buffer(f"margin{i}", ofd_margin(weight, bias), persistent=False)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {**super().defaults(), "WEIGHT": 1e-3}
+
+    @property
+    def margins(self) -> list[Tensor]:
+        """(C,) per compared map."""
+        return [getattr(self, f"margin{i}") for i in range(len(self.connectors))]
+
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+        # The teacher may name fewer batch norms than it has stages.
+        margins, feats_student, feats_teacher = align(self.margins, feats_student, feats_teacher)
+        connected = [connector(feat) for connector, feat in zip(self.connectors, feats_student, strict=True)]
+        return ofd_loss(connected, feats_teacher, margins)

@@ -1,0 +1,54 @@
+"""Probabilistic knowledge transfer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.distillers._numerics import at_least_float32, element_mean, no_autocast
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs
+
+__all__ = ["PKT", "pkt_loss"]
+
+
+def pkt_loss(embedding_student: Tensor, embedding_teacher: Tensor, eps: float = 1e-7) -> Tensor:
+    """Divergence of the conditional probabilities of samples within the batch.
+
+    Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, arXiv:1803.10837.
+
+        mean over the N x N matrix of q * log((q + eps) / (p + eps))
+
+    with p of the student and q of the teacher: (cosine + 1) / 2 of all pairs of samples, rows normalised to sum 1.
+
+    Args:
+        embedding_student, embedding_teacher: (N, D); D may differ.
+        eps: added to norms and probabilities.
+
+    Returns:
+        0-d tensor; 0 for a batch of one or none. No gradient reaches the teacher.
+    """
+
+    def probabilities(embedding: Tensor) -> Tensor:
+        embedding = at_least_float32(embedding)
+        unit = embedding / (torch.linalg.vector_norm(embedding, dim=1, keepdim=True) + eps)
+        similarity = (unit @ unit.T + 1) / 2
+        return similarity / similarity.sum(1, keepdim=True)
+
+    with no_autocast(embedding_student):
+        p, q = probabilities(embedding_student), probabilities(embedding_teacher.detach())
+        return element_mean(q * ((q + eps) / (p + eps)).log())
+
+
+@DISTILLERS.register()
+class PKT(Distiller):
+    """`pkt_loss` on the pooled vectors."""
+
+    needs = ("pooled",)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {"WEIGHT": 30000.0, "EPS": 1e-7}
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        return {"loss_pkt": pkt_loss(student.pooled, teacher.pooled, self.cfg.EPS)}

@@ -1,0 +1,79 @@
+"""Relational knowledge distillation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.distillers._numerics import at_least_float32, l2_normalize, no_autocast
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs
+
+__all__ = ["RKD", "rkd_loss"]
+
+
+def rkd_loss(
+    embedding_student: Tensor,
+    embedding_teacher: Tensor,
+    distance_weight: float = 25,
+    angle_weight: float = 50,
+    squared: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """Distance-wise and angle-wise potentials of the batch.
+
+    Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019, arXiv:1904.05068.
+
+        distance_weight * mean over pairs of smooth_L1(d_s, d_t)
+        + angle_weight * mean over triplets of smooth_L1(a_s, a_t)
+
+    with d_ij = ||e_i - e_j|| over the mean of the positive ones and a_ijk the cosine of the angle that samples j and k
+    make at i. The means run over all N^2 pairs and N^3 triplets, equal indices included (both are 0 there).
+
+    Args:
+        embedding_student, embedding_teacher: (N, D); D may differ.
+        distance_weight, angle_weight: weights of the two parts.
+        squared: compare squared distances.
+        eps: lower bound of a squared distance; two samples at the same place have no gradient.
+
+    Returns:
+        0-d tensor; 0 for a batch of one or none. No gradient reaches the teacher.
+    """
+
+    def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = at_least_float32(embedding)
+        # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbours far from the origin.
+        differences = embedding.unsqueeze(0) - embedding.unsqueeze(1)
+        distances = differences.square().sum(2).clamp_min(eps)
+        if not squared:
+            distances = distances.sqrt()
+        distances = distances * (1 - torch.eye(len(embedding), dtype=embedding.dtype, device=embedding.device))
+        mean = distances.sum() / (distances > 0).sum().clamp_min(1)
+        directions = l2_normalize(differences, dim=2)
+        return distances / mean.clamp_min(eps), directions @ directions.mT
+
+    def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
+        return F.smooth_l1_loss(student, teacher, reduction="sum") / max(student.numel(), 1)
+
+    with no_autocast(embedding_student):
+        distances_student, angles_student = relations(embedding_student)
+        distances_teacher, angles_teacher = relations(embedding_teacher.detach())
+        return distance_weight * smooth_l1(distances_student, distances_teacher) + angle_weight * smooth_l1(
+            angles_student, angles_teacher
+        )
+
+
+@DISTILLERS.register()
+class RKD(Distiller):
+    """`rkd_loss` on the pooled vectors."""
+
+    needs = ("pooled",)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {"WEIGHT": 1.0, "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "SQUARED": False, "EPS": 1e-12}
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        settings = self.cfg.DISTANCE_WEIGHT, self.cfg.ANGLE_WEIGHT, self.cfg.SQUARED, self.cfg.EPS
+        return {"loss_rkd": rkd_loss(student.pooled, teacher.pooled, *settings)}

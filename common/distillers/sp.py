@@ -1,0 +1,56 @@
+"""Similarity-preserving distillation."""
+
+from typing import Any
+
+from torch import Tensor
+
+from common.distillers._numerics import at_least_float32, element_mean, l2_normalize, no_autocast
+from common.distillers.base import DISTILLERS, Context, Distiller
+from common.outputs import Outputs
+
+__all__ = ["SP", "sp_loss"]
+
+
+def sp_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+    """Distance of the batch's similarity matrices.
+
+    Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv:1907.09682.
+
+        sum over maps of ||G_s - G_t||_F^2 / N^2,  G = F F^T with L2-normalised rows,  F (N, C*H*W) the flattened map
+
+    G is N x N whatever the map, so channels and sizes may differ.
+
+    Args:
+        feats_student, feats_teacher: lists of the same length of (N, C, H, W).
+
+    Returns:
+        0-d tensor; 0 for a batch of one, which has no other sample to be similar to, or none. No gradient reaches
+        the teacher.
+
+    Raises:
+        ValueError: lists of different length.
+    """
+
+    def similarities(feats: Tensor) -> Tensor:
+        flat = at_least_float32(feats).flatten(1)
+        return l2_normalize(flat @ flat.T, dim=1)
+
+    with no_autocast(feats_student[0]):
+        return sum(
+            element_mean((similarities(s) - similarities(t.detach())).square())
+            for s, t in zip(feats_student, feats_teacher, strict=True)
+        )
+
+
+@DISTILLERS.register()
+class SP(Distiller):
+    """`sp_loss` on the deepest feature map."""
+
+    needs = ("feats",)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {"WEIGHT": 3000.0}
+
+    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+        return {"loss_sp": sp_loss(student.feats[-1:], teacher.feats[-1:])}

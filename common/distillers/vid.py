@@ -1,0 +1,81 @@
+"""Variational information distillation."""
+
+import math
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.distillers._features import FeatureDistiller, match_size
+from common.distillers._numerics import at_least_float32, element_mean
+from common.distillers.base import DISTILLERS
+from common.outputs import OutputSpec
+
+__all__ = ["VID", "vid_loss"]
+
+
+def vid_loss(mean_student: Tensor, feat_teacher: Tensor, variance: Tensor) -> Tensor:
+    """Negative log-likelihood of the teacher's map under a Gaussian that the student predicts.
+
+    Ahn et al.: Variational Information Distillation for Knowledge Transfer, CVPR 2019, arXiv:1904.05835.
+
+        mean of ((mu - t)^2 / var + log var) / 2, without the constant; it may be negative
+
+    Args:
+        mean_student: mu, (N, C, H, W), the student's prediction.
+        feat_teacher: (N, C, H, W).
+        variance: (C,), positive.
+
+    Returns:
+        0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
+    """
+    error = at_least_float32(mean_student) - at_least_float32(feat_teacher).detach()
+    variance = at_least_float32(variance).view(1, -1, 1, 1)
+    return element_mean((error.square() / variance + variance.log()) / 2)
+
+
+def _regressor(channels_student: int, channels_teacher: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_student, channels_teacher, 1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels_teacher, channels_teacher, 1, bias=False),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels_teacher, channels_teacher, 1, bias=False),
+    )
+
+
+@DISTILLERS.register()
+class VID(FeatureDistiller):
+    """Sum of `vid_loss` over the stages, the larger map of a pair average-pooled to the smaller.
+
+    Means come from a regressor of three 1x1 convolutions, variances from ``softplus(log_scale) + EPS``, one per
+    channel of the teacher; both are learned. INIT_VAR is the variance to begin with.
+
+    Raises:
+        ValueError: INIT_VAR is not above EPS.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        if cfg.INIT_VAR <= cfg.EPS:
+            raise ValueError(f"{self.name}: INIT_VAR ({cfg.INIT_VAR}) has to be above EPS ({cfg.EPS})")
+        pairs = list(zip(*self.stages(student_spec, teacher_spec), strict=True))
+        self.regressors = nn.ModuleList(_regressor(s[0], t[0]) for s, t in pairs)
+        inverse_softplus = math.log(math.expm1(cfg.INIT_VAR - cfg.EPS))
+        self.log_scales = nn.ParameterList(torch.full((t[0],), inverse_softplus) for _, t in pairs)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {**super().defaults(), "WEIGHT": 1.0, "EPS": 1e-5, "INIT_VAR": 5.0}
+
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+        total = 0.0
+        pairs = zip(feats_student, feats_teacher, self.regressors, self.log_scales, strict=True)
+        for student, teacher, regressor, log_scale in pairs:
+            student, teacher = match_size(student, teacher)
+            total = total + vid_loss(regressor(student), teacher, F.softplus(log_scale) + self.cfg.EPS)
+        return total

@@ -1,0 +1,164 @@
+"""The papers' formulas on float64, entry by entry: slow, plain, and independent of the code under test."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def pooled(x, height, width):
+    """Adaptive average pooling: cell i covers rows floor(i * H / h) to ceil((i + 1) * H / h)."""
+    n, c, h, w = x.shape
+    out = torch.zeros(n, c, height, width, dtype=x.dtype)
+    for i in range(height):
+        for j in range(width):
+            rows = slice(i * h // height, -(-(i + 1) * h // height))
+            columns = slice(j * w // width, -(-(j + 1) * w // width))
+            out[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
+    return out
+
+
+def same_size(s, t):
+    height, width = (min(a, b) for a, b in zip(s.shape[2:], t.shape[2:], strict=True))
+    return pooled(s.double(), height, width), pooled(t.double(), height, width)
+
+
+def at(feats_student, feats_teacher, p=2):
+    total = 0.0
+    for s, t in zip(feats_student, feats_teacher, strict=True):
+        s, t = same_size(s, t)
+        errors = []
+        for n in range(len(s)):
+            attention = []
+            for x in (s[n], t[n]):
+                a = [sum(abs(v) ** p for v in position.tolist()) for position in x.flatten(1).T]
+                norm = math.sqrt(sum(v * v for v in a))
+                attention.append([v / norm for v in a])
+            errors += [(a - b) ** 2 for a, b in zip(*attention, strict=True)]
+        total += sum(errors) / len(errors)
+    return total
+
+
+def nst(feats_student, feats_teacher):
+    def kernel_mean(a, b):
+        values = []
+        for n in range(len(a)):
+            for x in a[n]:
+                for y in b[n]:
+                    values.append((((x / x.norm()) * (y / y.norm())).sum() ** 2).item())
+        return sum(values) / len(values)
+
+    total = 0.0
+    for s, t in zip(feats_student, feats_teacher, strict=True):
+        s, t = same_size(s, t)
+        total += kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t)
+    return total
+
+
+def sp(feats_student, feats_teacher):
+    total = 0.0
+    for s, t in zip(feats_student, feats_teacher, strict=True):
+        n, grams = len(s), []
+        for x in (s.double(), t.double()):
+            gram = [[(x[i] * x[j]).sum().item() for j in range(n)] for i in range(n)]
+            grams.append([[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in gram])
+        total += sum((grams[0][i][j] - grams[1][i][j]) ** 2 for i in range(n) for j in range(n)) / n**2
+    return total
+
+
+def kdsvd(feats_student, feats_teacher, k=1):
+    total, before = 0.0, None
+    for s, t in zip(feats_student, feats_teacher, strict=True):
+        s, t = same_size(s, t)
+        now = []
+        for n in range(len(s)):
+            _, values, vh = np.linalg.svd(t[n].reshape(-1, t.shape[3]).numpy(), full_matrices=False)
+            student_vh = np.linalg.svd(s[n].reshape(-1, s.shape[3]).numpy(), full_matrices=False)[2][: k + 3]
+            values, aligned = values[:k] / np.linalg.norm(values[:k]), []
+            for v in vh[:k]:
+                best = max(student_vh, key=lambda u: abs(u @ v))
+                aligned.append(best * np.sign(best @ v))
+            now.append([(values[c] * aligned[c], values[c] * vh[c]) for c in range(len(values))])
+        if before is not None:
+            for n in range(len(s)):
+                for (v_s, v_t), (u_s, u_t) in zip(now[n], before[n], strict=False):
+                    for i in range(len(v_s)):
+                        for j in range(len(u_s)):
+                            r_s = math.exp(-((v_s[i] - u_s[j]) ** 2) / 8)
+                            r_t = math.exp(-((v_t[i] - u_t[j]) ** 2) / 8)
+                            total += (r_s - r_t) ** 2 / len(s)
+        before = now
+    return total
+
+
+def hcl(feats_student, feats_teacher):
+    total = 0.0
+    for s, t in zip(feats_student, feats_teacher, strict=True):
+        s, t = same_size(s, t)
+        terms = [((s - t) ** 2).mean().item()]
+        for level in (4, 2, 1):
+            if level < min(s.shape[2:]):
+                terms.append(((pooled(s, level, level) - pooled(t, level, level)) ** 2).mean().item())
+        weights = [1, 1 / 2, 1 / 4, 1 / 8][: len(terms)]
+        total += sum(w * v for w, v in zip(weights, terms, strict=True)) / sum(weights)
+    return total
+
+
+def pkt(embedding_student, embedding_teacher, eps=1e-7):
+    n, probabilities = len(embedding_student), []
+    for x in (embedding_student.double(), embedding_teacher.double()):
+        unit = [row / (row.norm() + eps) for row in x]
+        similarity = [[((a @ b).item() + 1) / 2 for b in unit] for a in unit]
+        probabilities.append([[v / sum(row) for v in row] for row in similarity])
+    p, q = probabilities
+    return sum(q[i][j] * math.log((q[i][j] + eps) / (p[i][j] + eps)) for i in range(n) for j in range(n)) / n**2
+
+
+def smooth_l1(a, b):
+    return abs(a - b) - 0.5 if abs(a - b) > 1 else 0.5 * (a - b) ** 2
+
+
+def rkd(embedding_student, embedding_teacher, distance_weight=25, angle_weight=50, squared=False):
+    n, distances, angles = len(embedding_student), [], []
+    for x in (embedding_student.double(), embedding_teacher.double()):
+        d = {(i, j): (x[i] - x[j]).norm().item() ** (2 if squared else 1) for i in range(n) for j in range(n)}
+        positive = [v for v in d.values() if v > 0]
+        distances.append({pair: v / (sum(positive) / len(positive)) for pair, v in d.items()})
+        a = {}
+        for i in range(n):
+            for j in range(n):
+                for k in range(n):
+                    left, right = x[j] - x[i], x[k] - x[i]
+                    a[i, j, k] = 0.0 if i in (j, k) else (left @ right / left.norm() / right.norm()).item()
+        angles.append(a)
+    means = [
+        sum(smooth_l1(student[key], teacher[key]) for key in student) / len(student)
+        for student, teacher in (distances, angles)
+    ]
+    return distance_weight * means[0] + angle_weight * means[1]
+
+
+def ofd(feats_student, feats_teacher, margins):
+    total, count = 0.0, len(feats_student)
+    for i, (s, t) in enumerate(zip(feats_student, feats_teacher, strict=True)):
+        s, t = same_size(s, t)
+        stage = 0.0
+        for position in np.ndindex(*s.shape):
+            source, target, margin = s[position].item(), t[position].item(), margins[i][position[1]].item()
+            # The paper's three cases: positive, between margin and 0, below the margin.
+            if target > 0:
+                stage += (source - target) ** 2
+            elif target > margin:
+                stage += max(source - target, 0.0) ** 2
+            else:
+                stage += max(source - margin, 0.0) ** 2
+        total += stage / len(s) / 2 ** (count - 1 - i)
+    return total
+
+
+def vid(mean, feat_teacher, variance):
+    terms = [
+        0.5 * ((mean[p] - feat_teacher[p]).item() ** 2 / variance[p[1]].item() + math.log(variance[p[1]].item()))
+        for p in np.ndindex(*mean.shape)
+    ]
+    return sum(terms) / len(terms)
