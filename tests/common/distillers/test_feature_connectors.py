@@ -307,4 +307,4 @@ def test_one_stage_has_no_neighbour():
 def test_published_defaults(name, settings):
     cfg = CfgNode()
     add_distill_defaults(cfg)
-    assert cfg.DISTILL[name.upper()] == {"WARMUP": 0, **settings}
+    assert cfg.DISTILL[name.upper()] == {"WARMUP": 0, "TEACHER": 0, **settings}

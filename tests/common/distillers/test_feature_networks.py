@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from classification.modeling import describe
 from classification.models import build_model
+from classification.networks import describe
 from common.config import CfgNode, add_distill_defaults
 from common.distillers import DISTILLERS, Context
 from tests.goldens.fill import array

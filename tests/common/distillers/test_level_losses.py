@@ -240,7 +240,7 @@ def test_specs_without_a_size(name):
 
 
 def test_published_defaults():
-    common = {"WEIGHT": 1.0, "WARMUP": 0, "FIRST": 1, "LEVELS": 0}
+    common = {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0, "FIRST": 1, "LEVELS": 0}
     assert settings("PKD") == {**common, "WEIGHT": 6.0}
     assert settings("CWD") == {**common, "WEIGHT": 10.0, "T": 1.0}
     assert settings("MGD") == {**common, "WEIGHT": 2e-5, "LAMBDA": 0.65, "MASK": "space"}

@@ -213,7 +213,7 @@ def test_wttm_at_exponent_1_is_plain_distillation():
 
 
 def test_published_defaults():
-    common = {"WEIGHT": 1.0, "WARMUP": 0, "STANDARDIZE": False}
+    common = {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0, "STANDARDIZE": False}
     assert settings("DIST") == {**common, "WEIGHT": 2.0, "BETA": 1.0, "GAMMA": 1.0, "T": 4.0}
     assert settings("NKD") == {**common, "GAMMA": 3.5, "T": 3.0}
     assert settings("RLD") == {**common, "WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}

@@ -135,4 +135,4 @@ def test_what_it_needs():
         DISTILLERS.get("USKD")(settings("USKD"), OutputSpec(10))
     with pytest.raises(ValueError, match="map before the last"):
         DISTILLERS.get("USKD")(settings("USKD"), OutputSpec(10, feats=((3,),)))
-    assert settings("USKD") == {"WEIGHT": 1.0, "WARMUP": 0, "ALPHA": 1.0, "BETA": 0.1, "MU": 0.005}
+    assert settings("USKD") == {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0, "ALPHA": 1.0, "BETA": 0.1, "MU": 0.005}
