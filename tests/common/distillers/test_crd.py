@@ -259,5 +259,6 @@ def test_what_it_needs():
 
 def test_published_defaults():
     assert settings("CRD") == {
-        "WEIGHT": 0.8, "WARMUP": 0, "TEACHER": 0, "K": 16384, "T": 0.07, "MOMENTUM": 0.5, "FEAT_DIM": 128, "MODE": "exact"
+        "WEIGHT": 0.8, "WARMUP": 0, "TEACHER": 0,
+        "K": 16384, "T": 0.07, "MOMENTUM": 0.5, "FEAT_DIM": 128, "MODE": "exact",
     }  # fmt: skip
