@@ -51,6 +51,11 @@ def fetch_wheel(python: Path, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
+def pack_wheel(python: Path, folder: Path) -> Path:
+    """Fetch the source wheel and pack it anew; `python` needs the package wheel."""
+    return repack(python, fetch_wheel(python, folder), folder)
+
+
 def repack(python: Path, wheel: Path, folder: Path) -> Path:
     """Pack the source wheel anew as a pure-Python `detectron2` wheel in `folder` and return its path."""
     run = [str(python), "-m", "wheel"]
@@ -83,9 +88,8 @@ def install_detectron2(python: Path, choice: str) -> None:
     if choice:
         pip(python, "install", "-c", "constraints.txt", "--no-build-isolation", choice)
     elif subprocess.run([str(python), "-c", "import detectron2"], capture_output=True, cwd=os.sep).returncode:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            pip(python, "install", "-q", "--no-deps", str(repack(python, fetch_wheel(python, folder), folder)))
+        with tempfile.TemporaryDirectory() as folder:
+            pip(python, "install", "-q", "--no-deps", str(pack_wheel(python, Path(folder))))
 
 
 def install(python: Path, choice: str) -> None:
@@ -105,9 +109,14 @@ def fingerprint(choice: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--current", action="store_true", help="install into the running interpreter")
+    parser.add_argument("--wheel", metavar="DIR", help="only pack Detectron2's wheel, into this folder")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where to build (default: .venv)")
     args = parser.parse_args()
     choice = os.environ.get("DETECTRON2", "")
+    if args.wheel:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(pack_wheel(Path(sys.executable), Path(folder)), args.wheel)
+        return
     if args.current:
         install(Path(sys.executable), choice)
         return
