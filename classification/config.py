@@ -10,10 +10,19 @@ import torch
 from classification.data import dataset_info
 from classification.solver import OPTIMIZERS, SCHEDULES
 from common.config import CfgNode, add_distill_defaults
-from common.distillers import DISTILLERS
+from common.distillers import DISTILLERS, Distiller
 from common.errors import ConfigError, nearest
 
-__all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "resolve_device", "teacher_nodes", "validate"]
+__all__ = [
+    "PRECISIONS",
+    "chosen_methods",
+    "get_cfg",
+    "image_size",
+    "load_cfg",
+    "resolve_device",
+    "teacher_nodes",
+    "validate",
+]
 
 #: Precisions of autocast by SOLVER.AMP.
 PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,11 +187,11 @@ def _names(cfg: CfgNode) -> list[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name]
 
 
-def validate(cfg: CfgNode) -> None:
-    """Check what can be checked before data and weights are touched.
+def chosen_methods(cfg: CfgNode) -> dict[str, type[Distiller]]:
+    """The methods of DISTILL.METHODS by name.
 
     Raises:
-        ConfigError: with the key, its value, and what would be right.
+        ConfigError: an unknown method, or one that is named twice.
     """
     for name in cfg.DISTILL.METHODS:
         if name not in DISTILLERS:
@@ -190,9 +199,19 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)}; there are {', '.join(known)}")
     if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
         raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
+    return {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
+
+
+def validate(cfg: CfgNode) -> None:
+    """Check what can be checked before data and weights are touched.
+
+    Raises:
+        ConfigError: with the key, its value, and what would be right.
+    """
+    methods = chosen_methods(cfg)
     if not cfg.MODEL.STUDENT.NAME:
         raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
-    needy = [name for name in cfg.DISTILL.METHODS if DISTILLERS.get(name).needs_teacher]
+    needy = [name for name, method in methods.items() if method.needs_teacher]
     if needy and not _names(cfg):
         raise ConfigError(f"DISTILL.METHODS {needy} need a teacher, but MODEL.TEACHER.NAME is empty")
     try:

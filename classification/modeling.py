@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.config import image_size, resolve_device, teacher_nodes
+from classification.config import chosen_methods, image_size, resolve_device, teacher_nodes
 from classification.data import dataset_info
 from classification.networks import Normalize, build_network, describe
 from common.config import CfgNode
-from common.distillers import DISTILLERS, Context
+from common.distillers import Context
 from common.engine.teacher import batch_statistics, leave_teacher_out_of_checkpoints
 from common.errors import ConfigError
 from common.outputs import Outputs
@@ -138,7 +138,7 @@ def build_distiller(
     num_classes = cfg.MODEL.NUM_CLASSES or info.num_classes
     if num_classes is None:
         raise ConfigError(f"MODEL.NUM_CLASSES: data set {info.name} has no fixed number of classes; set it")
-    methods = {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
+    methods = chosen_methods(cfg)
     student = student or build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, num_classes)
     teachers, shares, norms = [], [], []
     if any(method.needs_teacher for method in methods.values()):
