@@ -41,8 +41,8 @@ class FeatureDistiller(Distiller):
                 )
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        return {"FIRST": 1}
+    def common_defaults(cls) -> dict[str, Any]:
+        return {**super().common_defaults(), "FIRST": 1}
 
     def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
         """The maps (of outputs) or shapes (of specs) that are compared, in pairs from shallow to deep."""

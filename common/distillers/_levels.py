@@ -1,25 +1,18 @@
 """Feature maps of two networks, level by level, for the methods that compare them in one shape."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.distillers._numerics import at_least_float32
-from common.distillers.base import Context, Distiller
+from common.distillers._features import FeatureDistiller, align
+from common.distillers._numerics import at_least_float32, no_autocast
+from common.distillers.base import Context
 from common.outputs import Outputs, OutputSpec
 
 __all__: list[str] = []
-
-Entry = TypeVar("Entry")
-
-
-def aligned(student: Sequence[Entry], teacher: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-    """Pairs from shallow to deep; of lists of different length the deepest entries."""
-    return list(zip(reversed(student), reversed(teacher), strict=False))[::-1]
 
 
 def same_size(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -30,10 +23,9 @@ def same_size(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) 
     Raises:
         ValueError: maps of different channels, or none.
     """
-    pairs = aligned(feats_student, feats_teacher)
-    if not pairs:
+    if not (feats_student and feats_teacher):
         raise ValueError("there are no feature maps to compare")
-    for student, teacher in pairs:
+    for student, teacher in zip(*align(feats_student, feats_teacher), strict=True):
         if student.shape[:2] != teacher.shape[:2]:
             raise ValueError(
                 f"maps of {tuple(student.shape)} and {tuple(teacher.shape)} have different samples or channels"
@@ -44,44 +36,31 @@ def same_size(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) 
         yield student, teacher
 
 
-class LevelDistiller(Distiller):
-    """Base of the methods that compare feature maps. A subclass states `defaults()` and `level_loss()`.
+class LevelDistiller(FeatureDistiller):
+    """Base of the methods that compare maps of equal channels. A subclass states `defaults()` and `feature_loss()`.
 
-    Compared are LEVELS maps (0: all) from number FIRST on; 1 leaves out a classifier's stem, -1 takes the last one.
-    Student maps of other channels go through a learned 1x1 convolution.
-
-    Raises:
-        ValueError: FIRST and LEVELS leave no map to compare.
+    Compared are LEVELS maps (0: all) from number FIRST on; FIRST -1 takes the last one. Student maps of other channels
+    go through a learned 1x1 convolution.
     """
-
-    needs = ("feats",)
 
     def __init__(
         self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
     ) -> None:
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        channels = [(s[0], t[0]) for s, t in self.levels(student_spec.feats, teacher_spec.feats)]
-        if not channels:
-            raise ValueError(f"{self.name} has no feature maps to compare from FIRST {cfg.FIRST} on")
+        channels = [(s[0], t[0]) for s, t in zip(*self.stages(student_spec, teacher_spec), strict=True)]
         self.connectors = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in channels)
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
-        return {**super().common_defaults(), "FIRST": 1, "LEVELS": 0}
+        return {**super().common_defaults(), "LEVELS": 0}
 
-    def levels(self, student: Sequence[Entry], teacher: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
-        """The pairs of entries that FIRST and LEVELS choose from two lists of maps, or of their shapes."""
+    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
         first, last = self.cfg.FIRST, self.cfg.LEVELS or None
-        return aligned(student[first:][:last], teacher[first:][:last])
-
-    def level_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
-        """The method's term: a 0-d tensor from maps (N, C, H, W) of equal channels."""
-        raise TypeError(f"{self.name} defines no level_loss()")
+        return align(student.feats[first:][:last], teacher.feats[first:][:last])
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        pairs = self.levels(student.feats, teacher.feats)
+        feats_student, feats_teacher = self.stages(student, teacher)
         # Half precision has no room for squares and sums over whole maps.
-        with torch.autocast(pairs[0][0].device.type, enabled=False):
-            mapped = [c(at_least_float32(s)) for c, (s, _) in zip(self.connectors, pairs, strict=True)]
-            loss = self.level_loss(mapped, [t for _, t in pairs])
-        return {f"loss_{self.name.lower()}": loss}
+        with no_autocast(feats_student[0]):
+            connected = [c(at_least_float32(s)) for c, s in zip(self.connectors, feats_student, strict=True)]
+            return {f"loss_{self.name.lower()}": self.feature_loss(connected, feats_teacher)}

@@ -43,7 +43,7 @@ class AT(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {**super().defaults(), "WEIGHT": 1000.0, "P": 2.0}
+        return {"WEIGHT": 1000.0, "P": 2.0}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return at_loss(feats_student, feats_teacher, self.cfg.P)

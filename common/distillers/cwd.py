@@ -44,5 +44,5 @@ class CWD(LevelDistiller):
     def defaults(cls) -> dict[str, float]:
         return {"WEIGHT": 10.0, "T": 1.0}
 
-    def level_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return cwd_loss(feats_student, feats_teacher, self.cfg.T)

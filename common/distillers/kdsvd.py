@@ -96,7 +96,7 @@ class KDSVD(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {**super().defaults(), "WEIGHT": 1.0, "K": 1}
+        return {"WEIGHT": 1.0, "K": 1}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return kdsvd_loss(feats_student, feats_teacher, self.cfg.K)

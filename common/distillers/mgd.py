@@ -65,7 +65,7 @@ class MGD(LevelDistiller):
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
         if cfg.MASK not in ("space", "channel"):
             raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {cfg.MASK!r}')
-        channels = [t[0] for _, t in self.levels(student_spec.feats, teacher_spec.feats)]
+        channels = [t[0] for t in self.stages(student_spec, teacher_spec)[1]]
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))
             for c in channels
@@ -75,7 +75,7 @@ class MGD(LevelDistiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 2e-5, "LAMBDA": 0.65, "MASK": "space"}
 
-    def level_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         # Resized before masking: a mask of the student's size would be blurred.
         resized = [student for student, _ in same_size(feats_student, feats_teacher)]
         generated = [

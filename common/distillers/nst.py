@@ -53,7 +53,7 @@ class NST(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {**super().defaults(), "WEIGHT": 50.0}
+        return {"WEIGHT": 50.0}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return nst_loss(feats_student, feats_teacher)

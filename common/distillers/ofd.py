@@ -112,7 +112,7 @@ class OFD(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {**super().defaults(), "WEIGHT": 1e-3}
+        return {"WEIGHT": 1e-3}
 
     @property
     def margins(self) -> list[Tensor]:

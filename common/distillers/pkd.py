@@ -50,5 +50,5 @@ class PKD(LevelDistiller):
     def defaults(cls) -> dict[str, float]:
         return {"WEIGHT": 6.0}
 
-    def level_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
+    def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return pkd_loss(feats_student, feats_teacher)

@@ -108,7 +108,7 @@ class ReviewKD(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {**super().defaults(), "WEIGHT": 5.0, "WARMUP": 20, "STUDENT_PREACT": False}
+        return {"WEIGHT": 5.0, "WARMUP": 20, "STUDENT_PREACT": False}
 
     def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
         maps_student, maps_teacher = super().stages(student, teacher)

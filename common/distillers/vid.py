@@ -70,7 +70,7 @@ class VID(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {**super().defaults(), "WEIGHT": 1.0, "EPS": 1e-5, "INIT_VAR": 5.0}
+        return {"WEIGHT": 1.0, "EPS": 1e-5, "INIT_VAR": 5.0}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         total = 0.0
