@@ -192,10 +192,9 @@ def validate(cfg: CfgNode) -> None:
         raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
     if not cfg.MODEL.STUDENT.NAME:
         raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
-    if cfg.DISTILL.METHODS and not cfg.MODEL.TEACHER.NAME:
-        raise ConfigError(
-            f"DISTILL.METHODS {list(cfg.DISTILL.METHODS)} need a teacher, but MODEL.TEACHER.NAME is empty"
-        )
+    taught = [name for name in cfg.DISTILL.METHODS if DISTILLERS.get(name).needs_teacher]
+    if taught and not _names(cfg):
+        raise ConfigError(f"DISTILL.METHODS {taught} need a teacher, but MODEL.TEACHER.NAME is empty")
     try:
         dataset_info(cfg.DATASETS.NAME)
     except ValueError as error:
