@@ -54,8 +54,9 @@ def build(methods, *opts, student="resnet8", teacher="resnet14", seed=0, size=32
     seed_step(seed, 0)
     teachers = [network(name, size) for name in ([teacher] if isinstance(teacher, str) else teacher)]
     cfg = make_cfg(methods, "INPUT.SIZE", size, *opts)
-    model = build_distiller(cfg, copy.deepcopy(network(student, size)), teachers, num_samples=SAMPLES)
-    return model.train()
+    # As another test's teacher it was frozen.
+    own = copy.deepcopy(network(student, size)).requires_grad_()
+    return build_distiller(cfg, own, teachers, num_samples=SAMPLES).train()
 
 
 def key(name, setting):
