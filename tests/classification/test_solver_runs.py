@@ -1,5 +1,6 @@
 """Short runs with every optimiser, schedule and precision; each goes on from a checkpoint as if never stopped."""
 
+import functools
 import math
 import shutil
 
@@ -15,6 +16,7 @@ from tests.classification.runs import STEPS, assert_identical, run, small_cfg, s
 ALONE = [name for name, _ in DISTILLERS if name not in WITH_TEACHER]
 TWO = ["wrn_16_1", "resnet8"]
 SETTINGS = {
+    "plain": {},
     "bf16": {"SOLVER__AMP": "bf16"},
     "fp16": {"SOLVER__AMP": "fp16"},
     "adamw cosine": {
@@ -38,33 +40,50 @@ def cfg_of(folder, settings):
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    run(cfg_of(folder, {}))
-    return state(folder)
+def whole(tmp_path_factory):
+    """The folder of a run that was not stopped, by the name of its settings; each is made once."""
+
+    @functools.cache
+    def folder(name):
+        path = tmp_path_factory.mktemp("run")
+        run(cfg_of(path, SETTINGS[name]))
+        return path
+
+    return folder
+
+
+def losses_of(lines, name):
+    return [line[name] for line in lines if name in line]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_ends_finite_and_resumes_exactly(tmp_path, plain, name):
-    cfg = cfg_of(tmp_path / "whole", SETTINGS[name])
-    results = run(cfg)
-    student, last, lines = whole = state(tmp_path / "whole")
-    assert 0 <= results["top1"] <= results["top5"] <= 100
-    assert all(value.isfinite().all() for value in student.values())
-    assert all(value.dtype != torch.float16 and value.dtype != torch.bfloat16 for value in student.values())
-    for method in cfg.DISTILL.METHODS:
-        losses = [line[part] for line in lines for part in ("total_loss", "loss_ce", loss_of(method)) if part in line]
-        assert len(losses) >= 3 * 3 and all(map(math.isfinite, losses))
-    # The setting did something.
-    assert not torch.equal(student["fc.weight"], plain[0]["fc.weight"])
-    broken = tmp_path / "broken"
-    shutil.copytree(tmp_path / "whole", broken)
+def test_a_run_ends_finite_and_resumes_exactly(tmp_path, whole, name):
+    cfg = cfg_of(tmp_path, SETTINGS[name])
+    expected = student, _, lines = state(whole(name))
+    assert all(value.isfinite().all() and value.dtype in (torch.float32, torch.int64) for value in student.values())
+    for loss in ("total_loss", "loss_ce", *map(loss_of, cfg.DISTILL.METHODS)):
+        assert len(losses_of(lines, loss)) == 6 and all(map(math.isfinite, losses_of(lines, loss)))
+    shutil.copytree(whole(name), tmp_path, dirs_exist_ok=True)
     for step in (6, STEPS):
-        (broken / f"model_{step:07d}.pth").unlink()
-    assert sorted(path.name for path in broken.glob("model_*.pth"))[-1] == "model_0000005.pth"
-    (broken / "student_final.pth").unlink()
-    run(cfg_of(broken, SETTINGS[name]), resume=True)
-    assert_identical(state(broken), whole)
+        (tmp_path / f"model_{step:07d}.pth").unlink()
+    assert max(path.name for path in tmp_path.glob("model_*.pth")) == "model_0000005.pth"
+    (tmp_path / "student_final.pth").unlink()
+    run(cfg, resume=True)
+    assert_identical(state(tmp_path), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "plain"])
+def test_a_setting_does_something(whole, name):
+    one, two = (state(whole(n))[0]["fc.weight"] for n in (name, "plain"))
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("name", "full"), [("bf16", "plain"), ("fp16", "plain"), ("clipped fp16", "clipped")])
+def test_mixed_precision_trains_as_full_precision_does(whole, name, full):
+    (_, last, lines), (_, _, expected) = state(whole(name)), state(whole(full))
+    assert losses_of(lines, "loss_ce") == pytest.approx(losses_of(expected, "loss_ce"), rel=0.02)
+    # The scale of the losses, 65536, let no step overflow.
+    assert last["trainer"]["scaler"].get("_growth_tracker", STEPS) == STEPS
 
 
 def test_the_schedule_is_what_was_asked_for(tmp_path):
