@@ -1,0 +1,229 @@
+"""Every registered method in a DistillModel: a new one is tested the day it appears."""
+
+import copy
+import io
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+from classification.networks import describe
+from common.distillers import DISTILLERS, Context
+from common.outputs import Outputs
+from tests.classification.methods import (
+    CLASSES,
+    METHODS,
+    WITH_TEACHER,
+    assert_finite,
+    build,
+    gradients,
+    key,
+    loss_of,
+    make_batch,
+    make_optimizer,
+    network,
+    seeded_losses,
+    train_step,
+)
+from tests.classification.runs import assert_identical
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+per_method = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The tensors here are tiny: threads that wait for each other cost ten times the work on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_there_are_methods():
+    assert len(METHODS) >= 21 and len(WITH_TEACHER) >= 20
+
+
+@per_method
+def test_losses_are_named_scalars_and_scaled(name):
+    def loss(epoch, *opts):
+        losses = seeded_losses(build(name, *opts), make_batch(), epoch)
+        assert set(losses) == {"loss_ce", loss_of(name)}
+        assert all(value.shape == () and value.isfinite() and value.dtype == torch.float32 for value in losses.values())
+        return losses[loss_of(name)].item()
+
+    unscaled = loss(2, key(name, "WEIGHT"), 1.0, key(name, "WARMUP"), 0)
+    assert unscaled != 0
+    assert loss(2, key(name, "WEIGHT"), 3.0, key(name, "WARMUP"), 0) == pytest.approx(3 * unscaled, rel=1e-5)
+    assert loss(2, key(name, "WEIGHT"), 1.0, key(name, "WARMUP"), 8) == pytest.approx(unscaled / 4, rel=1e-5)
+    assert loss(9, key(name, "WEIGHT"), 1.0, key(name, "WARMUP"), 8) == pytest.approx(unscaled, rel=1e-5)
+
+
+@per_method
+def test_gradients_reach_the_student_and_the_method_never_the_teacher(name):
+    model, method = build(name), DISTILLERS.get(name)
+    seeded_losses(model, make_batch())[loss_of(name)].backward()
+    reached = {n: p.grad for n, p in model.student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(n.startswith("layer") and n.endswith("conv1.weight") for n in reached)
+    if "logits" in method.needs:
+        assert set(reached) == {n for n, _ in model.student.named_parameters()}
+    for n, p in model.distillers.named_parameters():
+        # A bias before a batch norm has a gradient of 0, but it has one.
+        assert p.grad is not None and (p.ndim == 1 or p.grad.any()), n
+    assert_finite(*gradients(model))
+    assert model.teacher is None or not gradients(model.teacher)
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_training_leaves_the_teacher_alone(name):
+    model = build(name)
+    assert model.teacher is network("resnet14", 32)
+    before, student = copy.deepcopy(model.teacher.state_dict()), copy.deepcopy(model.student.state_dict())
+    optimizer = make_optimizer(model)
+    for step in range(3):
+        train_step(model, optimizer, step)
+    assert_identical(dict(model.teacher.state_dict()), dict(before))
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    assert not any(m.training for m in model.teacher.modules())
+    assert all(m.track_running_stats for m in model.teacher.modules() if isinstance(m, nn.BatchNorm2d))
+    changed = model.student.state_dict()
+    assert all(not torch.equal(student[n], changed[n]) for n, _ in model.student.named_parameters())
+    assert changed["bn1.num_batches_tracked"] == student["bn1.num_batches_tracked"] + 3
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_the_teacher_uses_the_statistics_that_the_method_asks_for(name):
+    model, seen = build(name), []
+    hook = model.teacher.bn1.register_forward_hook(lambda module, _, output: seen.append(output))
+    model(make_batch())
+    hook.remove()
+    norm = model.teacher.bn1
+    whitened = (seen[-1] - norm.bias.view(-1, 1, 1)) / norm.weight.view(-1, 1, 1)
+    of_batch = whitened.mean((0, 2, 3)).abs().max() < 1e-4
+    assert bool(of_batch) is DISTILLERS.get(name).teacher_batch_statistics
+
+
+@per_method
+def test_a_batch_of_one(name):
+    losses = seeded_losses(model := build(name), make_batch(1))
+    assert_finite(*losses.values())
+    sum(losses.values()).backward()
+    assert_finite(*gradients(model))
+
+
+@per_method
+def test_an_empty_batch(name):
+    model = build(name)
+    model.student.eval()  # batch norms have no statistics of nothing
+    before = copy.deepcopy(model.state_dict())
+    losses = seeded_losses(model, make_batch(0))
+    assert losses[loss_of(name)].item() == 0 == losses["loss_ce"].item()
+    sum(losses.values()).backward()
+    assert_finite(*gradients(model.student))
+    assert all(not gradient.any() for gradient in gradients(model))
+    # Counts of batches may rise; nothing else has been learned.
+    after = {n: v for n, v in model.state_dict().items() if "num_batches" not in n}
+    assert_identical(after, {n: v for n, v in before.items() if "num_batches" not in n})
+
+
+@per_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    model, plain = build(name), seeded_losses(build(name), make_batch())
+    with torch.autocast("cpu", dtype):
+        losses = seeded_losses(model, make_batch())
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert_finite(*losses.values())
+    sum(losses.values()).backward()
+    assert_finite(*gradients(model))
+    # The networks' rounding is in it; a loss computed in half precision would be further off.
+    torch.testing.assert_close(losses[loss_of(name)], plain[loss_of(name)], rtol=0.2, atol=0.05)
+
+
+def large_outputs(spec, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape):
+        return (scale * torch.randn(4, *shape, generator=generator)).requires_grad_()
+
+    # Maps before a ReLU have both signs, those behind it do not.
+    preacts = [tensor(*shape) for shape in spec.preacts]
+    return Outputs(tensor(spec.num_classes), [p.relu() for p in preacts], preacts, tensor(spec.pooled))
+
+
+@per_method
+@pytest.mark.parametrize("scales", [(1e4, 1e4), (1e4, 1.0), (1.0, 1e4), (1e-4, 1e-4), (0.0, 0.0)])
+def test_outputs_of_any_scale(name, scales):
+    distiller = build(name, key(name, "WARMUP"), 0).distillers[name.lower()]
+    student, teacher = (
+        large_outputs(describe(network(network_name, 32), 32), scale, seed)
+        for seed, (network_name, scale) in enumerate(zip(("resnet8", "resnet14"), scales, strict=True))
+    )
+    batch = make_batch()
+    losses = distiller(student, teacher, batch["label"], Context(1, batch["index"]))
+    assert_finite(*losses.values())
+    losses[loss_of(name)].backward()
+    leaves = [student.logits, *student.preacts, student.pooled]
+    assert_finite(*(leaf.grad for leaf in leaves if leaf.grad is not None))
+    assert any(leaf.grad is not None for leaf in leaves)
+    assert_finite(*(p.grad for p in distiller.parameters() if p.grad is not None), torch.zeros(1))
+    assert all(leaf.grad is None for leaf in (teacher.logits, *teacher.preacts, teacher.pooled))
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_only_what_is_needed_is_read(name):
+    """A method works on outputs that have no more than the parts it names."""
+    distiller = build(name).distillers[name.lower()]
+    needs = {*distiller.needs, getattr(distiller, "student_maps", "feats"), getattr(distiller, "teacher_maps", "feats")}
+    if getattr(distiller, "with_pooled", False):
+        needs.add("pooled")
+    nothing = {field.name: None for field in fields(Outputs) if field.name not in needs}
+    student, teacher = (
+        replace(network(n, 32).eval().outputs(torch.rand(4, 3, 32, 32)), **nothing) for n in ("resnet8", "resnet14")
+    )
+    batch = make_batch()
+    assert_finite(*distiller(student, teacher, batch["label"], Context(1, batch["index"])).values())
+
+
+@per_method
+def test_a_saved_model_trains_on_as_if_never_stopped(name):
+    model = build(name)
+    optimizer = make_optimizer(model)
+    for step in range(2):
+        train_step(model, optimizer, step)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert not any(n.startswith("teacher") for n in saved["model"])
+    other = build(name, seed=1)
+    if list(other.distillers.parameters()):
+        fresh = build(name, seed=0)
+        assert any(not torch.equal(a, b) for a, b in zip(fresh.parameters(), other.parameters(), strict=True)), (
+            "another seed draws the same connectors: the test would show nothing"
+        )
+    other.load_state_dict(saved["model"])
+    other_optimizer = make_optimizer(other)
+    other_optimizer.load_state_dict(saved["optimizer"])
+    for step in range(2, 4):
+        assert_identical(train_step(other, other_optimizer, step), train_step(model, optimizer, step))
+        assert_identical(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_all_methods_together():
+    model = build(METHODS)
+    losses = seeded_losses(model, make_batch())
+    assert list(losses) == ["loss_ce", *map(loss_of, METHODS)]
+    assert list(model.distillers) == [name.lower() for name in METHODS]
+    assert_finite(*losses.values())
+    sum(losses.values()).backward()
+    assert_finite(*gradients(model))
+    assert losses["loss_ce"].item() == pytest.approx(seeded_losses(build([]), make_batch())["loss_ce"].item())
+    assert model.eval()(make_batch()).shape == (4, CLASSES)
+
+
+def test_without_a_teacher():
+    alone = [name for name in METHODS if name not in WITH_TEACHER]
+    model = build(alone, teacher=[])
+    assert model.teacher is None and list(seeded_losses(model, make_batch())) == ["loss_ce", *map(loss_of, alone)]
