@@ -44,7 +44,10 @@ def launch(main: Callable[..., None], args: argparse.Namespace, *arguments: obje
         _join(job)
         try:
             main(*arguments)
+            # None leaves while the others still talk to it.
+            comm.synchronize()
         finally:
+            comm._LOCAL_PROCESS_GROUP = None
             dist.destroy_process_group()
         return
     found = torch.cuda.device_count()
