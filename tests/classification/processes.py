@@ -33,15 +33,19 @@ CASES = {
     "banks": {"DISTILL.METHODS": ["CRD"], "DISTILL.CRD.K": 64, "DATASETS.TRAIN_SIZE": 33},
     "unbroken": {},
     "stopped": {},
+    "parent stopped": {},
 }
 
 
 class StopHook(HookBase):
-    """SIGTERM to the last process alone, in the middle of an epoch and between two log lines."""
+    """SIGTERM from the last process to the process `pid` after `step`."""
+
+    def __init__(self, pid: int, step: int) -> None:
+        self.pid, self.step = pid, step
 
     def after_step(self) -> None:
-        if self.trainer.iter + 1 == 5 and comm.get_rank() == comm.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.trainer.iter + 1 == self.step and comm.get_rank() == comm.get_world_size() - 1:
+            os.kill(self.pid, signal.SIGTERM)
 
 
 def train_case(folder: Path, name: str) -> None:
@@ -49,7 +53,7 @@ def train_case(folder: Path, name: str) -> None:
     settings = {"LOG_PERIOD": 4, "SOLVER.CHECKPOINT_STEPS": 0, **CASES[name]}
     cfg = small_cfg(folder / name, **settings)
     train_set, test_set = load_datasets(cfg)
-    if name not in ("unbroken", "stopped"):
+    if name not in ("unbroken", "stopped", "parent stopped"):
         test_set = Subset(test_set, 99)
     start_logs(cfg.OUTPUT_DIR)
     # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
@@ -63,8 +67,11 @@ def train_case(folder: Path, name: str) -> None:
     facts["accuracy"] = trainer.test()
     facts["tested"] = torch.cat([batch["index"] for batch in trainer.test_loader])
     if name == "stopped":
-        trainer.register_hooks([StopHook()])
+        # In the middle of an epoch, and between two log lines.
+        trainer.register_hooks([StopHook(os.getpid(), 5)])
         (folder / name / "config.yaml").write_text(cfg.dump())
+    if name == "parent stopped":
+        trainer.register_hooks([StopHook(os.getppid(), 1)])
     trainer.run()
     facts["final"] = trainer.distill_model.state_dict()
     seed_step(cfg.SEED, 1)

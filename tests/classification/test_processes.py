@@ -1,15 +1,20 @@
 """Several processes train, evaluate, stop and resume as one does (gloo on CPUs)."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
+from timm.layers import BatchNormAct2d
 
-from common.engine.trainer import seed_step
+from common.engine.distributed import synchronize_batch_norms
+from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import read_metrics
+from common.errors import ConfigError
 from tests.classification.runs import assert_identical, run, small_cfg, state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +110,27 @@ def test_steps_differ_between_processes_and_starts_do_not(monkeypatch):
     assert draw(3, 0) != alone and draw(3, 0, rank=0) == alone
 
 
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.1), iter, seed=0)
+    trainer.metrics.update({"loss": torch.tensor(1.0)})
+    assert trainer.check_finite() == [{"loss": 1.0}]
+    other = FloatingPointError("of the other process")
+    monkeypatch.setattr("common.engine.trainer.comm.all_gather", lambda own: [own, other])
+    with pytest.raises(FloatingPointError, match="of the other process"):
+        trainer.check_finite()
+
+
+def test_synchronised_batch_norms():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    names = list(network.state_dict())
+    assert synchronize_batch_norms(network) and list(network.state_dict()) == names
+    assert all(type(norm) is NaiveSyncBatchNorm and norm._stats_mode == "N" for norm in network[1:])
+    assert not synchronize_batch_norms(torch.nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="BatchNormAct2d cannot be synchronised"):
+        synchronize_batch_norms(torch.nn.Sequential(BatchNormAct2d(4)))
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
     stopped = start(2, *PROGRAM, tmp_path, "stopped")
@@ -137,6 +163,30 @@ def test_errors_are_said_in_one_line(tmp_path):
     done = start(2, "tools/train_cls.py", *opts, "SOLVER.IMS_PER_BATCH", 15)
     assert "error: SOLVER.IMS_PER_BATCH 15 cannot be shared out evenly over 2 processes" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# Two GPUs, as far as the process that starts the others knows; those find none, and use gloo.
+NUM_GPUS = """
+import argparse, sys, torch
+from common.engine.launch import launch
+from tests.classification.processes import main
+if __name__ == "__main__":
+    torch.cuda.device_count = lambda: 2
+    args = argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+    launch(main, args, sys.argv[1], sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_num_gpus_passes_sigterm_on_and_exits_143(tmp_path):
+    (tmp_path / "start.py").write_text(NUM_GPUS)
+    done = start(1, tmp_path / "start.py", tmp_path, "parent stopped")
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    folder = tmp_path / "parent stopped"
+    logs = [(folder / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    steps = [re.findall(r"SIGTERM: saved after step (\d+)", log) for log in logs]
+    assert steps[0] == steps[1] and len(steps[0]) == 1
+    assert (folder / f"model_{int(steps[0][0]):07d}.pth").is_file()
 
 
 # Two tasks with the variables that srun gives them, and the command that follows srun's options.
