@@ -56,13 +56,13 @@ class ClassificationTrainer(StepTrainer):
     def __init__(self, cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> None:
         self.cfg = cfg
         solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
-        # The student is built first, so that its weights are the same whatever teacher and methods follow.
-        seed_step(cfg.SEED, 0)
+        # The student is built first, so that its weights are the same whatever teacher and methods follow. All
+        # processes build the same: not everything is sent to them from the main one.
+        seed_step(cfg.SEED, 0, rank=0)
         student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
         self.distill_model = build_distiller(cfg, student=student, num_samples=len(train_set))
         self.distill_model.set_labels(train_set.labels.to(resolve_device(cfg)))
-        if cfg.MODEL.SYNC_BN:
-            synchronize_batch_norms(self.distill_model.student)
+        self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
 
         def sampler(start: int) -> EpochBatchSampler:
             return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
@@ -96,10 +96,13 @@ class ClassificationTrainer(StepTrainer):
         self.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(self.optimizer, schedule), self.evaluation])
 
     def compute_losses(self, batch: Any) -> dict[str, Tensor]:
-        losses = self.model(batch, self.iter // self.epoch_length + 1)
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
         # where all have the same number, so not in an epoch's last batch.
         share = self.sampler.share(self.iter)
+        if share == 0 and self._shares_statistics:
+            # The sample it was given in place of none would count in the others' batch norms.
+            batch = {name: part[:0] for name, part in batch.items()}
+        losses = self.model(batch, self.iter // self.epoch_length + 1)
         return losses if share == 1 else {name: share * value for name, value in losses.items()}
 
     def backward(self, losses: dict[str, Tensor]) -> None:
@@ -152,7 +155,7 @@ class ClassificationTrainer(StepTrainer):
         )
         self._begun = time.perf_counter() - self.seconds
         self.train(start, self.max_iter)
-        results = self.evaluation.summary()
+        results = self.evaluation.summary() if comm.is_main_process() else {}
         if comm.is_main_process():
             self.save_student("final")
             facts = {**results, **model_cost(self.distill_model.student, image_size(self.cfg)), "seconds": self.seconds}

@@ -4,8 +4,11 @@ import torch.distributed as dist
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import ConfigError
 
 __all__ = ["broadcast_buffers", "synchronize_batch_norms", "wrap_student"]
 
@@ -25,16 +28,27 @@ def wrap_student(model: nn.Module) -> nn.Module:
     return create_ddp_model(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def synchronize_batch_norms(network: nn.Module) -> None:
-    """Let the batch norms of a network, in place, take their statistics over all processes; names stay."""
-    for module in network.modules():
-        for name, child in module.named_children():
-            # torch's own takes GPU tensors only.
-            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, NaiveSyncBatchNorm):
-                if next(child.parameters()).is_cuda:
-                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-                else:
-                    child.__class__, child._stats_mode = NaiveSyncBatchNorm, "N"
+def synchronize_batch_norms(network: nn.Module) -> bool:
+    """Let the batch norms of a network, in place, take their statistics over all processes; names stay.
+
+    Each process counts with the number of its samples, which may be 0. On CPUs, where torch has no such norm,
+    Detectron2's keeps the biased variance in its running statistics.
+
+    Returns:
+        Whether there are any.
+
+    Raises:
+        ConfigError: a batch norm that does something else as well, on CPUs.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if next(network.parameters()).is_cuda:
+        convert_sync_batchnorm(network)  # torch's, that knows timm's norms with an activation too
+        return bool(norms)
+    for norm in norms:
+        if type(norm) not in (nn.BatchNorm2d, NaiveSyncBatchNorm):
+            raise ConfigError(f"MODEL.SYNC_BN: on CPUs the student's {type(norm).__name__} cannot be synchronised")
+        norm.__class__, norm._stats_mode = NaiveSyncBatchNorm, "N"
+    return bool(norms)
 
 
 def broadcast_buffers(network: nn.Module) -> None:

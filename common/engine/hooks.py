@@ -127,7 +127,8 @@ class CheckpointHook(HookBase):
         done = self.trainer.iter + 1
         stop = self._any_process_stops()
         if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter or stop:
-            self.trainer.metrics.compute()  # raises before weights that are not finite are saved
+            self.trainer.check_finite()  # raises before weights that are not finite are saved
+            self.trainer.collect_state()
             if comm.is_main_process():
                 self._checkpointer.save(f"model_{done:07d}", **self._extra)
             comm.synchronize()

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["MeanMetrics"]
+__all__ = ["MeanMetrics", "average_states"]
 
 
 class MeanMetrics:
@@ -43,7 +43,13 @@ class MeanMetrics:
         self._sums, self._count = {}, 0
 
     def state_dict(self) -> dict[str, object]:
-        return {"sums": dict(self._sums), "count": self._count}
+        return {"sums": {name: total.cpu() for name, total in self._sums.items()}, "count": self._count}
 
     def load_state_dict(self, state: dict) -> None:
         self._sums, self._count = dict(state["sums"]), state["count"]
+
+
+def average_states(states: list[dict]) -> dict:
+    """The average of several processes' states."""
+    sums = {name: sum(state["sums"][name] for state in states) / len(states) for name in states[0]["sums"]}
+    return {"sums": sums, "count": states[0]["count"]}

@@ -11,18 +11,19 @@ from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from common.engine.metrics import MeanMetrics
+from common.engine.metrics import MeanMetrics, average_states
 
 __all__ = ["StepTrainer", "seed_step"]
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed Python, numpy and torch by (seed, step, rank).
+def seed_step(seed: int, step: int, rank: int | None = None) -> None:
+    """Seed Python, numpy and torch by (seed, step, rank); without a rank, by this process's.
 
     Done before every step, it makes dropout and the like continue after a restart as they would have without one,
     whatever evaluation, hooks or workers drew in between, and leaves no generator state to save.
     """
-    low, high = np.random.SeedSequence([seed, step, comm.get_rank()], spawn_key=(1,)).generate_state(2)
+    rank = comm.get_rank() if rank is None else rank
+    low, high = np.random.SeedSequence([seed, step, rank], spawn_key=(1,)).generate_state(2)
     random.seed(int(low))
     np.random.seed(int(low))
     torch.manual_seed(int(high) << 32 | int(low))
@@ -59,6 +60,7 @@ class StepTrainer(TrainerBase):
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.metrics = MeanMetrics()
+        self._metric_states: list[dict[str, Any]] = []
         self._batches: Iterator[Any]
 
     def before_train(self) -> None:
@@ -72,6 +74,7 @@ class StepTrainer(TrainerBase):
         super().after_train()
 
     def run_step(self) -> None:
+        self._metric_states = []
         start = time.perf_counter()
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
@@ -99,22 +102,46 @@ class StepTrainer(TrainerBase):
 
     def log_metrics(self) -> None:
         """Put the losses' means since the last call, over all processes, into the event storage."""
-        gathered = comm.gather(self.metrics.compute())
+        gathered = self.check_finite()
         self.metrics.reset()
-        for name in gathered[0] if gathered else ():
+        for name in gathered[0]:
             # They are means already: smoothing them once more would depend on when the run was restarted.
             self.storage.put_scalar(name, np.mean([m[name] for m in gathered]), smoothing_hint=False)
+
+    def check_finite(self) -> list[dict[str, float]]:
+        """Every process's means of the losses since the last log line.
+
+        Raises:
+            FloatingPointError: in all processes, where a mean of one of them is not finite.
+        """
+        try:
+            own = self.metrics.compute()
+        except FloatingPointError as error:
+            own = error
+        gathered = comm.all_gather(own)
+        for means in gathered:
+            if isinstance(means, FloatingPointError):
+                raise means
+        return gathered
+
+    def collect_state(self) -> None:
+        """Bring to the main process what differs between them. All call it before that one saves."""
+        self._metric_states = comm.gather(self.metrics.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "metrics": self.metrics.state_dict(),
+            "metrics": self._metric_states or [self.metrics.state_dict()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
-        self.metrics.load_state_dict(state_dict["metrics"])
+        states = state_dict["metrics"]
+        # Of another number of processes the average is taken: it is what is logged.
+        self.metrics.load_state_dict(
+            states[comm.get_rank()] if len(states) == comm.get_world_size() else average_states(states)
+        )

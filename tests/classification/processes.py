@@ -1,0 +1,91 @@
+"""Trainings for the tests of many processes: `python -m tests.classification.processes FOLDER CASE ...`.
+
+Started alone, or by torchrun; the cases run one after another in the same processes, each in FOLDER/CASE.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from classification.data.loader import Subset
+from classification.trainer import ClassificationTrainer, load_datasets, start_logs
+from common.engine.launch import launch
+from common.engine.trainer import seed_step
+from tests.classification.runs import small_cfg
+
+# An epoch of 41 samples ends with a batch that 2 processes get 5 and 4 of, one of 33 with a single sample.
+SYNCED = {"MODEL.SYNC_BN": True, "SOLVER.BASE_LR": 0.002, "SOLVER.EPOCHS": 2, "LOG_PERIOD": 1, "DISTILL.DKD.WARMUP": 0}
+CASES = {
+    "plain": {**SYNCED, "DISTILL.METHODS": [], "DATASETS.TRAIN_SIZE": 33},
+    "nine": {**SYNCED, "DISTILL.METHODS": ["KD", "DKD", "AT"], "DATASETS.TRAIN_SIZE": 41},
+    "one": {**SYNCED, "DISTILL.METHODS": ["KD", "DKD", "AT"], "DATASETS.TRAIN_SIZE": 33},
+    "dot": {**SYNCED, "SOLVER.OPTIMIZER": "DOT", "DATASETS.TRAIN_SIZE": 33},
+    # Of 2 samples in 3 processes: a third that is there twice would show.
+    "two": {**SYNCED, "SOLVER.IMS_PER_BATCH": 12, "DATASETS.TRAIN_SIZE": 26},
+    # Methods with weights and memories of their own; batch norms of each process.
+    "connectors": {"SOLVER.OPTIMIZER": "DOT", "DISTILL.METHODS": ["FitNet"], "DATASETS.TRAIN_SIZE": 33},
+    "banks": {"DISTILL.METHODS": ["CRD"], "DISTILL.CRD.K": 64, "DATASETS.TRAIN_SIZE": 33},
+    "unbroken": {},
+    "stopped": {},
+    "parent stopped": {},
+}
+
+
+class StopHook(HookBase):
+    """SIGTERM from the last process to the process `pid` after `step`."""
+
+    def __init__(self, pid: int, step: int) -> None:
+        self.pid, self.step = pid, step
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.step and comm.get_rank() == comm.get_world_size() - 1:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+def train_case(folder: Path, name: str) -> None:
+    """Train a case and leave ``rank<r>.pth`` beside its run folder's files."""
+    settings = {"LOG_PERIOD": 4, "SOLVER.CHECKPOINT_STEPS": 0, **CASES[name]}
+    cfg = small_cfg(folder / name, **settings)
+    train_set, test_set = load_datasets(cfg)
+    if name not in ("unbroken", "stopped", "parent stopped"):
+        test_set = Subset(test_set, 99)
+    start_logs(cfg.OUTPUT_DIR)
+    # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
+    exact = cfg.MODEL.SYNC_BN
+    torch.set_default_dtype(torch.float64 if exact else torch.float32)
+    trainer = ClassificationTrainer(cfg, train_set, test_set)
+    for norm in (trainer.distill_model.student_norm, *trainer.distill_model.teacher_norms) if exact else ():
+        norm.register_forward_hook(lambda module, inputs, images: images.double())
+    facts = {"initial": {key: value.clone() for key, value in trainer.distill_model.state_dict().items()}}
+    facts["teacher"] = {} if trainer.distill_model.teacher is None else trainer.distill_model.teacher.state_dict()
+    facts["accuracy"] = trainer.test()
+    facts["tested"] = torch.cat([batch["index"] for batch in trainer.test_loader])
+    if name == "stopped":
+        # In the middle of an epoch, and between two log lines.
+        trainer.register_hooks([StopHook(os.getpid(), 5)])
+        (folder / name / "config.yaml").write_text(cfg.dump())
+    if name == "parent stopped":
+        trainer.register_hooks([StopHook(os.getppid(), 1)])
+    trainer.run()
+    facts["final"] = trainer.distill_model.state_dict()
+    seed_step(cfg.SEED, 1)
+    facts["drawn"] = torch.rand(4)
+    torch.save(facts, folder / name / f"rank{comm.get_rank()}.pth")
+
+
+def main(folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        train_case(Path(folder), name)
+        comm.synchronize()
+
+
+if __name__ == "__main__":
+    launch(main, argparse.Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url=""), sys.argv[1], sys.argv[2:])

@@ -1,0 +1,245 @@
+"""Several processes train, evaluate, stop and resume as one does (gloo on CPUs)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.layers import NaiveSyncBatchNorm
+from timm.layers import BatchNormAct2d
+
+from common.engine.distributed import synchronize_batch_norms
+from common.engine.trainer import StepTrainer, seed_step
+from common.engine.writers import read_metrics
+from common.errors import ConfigError
+from tests.classification.runs import assert_identical, run, small_cfg, state
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ("-m", "tests.classification.processes")
+EQUAL = ("plain", "nine", "one", "dot")
+
+
+def start(processes, *arguments, **environment):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    command = [sys.executable, *(torchrun if processes > 1 else ()), *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def started(processes, *arguments):
+    done = start(processes, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def load(folder, rank=0):
+    return torch.load(folder / f"rank{rank}.pth", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    started(1, *PROGRAM, folder, *EQUAL, "two")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    started(2, *PROGRAM, folder, *EQUAL, "connectors", "banks", "unbroken")
+    return folder
+
+
+def assert_equal_runs(one, several):
+    """The same losses in each step and the same student, but for rounding."""
+    expected, found = read_metrics(one), read_metrics(several)
+    assert len(expected) == len(found) == 6
+    for a, b in zip(expected, found, strict=True):
+        losses = {name for name in a if "loss" in name}
+        assert losses == {name for name in b if "loss" in name} and len(losses) > 1
+        assert {name: a[name] for name in losses} == pytest.approx({name: b[name] for name in losses}, rel=1e-5)
+        assert a.get("top1") == b.get("top1")
+    a, b = load(one)["final"], load(several)["final"]
+    for name in a:
+        if "running_" not in name and "num_batches" not in name:  # Detectron2's norms keep the biased variance
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EQUAL)
+def test_two_processes_train_as_one(one, two, case):
+    assert_equal_runs(one / case, two / case)
+
+
+@pytest.mark.slow
+def test_a_process_without_samples_does_not_count(one, tmp_path):
+    started(3, *PROGRAM, tmp_path, "two")
+    assert_equal_runs(one / "two", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_accuracy_is_over_each_image_once(one, two):
+    parts = [load(two / "plain", rank) for rank in (0, 1)]
+    assert torch.cat([part["tested"] for part in parts]).tolist() == list(range(99))
+    assert parts[0]["accuracy"] == load(one / "plain")["accuracy"] and not parts[1]["accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*EQUAL, "connectors", "banks"])
+def test_all_processes_have_the_same_weights_and_memories(two, case):
+    a, b = (load(two / case, rank) for rank in (0, 1))
+    for part in ("initial", "teacher", "final"):
+        assert a[part].keys() == b[part].keys()
+        for name in a[part]:
+            own = part == "final" and "running_" in name  # each process's batches; the main one's are saved
+            assert own or torch.equal(a[part][name], b[part][name]), (part, name)
+    assert not torch.equal(a["drawn"], b["drawn"])
+    if case == "banks":
+        assert not torch.equal(a["initial"]["distillers.crd.bank_student"], a["final"]["distillers.crd.bank_student"])
+
+
+def test_steps_differ_between_processes_and_starts_do_not(monkeypatch):
+    def draw(*arguments, **settings):
+        seed_step(*arguments, **settings)
+        return torch.rand(3).tolist()
+
+    alone = draw(3, 0)
+    monkeypatch.setattr("common.engine.trainer.comm.get_rank", lambda: 1)
+    assert draw(3, 0) != alone and draw(3, 0, rank=0) == alone
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.1), iter, seed=0)
+    trainer.metrics.update({"loss": torch.tensor(1.0)})
+    assert trainer.check_finite() == [{"loss": 1.0}]
+    other = FloatingPointError("of the other process")
+    monkeypatch.setattr("common.engine.trainer.comm.all_gather", lambda own: [own, other])
+    with pytest.raises(FloatingPointError, match="of the other process"):
+        trainer.check_finite()
+
+
+def test_synchronised_batch_norms():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    names = list(network.state_dict())
+    assert synchronize_batch_norms(network) and list(network.state_dict()) == names
+    assert all(type(norm) is NaiveSyncBatchNorm and norm._stats_mode == "N" for norm in network[1:])
+    assert not synchronize_batch_norms(torch.nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match="BatchNormAct2d cannot be synchronised"):
+        synchronize_batch_norms(torch.nn.Sequential(BatchNormAct2d(4)))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
+    stopped = start(2, *PROGRAM, tmp_path, "stopped")
+    folder = tmp_path / "stopped"
+    assert stopped.returncode and stopped.stderr.count("exitcode  : 143") >= 1
+    # One step, the same for both, or they would wait for each other.
+    assert max(path.name for path in folder.glob("model_*")) == "model_0000005.pth"
+    assert "SIGTERM: saved after step 5" in (folder / "log.txt").read_text()
+    assert "SIGTERM: saved after step 5" in (folder / "log.txt.rank1").read_text()
+    pending = torch.load(folder / "model_0000005.pth", weights_only=True)["trainer"]["metrics"]
+    assert len(pending) == 2 and pending[0]["count"] == pending[1]["count"] > 0
+    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    assert_identical(state(folder), state(two / "unbroken"))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_resumes(two, tmp_path):
+    (tmp_path / "model_0000003.pth").write_bytes(sorted((two / "unbroken").glob("model_*.pth"))[0].read_bytes())
+    run(small_cfg(tmp_path), resume=True)
+    assert read_metrics(tmp_path)[-1]["iteration"] == 8
+
+
+@pytest.mark.slow
+def test_errors_are_said_in_one_line(tmp_path):
+    opts = ("--config-file", "configs/cls/digits_r8.yaml", "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu")
+    if not torch.cuda.is_available():
+        done = start(1, "tools/train_cls.py", "--num-gpus", 2, *opts)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "error: --num-gpus 2, but this machine has 0 GPUs" in done.stderr and "torchrun" in done.stderr
+    done = start(2, "tools/train_cls.py", *opts, "SOLVER.IMS_PER_BATCH", 15)
+    assert "error: SOLVER.IMS_PER_BATCH 15 cannot be shared out evenly over 2 processes" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# Two GPUs, as far as the process that starts the others knows; those find none, and use gloo.
+NUM_GPUS = """
+import argparse, sys, torch
+from common.engine.launch import launch
+from tests.classification.processes import main
+if __name__ == "__main__":
+    torch.cuda.device_count = lambda: 2
+    args = argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+    launch(main, args, sys.argv[1], sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_num_gpus_passes_sigterm_on_and_exits_143(tmp_path):
+    (tmp_path / "start.py").write_text(NUM_GPUS)
+    done = start(1, tmp_path / "start.py", tmp_path, "parent stopped")
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    folder = tmp_path / "parent stopped"
+    logs = [(folder / name).read_text() for name in ("log.txt", "log.txt.rank1")]
+    steps = [re.findall(r"SIGTERM: saved after step (\d+)", log) for log in logs]
+    assert steps[0] == steps[1] and len(steps[0]) == 1
+    assert (folder / f"model_{int(steps[0][0]):07d}.pth").is_file()
+
+
+# Two tasks with the variables that srun gives them, and the command that follows srun's options.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > "$RECORD"
+while [[ $1 == --* ]]; do shift; done
+export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE=2
+export SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
+wait $first && wait $second
+"""
+
+
+def slurm(folder, script, *arguments):
+    tools = folder / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(SRUN)
+    (tools / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    env.update(PATH=f"{tools}:{os.environ['PATH']}", RECORD=str(folder / "srun.txt"), OMP_NUM_THREADS="1", GPUS="2")
+    env.update(SRUN_ARGS="--time=1:00:00 --exclusive")
+    command = ["bash", str(ROOT / "tools" / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_slurm_tasks_train_as_torchrun_does(two, tmp_path):
+    cfg = small_cfg(tmp_path / "run", LOG_PERIOD=4, SOLVER__CHECKPOINT_STEPS=0)
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    arguments = ("debug", "name", tmp_path / "c.yaml", tmp_path / "run")
+    done = slurm(tmp_path, "slurm_train.sh", *arguments, "SOLVER.EPOCHS", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = (tmp_path / "srun.txt").read_text().splitlines()
+    assert options[: options.index("python")] == [
+        "--partition=debug",
+        "--job-name=name",
+        "--gres=gpu:2",
+        "--ntasks=2",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=5",
+        "--kill-on-bad-exit=1",
+        "--signal=TERM@120",
+        "--time=1:00:00",
+        "--exclusive",
+    ]
+    assert options[-4:] == ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.EPOCHS", "3"]
+    assert_identical(state(tmp_path / "run"), state(two / "unbroken"))
+
+
+@pytest.mark.parametrize("script", ["slurm_train.sh", "train_cls.sbatch"])
+def test_slurm_scripts_say_how_they_are_used(tmp_path, script):
+    done = slurm(tmp_path, script, "one")
+    assert done.returncode == 2 and "usage:" in done.stderr and not (tmp_path / "srun.txt").exists()

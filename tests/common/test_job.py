@@ -1,0 +1,95 @@
+"""A process's place in a job, as torchrun and SLURM tell it."""
+
+import pytest
+
+from common.engine.job import Job
+from common.errors import ConfigError
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
+    "MASTER_ADDR": "a", "MASTER_PORT": "29500",
+}  # fmt: skip
+SRUN = {
+    "SLURM_PROCID": "6", "SLURM_NTASKS": "7", "SLURM_LOCALID": "0", "SLURM_NODEID": "3", "SLURM_STEP_ID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_STEP_NODELIST": "gpu[003-005,12]", "SLURM_JOB_ID": "1234567",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+}  # fmt: skip
+
+
+def test_torchrun_goes_before_slurm():
+    assert Job.of({**SRUN, **TORCHRUN}) == Job(5, 8, 1, 4, 1, "a", 29500)
+
+
+def test_slurm():
+    job = Job.of(SRUN)
+    assert (job.rank, job.world_size, job.local_rank, job.local_size, job.node) == (6, 7, 0, 1, 3)
+    # srun may have been typed on a login node: task 0 is on the first of the list.
+    assert job.address == "gpu003" and 20000 <= job.port < 30000
+    assert job.port != Job.of({**SRUN, "SLURM_STEP_ID": "3"}).port
+    first = Job.of({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
+    assert (first.local_size, first.address, first.port) == (2, job.address, job.port)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address"),
+    [
+        ("one", "one"),
+        ("a1,b2", "a1"),
+        ("gpu[7,9]", "gpu7"),
+        ("n[01-10]-ib,x", "n01-ib"),
+        ("c-1.cluster", "c-1.cluster"),
+        ("", "10.0.0.1"),
+    ],
+)
+def test_the_first_node(nodes, address):
+    assert Job.of({**SRUN, "SLURM_STEP_NODELIST": nodes}).address == address
+
+
+def test_what_the_user_sets_stays():
+    job = Job.of({**SRUN, "MASTER_ADDR": "mine", "MASTER_PORT": "1"})
+    assert (job.address, job.port) == ("mine", 1)
+
+
+@pytest.mark.parametrize("size", ["SLURM_NTASKS_PER_NODE", "SLURM_NNODES"])
+def test_sizes_without_a_list(size):
+    value = {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}[size]
+    environ = {name: SRUN[name] for name in SRUN if "TASKS_PER_NODE" not in name}
+    job = Job.of({**environ, size: value, "SLURM_NODEID": "1", "SLURM_LOCALID": "2"})
+    assert job.local_size == 3
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"},  # a batch script
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},  # an interactive shell in an allocation of several tasks
+    ],
+)
+def test_a_process_by_itself(environ):
+    assert Job.of(environ) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}, "contradict"),
+        ({"SLURM_LOCALID": "1"}, "contradict"),
+        ({"SLURM_NODEID": "4"}, "contradict"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "not of the form"),
+        ({"SLURM_STEP_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": ""}, "MASTER_ADDR"),
+    ],
+)
+def test_slurm_errors(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Job.of({**SRUN, **change})
+
+
+def test_gpus():
+    job = Job.of({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
+    assert job.device_index(2, {}) == 1 and job.device_index(8, {}) == 1
+    assert job.device_index(1, {"SLURM_GPUS_ON_NODE": "2"}) == 0  # each task sees its own
+    with pytest.raises(ConfigError, match="2 processes on this node, but it has 1 GPU:"):
+        job.device_index(1, {"SLURM_GPUS_ON_NODE": "1"})
+    with pytest.raises(ConfigError, match="torchrun starts 4 processes on this node, but it has 1 GPU:"):
+        Job.of(TORCHRUN).device_index(1, {})

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Train a classifier on a SLURM cluster, one process per GPU:
+#
+#   GPUS=16 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS="--time=24:00:00" \
+#     tools/slurm_train.sh PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR [KEY VALUE ...]
+#
+# A job that is near its time limit, or preempted, saves after the step it is in; the same line goes on from there.
+# For a job that puts itself back into the queue see tools/train_cls.sbatch.
+set -euo pipefail
+
+if (($# < 4)); then
+    echo "usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS=...]" \
+        "$0 PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR [KEY VALUE ...]" >&2
+    exit 2
+fi
+partition=$1 job=$2 config=$3 output=$4
+shift 4
+gpus=${GPUS:-8}
+gpus_per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
+read -ra more <<<"${SRUN_ARGS:-}"
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# One process's end is the end of all: the others would wait for it.
+exec srun \
+    --partition="$partition" \
+    --job-name="$job" \
+    --gres="gpu:$gpus_per_node" \
+    --ntasks="$gpus" \
+    --ntasks-per-node="$gpus_per_node" \
+    --cpus-per-task="${CPUS_PER_TASK:-5}" \
+    --kill-on-bad-exit=1 \
+    --signal=TERM@120 \
+    "${more[@]}" \
+    python -u tools/train_cls.py --config-file "$config" --resume OUTPUT_DIR "$output" "$@"
