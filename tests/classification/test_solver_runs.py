@@ -36,7 +36,8 @@ SETTINGS = {
 
 def cfg_of(folder, settings):
     # The checkpoint after step 5, in the middle of an epoch, stays.
-    return small_cfg(folder, **{"DISTILL__METHODS": ["KD"], "SOLVER__CHECKPOINT_KEEP": 9, **settings})
+    always = {"DISTILL__METHODS": ["KD"], "SOLVER__CHECKPOINT_KEEP": 9, "TEST__EVAL_PERIOD": 3}
+    return small_cfg(folder, **{**always, **settings})
 
 
 @pytest.fixture(scope="module")
