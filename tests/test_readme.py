@@ -1,7 +1,10 @@
 """What the README shows, run as it stands."""
 
 import argparse
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,20 @@ def test_every_method_and_named_file_exists():
         assert f"`{name}`" in README
     for path in re.findall(r"(?:configs/\w+/[\w]+\.yaml|tools/\w+\.\w+|tests/[\w/]+\.py|common/\w+/\w+\.py)", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_what_there_is(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--device",
+        "cpu",
+        "--quick",
+        "--output",
+        str(tmp_path),
+    ]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+    report = json.loads((tmp_path / "device_cpu.json").read_text())
+    parts = ("methods_against_cpu", "models_against_cpu", "step_times", "training_table")
+    assert not [part for part in parts if str(report[part]).startswith("failed")]

@@ -4,7 +4,6 @@ import torch.distributed as dist
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +41,7 @@ def synchronize_batch_norms(network: nn.Module) -> bool:
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     if next(network.parameters()).is_cuda:
-        convert_sync_batchnorm(network)  # torch's, that knows timm's norms with an activation too
+        _convert(network)
         return bool(norms)
     for norm in norms:
         if type(norm) not in (nn.BatchNorm2d, NaiveSyncBatchNorm):
@@ -55,3 +54,12 @@ def broadcast_buffers(network: nn.Module) -> None:
     """Give every process the main one's buffers."""
     for buffer in network.buffers():
         dist.broadcast(buffer, 0)
+
+
+def _convert(network: nn.Module) -> None:
+    try:
+        # torch's norm with timm's care for its own norms that hold an activation.
+        from timm.layers import convert_sync_batchnorm
+    except ImportError:
+        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
+    convert_sync_batchnorm(network)
