@@ -1,5 +1,7 @@
 """Every published configuration is loaded, built and stepped once; get_cfg's values are checked."""
 
+import argparse
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from classification.config import get_cfg, image_size, load_cfg, resolve_device,
 from classification.data import dataset_info
 from classification.modeling import build_distiller
 from classification.solver import build_lr_scheduler, build_optimizer
+from classification.trainer import train
+from common.engine.writers import read_metrics
 from common.errors import ConfigError
 from tests.goldens.fill import array
 
@@ -126,3 +130,14 @@ def test_learning_rates(settings, factors):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(factors, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RUNNABLE if p.stem.startswith("digits_")], ids=lambda path: path.stem)
+def test_two_epochs_on_digits(path, tmp_path):
+    """From its YAML, through the trainer: loader, schedule, evaluation, checkpoints."""
+    opts = ["SOLVER.EPOCHS", "2", "TEST.EVAL_PERIOD", "2", "DATASETS.TRAIN_SIZE", "40", "SOLVER.IMS_PER_BATCH", "16"]
+    results = train(load(path, *opts, "OUTPUT_DIR", str(tmp_path)), argparse.Namespace(resume=False))
+    last = read_metrics(tmp_path)[-1]
+    assert last["iteration"] == 5 and last["top1"] == results["top1"] and 0 <= results["top1"] <= results["top5"] <= 100
+    assert all(math.isfinite(value) for value in last.values())
