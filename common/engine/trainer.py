@@ -61,7 +61,7 @@ class StepTrainer(TrainerBase):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.metrics = MeanMetrics()
         self._metric_states: list[dict[str, Any]] = []
-        self._batches: Iterator[Any]
+        self._batches: Iterator[Any] = iter(())
 
     def before_train(self) -> None:
         super().before_train()
@@ -70,7 +70,7 @@ class StepTrainer(TrainerBase):
 
     def after_train(self) -> None:
         # Ends the loader's workers now, and not when the garbage collector finds the iterator.
-        del self._batches
+        self._batches = iter(())
         super().after_train()
 
     def run_step(self) -> None:
