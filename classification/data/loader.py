@@ -1,9 +1,5 @@
 """Batches whose order and augmentation are a function of (seed, epoch, index) alone."""
 
-import atexit
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from classification.data.augment import sample
 from classification.data.datasets import ImageDataset
+from common.engine.loading import WorkerLoader
 
 __all__ = ["EpochBatchSampler", "Samples", "Subset", "build_test_loader", "build_train_loader"]
 
@@ -109,35 +106,16 @@ def build_train_loader(
 ) -> DataLoader:
     """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`."""
     samples = Samples(dataset, size, batch_sampler.seed, augmentation)
-    return DataLoader(samples, batch_sampler=batch_sampler, **_options(num_workers))
+    pin = torch.cuda.is_available()
+    return WorkerLoader(samples, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=pin)
 
 
 def build_test_loader(dataset: ImageDataset, batch_size: int, size: int, num_workers: int) -> DataLoader:
     """Every sample once, in order, shared out over the processes."""
-    sampler = InferenceSampler(len(dataset))
-    return DataLoader(Samples(dataset, size), batch_size, sampler=sampler, **_options(num_workers))
-
-
-def _options(num_workers: int) -> dict:
-    return {
-        # More of them than cores would only get into each other's way.
-        "num_workers": min(num_workers, len(os.sched_getaffinity(0))),
-        "worker_init_fn": _ignore_sigterm,
-        "pin_memory": torch.cuda.is_available(),
-        # A generator of its own: the loader draws a seed for its workers, which no result depends on.
-        "generator": torch.Generator(),
-    }
-
-
-@atexit.register
-def _end_workers() -> None:
-    # At exit multiprocessing sends SIGTERM to the workers that an error left behind, and waits for them.
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def _ignore_sigterm(worker: int) -> None:
-    # A scheduler signals every process of a job. The main one then finishes its step, for which it needs its workers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    return WorkerLoader(
+        Samples(dataset, size),
+        batch_size=batch_size,
+        sampler=InferenceSampler(len(dataset)),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )

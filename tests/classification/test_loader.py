@@ -1,7 +1,6 @@
 """Order and content of batches: a function of (seed, epoch, index)."""
 
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -84,15 +83,19 @@ def test_subset_is_fixed_and_nested(digits):
     assert torch.equal(small.load(3)[0], large.load(3)[0]) and small.load(3)[1] == small.labels[3]
 
 
-def test_workers_outlive_sigterm_and_end_with_the_iterator(digits):
+@pytest.mark.parametrize("batches_before", [0, 2])
+def test_workers_outlive_sigterm_and_end_with_the_iterator(digits, batches_before):
+    """Also one that comes while they start."""
     iterator = iter(build_train_loader(digits, EpochBatchSampler(len(digits), 100, 50, 0), 32, "crop", 2))
-    next(iterator)
     workers = iterator._workers
+    for _ in range(batches_before):
+        next(iterator)
     for worker in workers:
         worker.terminate()
-    time.sleep(0.2)
-    next(iterator)
+    for _ in range(4):
+        next(iterator)
     assert all(worker.is_alive() for worker in workers)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     del iterator
     assert all(worker.exitcode in (0, -signal.SIGTERM) for worker in workers)
 
