@@ -1,25 +1,19 @@
 """Settings of the classification trainer: all defaults, reading, and every check that needs no data."""
 
-import importlib
-import importlib.util
-import sys
 from pathlib import Path
 
 import torch
 
 from classification.data import dataset_info
 from classification.solver import OPTIMIZERS, SCHEDULES
-from common.config import CfgNode, add_distill_defaults
-from common.distillers import DISTILLERS, Distiller
+from common.config import CfgNode, add_distill_defaults, chosen_methods, import_extensions, resolve_device
 from common.errors import ConfigError, nearest
 
 __all__ = [
     "PRECISIONS",
-    "chosen_methods",
     "get_cfg",
     "image_size",
     "load_cfg",
-    "resolve_device",
     "teacher_nodes",
     "validate",
 ]
@@ -129,8 +123,7 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
         raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
     if config_file:
         # Own methods bring settings of their own, so they are imported before the defaults are made.
-        for name in CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []):
-            _import(name, Path(config_file).parent)
+        import_extensions(CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []), Path(config_file).parent)
     cfg = get_cfg()
     if config_file:
         cfg.merge_from_file(config_file)
@@ -187,21 +180,6 @@ def _names(cfg: CfgNode) -> list[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name]
 
 
-def chosen_methods(cfg: CfgNode) -> dict[str, type[Distiller]]:
-    """The methods of DISTILL.METHODS by name.
-
-    Raises:
-        ConfigError: an unknown method, or one that is named twice.
-    """
-    for name in cfg.DISTILL.METHODS:
-        if name not in DISTILLERS:
-            known = sorted(name for name, _ in DISTILLERS)
-            raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)}; there are {', '.join(known)}")
-    if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
-        raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
-    return {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
-
-
 def validate(cfg: CfgNode) -> None:
     """Check what can be checked before data and weights are touched.
 
@@ -253,46 +231,3 @@ def validate(cfg: CfgNode) -> None:
         if not cfg.DISTILL.METHODS or cfg.SOLVER.CLIP_GRAD_NORM or cfg.SOLVER.AMP == "fp16":
             raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, and bf16 or no AMP")
     resolve_device(cfg)
-
-
-def resolve_device(cfg: CfgNode) -> torch.device:
-    """The device of MODEL.DEVICE.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    name = cfg.MODEL.DEVICE
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"MODEL.DEVICE {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"MODEL.DEVICE is {name}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
-        )
-    return device
-
-
-def _import(name: str, folder: Path) -> None:
-    path = folder / name
-    if not name.endswith(".py"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"IMPORTS: {error} (a file ends in .py and is relative to the config file)") from error
-        return
-    if not path.is_file():
-        raise ConfigError(f"IMPORTS: there is no file {path.resolve()}")
-    # Under the file's own path, so that a second config of the same process does not run it again.
-    module_name = f"imported_by_config_{path.resolve()}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[module_name]
-            raise

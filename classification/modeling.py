@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classification.config import chosen_methods, image_size, resolve_device, teacher_nodes
+from classification.config import image_size, teacher_nodes
 from classification.data import dataset_info
 from classification.networks import Normalize, build_network, describe
-from common.config import CfgNode
+from common.config import CfgNode, chosen_methods, resolve_device
 from common.distillers import Context
 from common.engine.teacher import batch_statistics, leave_teacher_out_of_checkpoints
 from common.errors import ConfigError

@@ -16,14 +16,14 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
-from classification.config import PRECISIONS, image_size, resolve_device
+from classification.config import PRECISIONS, image_size
 from classification.data import ImageDataset, build_augmentation, build_dataset
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
 from classification.modeling import build_distiller
 from classification.networks import build_network, model_cost
 from classification.solver import build_lr_scheduler, build_optimizer
-from common.config import CfgNode
+from common.config import CfgNode, resolve_device
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook

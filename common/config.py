@@ -1,13 +1,19 @@
 """The DISTILL node, made of every registered method's own defaults, and how settings are merged."""
 
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode as _CfgNode
 
-from common.distillers import DISTILLERS
+from common.distillers import DISTILLERS, Distiller
 from common.errors import ConfigError, nearest
 
-__all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults"]
+__all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "import_extensions", "resolve_device"]
 
 
 def add_distill_defaults(cfg: _CfgNode) -> None:
@@ -20,6 +26,51 @@ def add_distill_defaults(cfg: _CfgNode) -> None:
     for name, method in DISTILLERS:
         node[name.upper()] = type(cfg)({**method.common_defaults(), **method.defaults()})
     cfg.DISTILL = node
+
+
+def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
+    """The methods of DISTILL.METHODS by name.
+
+    Raises:
+        ConfigError: an unknown method, or one that is named twice.
+    """
+    for name in cfg.DISTILL.METHODS:
+        if name not in DISTILLERS:
+            known = sorted(name for name, _ in DISTILLERS)
+            raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)}; there are {', '.join(known)}")
+    if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
+        raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
+    return {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
+
+
+def import_extensions(names: Iterable[str], folder: Path) -> None:
+    """Import what a configuration's IMPORTS names: modules, or files relative to `folder`, each once.
+
+    Raises:
+        ConfigError: there is no such module or file.
+    """
+    for name in names:
+        _import(name, folder)
+
+
+def resolve_device(cfg: _CfgNode) -> torch.device:
+    """The device of MODEL.DEVICE.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    name = cfg.MODEL.DEVICE
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"MODEL.DEVICE is {name}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
+        )
+    return device
 
 
 class CheckedMerge:
@@ -61,6 +112,29 @@ class CheckedMerge:
 
 class CfgNode(CheckedMerge, _CfgNode):
     """fvcore's CfgNode (yacs with ``_BASE_`` files) with checked merging."""
+
+
+def _import(name: str, folder: Path) -> None:
+    path = folder / name
+    if not name.endswith(".py"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"IMPORTS: {error} (a file ends in .py and is relative to the config file)") from error
+        return
+    if not path.is_file():
+        raise ConfigError(f"IMPORTS: there is no file {path.resolve()}")
+    # Under the file's own path, so that a second config of the same process does not run it again.
+    module_name = f"imported_by_config_{path.resolve()}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
 
 
 def _leaves(node: _CfgNode, prefix: str = "") -> list[str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification.config import get_cfg, image_size, load_cfg, resolve_device, validate
+from classification.config import get_cfg, image_size, load_cfg, validate
 from classification.data import dataset_info
 from classification.modeling import build_distiller
 from classification.solver import build_lr_scheduler, build_optimizer
 from classification.trainer import train
+from common.config import resolve_device
 from common.engine.writers import read_metrics
 from common.errors import ConfigError
 from tests.goldens.fill import array

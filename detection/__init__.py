@@ -1,0 +1,1 @@
+"""Distillation of Detectron2 detectors."""

@@ -1,0 +1,176 @@
+"""Settings of the detectors: Detectron2's own, the DISTILL node, and a second set of Detectron2's for the teacher."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode as Detectron2CfgNode
+from detectron2.config import get_cfg as detectron2_cfg
+from yaml.constructor import ConstructorError
+
+from common.config import CheckedMerge, add_distill_defaults, chosen_methods, import_extensions, resolve_device
+from common.errors import ConfigError
+
+__all__ = ["CfgNode", "add_distill_config", "get_cfg", "load_cfg", "num_classes", "teacher_cfg", "validate"]
+
+
+class CfgNode(CheckedMerge, Detectron2CfgNode):
+    """Detectron2's CfgNode with checked merging, and without YAML that runs code.
+
+    ``TEACHER.CONFIG_FILE`` is merged into TEACHER where it is met; what stands beside it goes over it.
+    """
+
+    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
+        super().merge_from_file(cfg_filename, allow_unsafe)
+
+    def merge_from_other_cfg(self, cfg_other: Detectron2CfgNode) -> None:
+        teacher = cfg_other.get("TEACHER")
+        if isinstance(teacher, dict) and teacher.get("CONFIG_FILE") and "TEACHER" in self:
+            self.TEACHER = _teacher_node(type(self), teacher["CONFIG_FILE"])
+        super().merge_from_other_cfg(cfg_other)
+
+
+def add_distill_config(cfg: Detectron2CfgNode) -> None:
+    """Add to a Detectron2 configuration the nodes DISTILL and TEACHER (Detectron2's own defaults)."""
+    add_distill_defaults(cfg)
+    cfg.TEACHER = _teacher_node(type(cfg))
+
+
+def get_cfg() -> CfgNode:
+    """All settings with their defaults: Detectron2's, DISTILL, TEACHER, and those of the run."""
+    cfg = CfgNode(detectron2_cfg())
+    add_distill_config(cfg)
+    # Everything random in a run is a function of it: weights, order, augmentation, sampling.
+    cfg.SEED = 0
+    # auto: the GPU if there is one.
+    cfg.MODEL.DEVICE = "auto"
+    # Empty: output/<name of the config file>.
+    cfg.OUTPUT_DIR = ""
+    # Modules or files (relative to the config file) to import first: own methods, backbones, data sets.
+    cfg.IMPORTS = []
+    # Log every so many iterations.
+    cfg.LOG_PERIOD = 20
+    # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
+    cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
+    # The newest so many checkpoints stay.
+    cfg.SOLVER.CHECKPOINT_KEEP = 2
+    return cfg
+
+
+def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
+    """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs; checked.
+
+    Raises:
+        ConfigError: unknown keys (named with the nearest known ones) or impossible values.
+        FileNotFoundError: no such file.
+    """
+    if config_file and not Path(config_file).is_file():
+        raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
+    if config_file:
+        import_extensions(CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []), Path(config_file).parent)
+    cfg = get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts or []))
+    if not cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    validate(cfg)
+    return cfg
+
+
+def teacher_cfg(cfg: Detectron2CfgNode) -> Detectron2CfgNode:
+    """What the teacher is built from: TEACHER with its CONFIG_FILE, on the student's device.
+
+    Detectron2's own CfgNode does not merge the file by itself: then what differs from Detectron2's defaults goes
+    over it.
+    """
+    node = cfg.TEACHER.clone()
+    if not isinstance(cfg, CheckedMerge) and node.CONFIG_FILE:
+        node = _teacher_node(type(cfg), node.CONFIG_FILE)
+        _merge_difference(node, cfg.TEACHER, _teacher_node(type(cfg)))
+    node.defrost()
+    node.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return node
+
+
+def num_classes(cfg: Detectron2CfgNode) -> tuple[str, int]:
+    """The key that holds the detector's number of classes, and its value (the background not counted)."""
+    key = "RETINANET" if "retinanet" in cfg.MODEL.META_ARCHITECTURE.lower() else "ROI_HEADS"
+    return f"MODEL.{key}.NUM_CLASSES", cfg.MODEL[key].NUM_CLASSES
+
+
+def validate(cfg: CfgNode) -> None:
+    """Check what can be checked before data and weights are touched; resolves MODEL.DEVICE "auto".
+
+    Raises:
+        ConfigError: with the key, its value, and what would be right.
+    """
+    methods = chosen_methods(cfg)
+    if methods and not cfg.MODEL.META_ARCHITECTURE.startswith("Distill"):
+        raise ConfigError(
+            f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
+            f"{cfg.MODEL.META_ARCHITECTURE}"
+        )
+    if cfg.DISTILL.CE_WEIGHT != 1.0:
+        raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
+    for key, value, floor in (
+        ("SEED", cfg.SEED, 0),
+        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
+        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
+        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
+        ("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP, 1),
+        num_classes(cfg) + (1,),
+    ):
+        if value < floor:
+            raise ConfigError(f"{key} is {value}, but must be at least {floor}")
+    if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST must each name a data set")
+    cfg.MODEL.DEVICE = str(resolve_device(cfg))
+
+
+def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detectron2CfgNode:
+    node = kind(detectron2_cfg())
+    # A path, or a name of Detectron2's model zoo; the weights are then the zoo's, unless TEACHER.MODEL.WEIGHTS is set.
+    node.CONFIG_FILE = config_file
+    node.MODEL.WEIGHTS = ""
+    if not config_file:
+        return node
+    path, weights = (config_file, "") if os.path.isfile(config_file) else _of_zoo(config_file)
+    try:
+        # Detectron2's own RetinaNet has YAML that computes; a file of another origin must do without.
+        node.merge_from_file(path, allow_unsafe=path != config_file)
+    except ConstructorError as error:
+        raise ConfigError(f"TEACHER.CONFIG_FILE {config_file} has YAML that would run code: {error.problem}") from error
+    except ConfigError as error:
+        raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
+    # A detector's configuration names the weights that its training begins with: they make no teacher.
+    node.MODEL.WEIGHTS = weights
+    return node
+
+
+def _of_zoo(name: str) -> tuple[str, str]:
+    """Configuration and trained weights of a model of Detectron2's zoo."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it imports pkg_resources, which says that it is old
+        from detectron2 import model_zoo
+    try:
+        if not name.endswith(".yaml"):
+            raise RuntimeError
+        return model_zoo.get_config_file(name), model_zoo.get_checkpoint_url(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"TEACHER.CONFIG_FILE {name} is neither a file (looked in {Path.cwd()}) nor a YAML with weights in "
+            "Detectron2's model zoo, e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
+        ) from None
+
+
+def _merge_difference(node: Any, given: Any, default: Any) -> None:
+    for key, value in given.items():
+        if isinstance(value, dict) and key in default:
+            _merge_difference(node[key], value, default[key])
+        elif key != "CONFIG_FILE" and (key not in default or value != default[key]):
+            node[key] = value
