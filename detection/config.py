@@ -123,7 +123,7 @@ def validate(cfg: CfgNode) -> None:
         ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
         ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
         ("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP, 1),
-        num_classes(cfg) + (1,),
+        (*num_classes(cfg), 1),
     ):
         if value < floor:
             raise ConfigError(f"{key} is {value}, but must be at least {floor}")
