@@ -1,19 +1,12 @@
 """Training and evaluating a classifier, from a configuration to a run folder."""
 
 import argparse
-import json
 import logging
-import time
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
-from detectron2.engine import hooks
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
 from classification.config import PRECISIONS, image_size
@@ -24,28 +17,17 @@ from classification.modeling import build_distiller
 from classification.networks import build_network, model_cost
 from classification.solver import build_lr_scheduler, build_optimizer
 from common.config import CfgNode, resolve_device
-from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
-from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from common.engine.trainer import StepTrainer, seed_step
-from common.engine.writers import build_writers
-from common.errors import CheckpointError, ConfigError
+from common.engine.run import RunTrainer, prepare_run, start_logs
+from common.engine.trainer import seed_step
+from common.errors import ConfigError
 
 __all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
-# What decides which samples a step sees and what is trained: with another value it would not be the same run.
-_FIXED = (
-    "SEED",
-    "SOLVER.IMS_PER_BATCH",
-    "DATASETS.NAME",
-    "DATASETS.TRAIN_SIZE",
-    "MODEL.STUDENT.NAME",
-    "DISTILL.METHODS",
-)
 
 
-class ClassificationTrainer(StepTrainer):
+class ClassificationTrainer(RunTrainer):
     """Epochs over a data set, with evaluation, logs, checkpoints and the student's own files.
 
     Args:
@@ -53,8 +35,16 @@ class ClassificationTrainer(StepTrainer):
         train_set, test_set: the two splits.
     """
 
+    fixed = (
+        "SEED",
+        "SOLVER.IMS_PER_BATCH",
+        "DATASETS.NAME",
+        "DATASETS.TRAIN_SIZE",
+        "MODEL.STUDENT.NAME",
+        "DISTILL.METHODS",
+    )
+
     def __init__(self, cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> None:
-        self.cfg = cfg
         solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
         # The student is built first, so that its weights are the same whatever teacher and methods follow. All
         # processes build the same: not everything is sent to them from the main one.
@@ -71,29 +61,23 @@ class ClassificationTrainer(StepTrainer):
         optimizer = build_optimizer(self.distill_model, solver)
         # An optimiser with a backward of its own averages the gradients over the processes itself.
         self._own_backward = getattr(optimizer, "backward", None)
+        self.sampler = sampler(0)
+        self.epoch_length = self.sampler.epoch_length
+        self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
         super().__init__(
+            cfg,
             self.distill_model if self._own_backward else wrap_student(self.distill_model),
+            self.distill_model,
             optimizer,
             lambda start: build_train_loader(train_set, sampler(start), size, augmentation, workers),
-            cfg.SEED,
-            PRECISIONS[solver.AMP],
-            solver.CLIP_GRAD_NORM,
+            build_lr_scheduler(optimizer, solver, self.epoch_length),
+            max_iter=len(self.sampler),
+            test_period=cfg.TEST.EVAL_PERIOD * self.epoch_length,
+            select="top1",
+            facts={"training samples": len(train_set)},
+            precision=PRECISIONS[solver.AMP],
+            clip=solver.CLIP_GRAD_NORM,
         )
-        self.sampler = sampler(0)
-        self.epoch_length, self.max_iter = self.sampler.epoch_length, len(self.sampler)
-        self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
-        self.facts = {**{key: _get(cfg, key) for key in _FIXED}, "training samples": len(train_set)}
-        self.checkpointer = RunCheckpointer(
-            self.distill_model, cfg.OUTPUT_DIR, keep=solver.CHECKPOINT_KEEP, trainer=self
-        )
-        # Of training and evaluation, over all restarts.
-        self.seconds = 0.0
-        # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
-        self.evaluation = EvaluationHook(
-            self.test, cfg.TEST.EVAL_PERIOD * self.epoch_length, "top1", lambda: self.save_student("best")
-        )
-        schedule = build_lr_scheduler(self.optimizer, solver, self.epoch_length)
-        self.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(self.optimizer, schedule), self.evaluation])
 
     def compute_losses(self, batch: Any) -> dict[str, Tensor]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
@@ -119,77 +103,17 @@ class ClassificationTrainer(StepTrainer):
             broadcast_buffers(self.distill_model.student)
         return inference_on_dataset(self.distill_model, self.test_loader, AccuracyEvaluator())
 
-    def save_student(self, name: str) -> None:
-        """Write ``student_<name>.pth``."""
-        save_student(Path(self.cfg.OUTPUT_DIR, f"student_{name}.pth"), self.distill_model.student.state_dict())
+    def student_state(self) -> dict[str, Tensor]:
+        return self.distill_model.student.state_dict()
 
-    def resume(self) -> int:
-        """Load the newest whole checkpoint, if there is one, and return the step to go on from.
-
-        Raises:
-            CheckpointError: the run was made with settings under which this would be another run.
-        """
-        saved = self.checkpointer.resume()
-        if saved is None:
-            logger.warning(f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR}; starting from the beginning")
-            return 0
-        changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k) != v]
-        if changed:
-            raise CheckpointError(f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}")
-        return self.iter + 1
+    def cost(self) -> dict[str, float]:
+        return model_cost(self.distill_model.student, image_size(self.cfg))
 
     def run(self, start: int = 0) -> dict[str, float]:
-        """Train from step `start` to the end.
-
-        Returns:
-            ``top1, top5, best_top1, best_top5`` on the main process, an empty dict elsewhere.
-        """
+        """Train from step `start` to the end; ``top1, top5, best_top1, best_top5`` on the main process."""
         solver = self.cfg.SOLVER
         periods = [solver.CHECKPOINT_PERIOD * self.epoch_length, solver.CHECKPOINT_STEPS]
-        writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
-        self.register_hooks(
-            [
-                WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length),
-                CheckpointHook(self.checkpointer, [period for period in periods if period], self.facts),
-            ]
-        )
-        self._begun = time.perf_counter() - self.seconds
-        self.train(start, self.max_iter)
-        results = self.evaluation.summary() if comm.is_main_process() else {}
-        if comm.is_main_process():
-            self.save_student("final")
-            facts = {**results, **model_cost(self.distill_model.student, image_size(self.cfg)), "seconds": self.seconds}
-            write_atomically(
-                Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
-            )
-        return results
-
-    def after_step(self) -> None:
-        self.seconds = time.perf_counter() - self._begun
-        super().after_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.seconds = state_dict["seconds"]
-
-
-def start_logs(output_dir: str) -> None:
-    """Send Detectron2's and our logs to the console and to log.txt. One process may start several runs, one by one."""
-    setup_logger.cache_clear()
-    for name in ("fvcore", "detectron2"):
-        logging.getLogger(name).handlers.clear()
-        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
-
-
-def describe_run(cfg: CfgNode) -> None:
-    """Write what a reader of the run folder needs to know: config.yaml and environment.txt."""
-    if comm.is_main_process():
-        Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
-        Path(cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
-        logger.info(f"Run folder {cfg.OUTPUT_DIR}: all settings in config.yaml, versions in environment.txt")
+        return super().run(start, [period for period in periods if period])
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
@@ -227,19 +151,11 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
-    output = Path(cfg.OUTPUT_DIR)
-    if not args.resume and any(output.glob("model_*.pth")):
-        raise ConfigError(f"OUTPUT_DIR {output} holds a run: continue it with --resume, or choose another folder")
-    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if batch % processes:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
+    prepare_run(cfg, args)
     train_set, test_set = load_datasets(cfg)
     start_logs(cfg.OUTPUT_DIR)
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     trainer = ClassificationTrainer(cfg, train_set, test_set)
     start = trainer.resume() if args.resume else 0
-    # Only now, so that a call that fails leaves the folder of an earlier run as it was.
-    describe_run(cfg)
     results = trainer.run(start)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
@@ -259,8 +175,3 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     model = build_distiller(cfg)
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
     return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    value = reduce(lambda node, part: node[part], key.split("."), cfg)
-    return list(value) if isinstance(value, list | tuple) else value

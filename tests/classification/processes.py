@@ -14,8 +14,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from classification.data.loader import Subset
-from classification.trainer import ClassificationTrainer, load_datasets, start_logs
+from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.launch import launch
+from common.engine.run import start_logs
 from common.engine.trainer import seed_step
 from tests.classification.runs import small_cfg
 

@@ -1,0 +1,185 @@
+"""A run folder and the training that fills it: what both trainers do around their steps."""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import hooks
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from common.config import import_extensions
+from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from common.engine.trainer import StepTrainer
+from common.engine.writers import build_writers
+from common.errors import CheckpointError, ConfigError
+
+__all__ = ["RunTrainer", "prepare_run", "start_logs"]
+
+logger = logging.getLogger("detectron2.d2distill")
+
+
+class RunTrainer(StepTrainer):
+    """StepTrainer with evaluation, logs, checkpoints and the student's own files in ``cfg.OUTPUT_DIR``.
+
+    A subclass states `fixed`, `test()`, `student_state()`, and where it has them `cost()` and `epoch_length`.
+
+    Args:
+        cfg: OUTPUT_DIR, SEED, LOG_PERIOD and SOLVER.CHECKPOINT_KEEP are read here.
+        model: what is called; `network` itself, or wrapped for several processes.
+        network: what is saved.
+        optimizer, build_batches, precision, clip: see :class:`StepTrainer`.
+        schedule: the optimiser's LR scheduler, in steps.
+        max_iter: steps of the whole run.
+        test_period: in steps.
+        select: the metric that decides which student is the best one.
+        facts: of the run beside `fixed`; it is not resumed where they are others.
+    """
+
+    #: The settings under another value of which it would not be the same run.
+    fixed: tuple[str, ...] = ()
+    #: In steps; 0 where there are no epochs.
+    epoch_length = 0
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        build_batches: Callable[[int], Iterable[Any]],
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        max_iter: int,
+        test_period: int,
+        select: str,
+        facts: Mapping[str, Any],
+        precision: torch.dtype | None = None,
+        clip: float = 0.0,
+    ) -> None:
+        super().__init__(model, optimizer, build_batches, cfg.SEED, precision, clip)
+        self.cfg = cfg
+        self.max_iter = max_iter
+        self.facts = {**{key: _get(cfg, key) for key in self.fixed}, **facts}
+        self.checkpointer = RunCheckpointer(network, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP, trainer=self)
+        # Of training and evaluation, over all restarts.
+        self.seconds = 0.0
+        # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
+        self.evaluation = EvaluationHook(self.test, test_period, select, lambda: self.save_student("best"))
+        self.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(optimizer, schedule), self.evaluation])
+
+    def test(self) -> dict[str, float]:
+        """Metrics of the student on the test split, larger is better; empty beside the main process."""
+        raise NotImplementedError
+
+    def student_state(self) -> dict[str, Tensor]:
+        """The student's state dict, as a stock network of its kind loads it."""
+        raise NotImplementedError
+
+    def cost(self) -> dict[str, float]:
+        """Facts of the student for results.json."""
+        return {}
+
+    def save_student(self, name: str) -> None:
+        """Write ``student_<name>.pth``."""
+        save_student(Path(self.cfg.OUTPUT_DIR, f"student_{name}.pth"), self.student_state())
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one, and return the step to go on from.
+
+        Raises:
+            CheckpointError: the run was made with settings under which this would be another run.
+        """
+        saved = self.checkpointer.resume()
+        if saved is None:
+            logger.warning(f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR}; starting from the beginning")
+            return 0
+        changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k) != v]
+        if changed:
+            raise CheckpointError(f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}")
+        return self.iter + 1
+
+    def run(self, start: int, checkpoint_periods: list[int]) -> dict[str, float]:
+        """Train from step `start` to the end, saving at multiples of each of `checkpoint_periods` (in steps).
+
+        Returns:
+            The last value of each metric and the best under ``best_<metric>`` on the main process, else nothing.
+        """
+        if comm.is_main_process():
+            # Only now, so that a call that fails leaves the folder of an earlier run as it was.
+            Path(self.cfg.OUTPUT_DIR, "config.yaml").write_text(self.cfg.dump())
+            Path(self.cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
+            logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
+        writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
+        self.register_hooks(
+            [
+                WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length),
+                CheckpointHook(self.checkpointer, checkpoint_periods, self.facts),
+            ]
+        )
+        self._begun = time.perf_counter() - self.seconds
+        self.train(start, self.max_iter)
+        results = self.evaluation.summary() if comm.is_main_process() else {}
+        if comm.is_main_process():
+            self.save_student("final")
+            facts = {**results, **self.cost(), "seconds": self.seconds}
+            write_atomically(
+                Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
+            )
+        return results
+
+    def after_step(self) -> None:
+        self.seconds = time.perf_counter() - self._begun
+        super().after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seconds = state_dict["seconds"]
+
+
+def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """What comes before data and networks: own modules, checks of the run folder and the batch size, logs.
+
+    Args:
+        cfg: a checked configuration.
+        args: ``resume`` and ``config_file`` of the command line.
+
+    Raises:
+        ConfigError: the folder holds another run, or a batch that cannot be shared out.
+    """
+    # Processes that Detectron2 started have imported nothing yet.
+    import_extensions(cfg.IMPORTS, Path(args.config_file).parent)
+    if not args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
+        )
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch % processes:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def start_logs(output_dir: str) -> None:
+    """Send Detectron2's and our logs to the console and to log.txt. One process may start several runs, one by one."""
+    setup_logger.cache_clear()
+    for name in ("fvcore", "detectron2"):
+        logging.getLogger(name).handlers.clear()
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    value = reduce(lambda node, part: node[part], key.split("."), cfg)
+    return list(value) if isinstance(value, list | tuple) else value
