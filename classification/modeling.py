@@ -1,7 +1,6 @@
 """The student with a teacher, or several, at its side: what the trainer calls."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,7 @@ from classification.data import dataset_info
 from classification.networks import Normalize, build_network, describe
 from common.config import CfgNode, chosen_methods, resolve_device
 from common.distillers import Context
-from common.engine.teacher import batch_statistics, leave_teacher_out_of_checkpoints
+from common.engine.teacher import leave_teacher_out_of_checkpoints, teaching
 from common.errors import ConfigError
 from common.outputs import Outputs
 
@@ -106,10 +105,9 @@ class DistillModel(nn.Module):
         if self.teacher is None:
             return []
         networks = self.teacher if isinstance(self.teacher, nn.ModuleList) else [self.teacher]
-        by_batch = any(distiller.teacher_batch_statistics for distiller in self.distillers.values())
         teachers = []
         for network, norm in zip(networks, self.teacher_norms, strict=True):
-            with batch_statistics(network) if by_batch else nullcontext():
+            with teaching(network, self.distillers.values()):
                 teachers.append(network.outputs(norm(images)))
         if len(teachers) > 1:
             ensemble = [(share, teacher.logits) for share, teacher in zip(self.shares, teachers, strict=True)]

@@ -3,14 +3,14 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 from yaml.constructor import ConstructorError
 
 from common.config import CheckedMerge, add_distill_defaults, chosen_methods, import_extensions, resolve_device
-from common.errors import ConfigError
+from common.errors import ConfigError, nearest
 
 __all__ = ["CfgNode", "add_distill_config", "get_cfg", "load_cfg", "num_classes", "teacher_cfg", "validate"]
 
@@ -106,12 +106,22 @@ def validate(cfg: CfgNode) -> None:
     Raises:
         ConfigError: with the key, its value, and what would be right.
     """
-    methods = chosen_methods(cfg)
-    if methods and not cfg.MODEL.META_ARCHITECTURE.startswith("Distill"):
+    # Not above: they are built from configurations.
+    from detection.meta_arch import DistillDetector
+
+    methods, name = chosen_methods(cfg), cfg.MODEL.META_ARCHITECTURE
+    if name not in META_ARCH_REGISTRY:
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {name}: there is no such one{nearest(name, dict(META_ARCH_REGISTRY))}"
+        )
+    if methods and not issubclass(META_ARCH_REGISTRY.get(name), DistillDetector):
         raise ConfigError(
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
-            f"{cfg.MODEL.META_ARCHITECTURE}"
+            f"{name}"
         )
+    for method in methods:
+        if cfg.DISTILL[method.upper()].TEACHER != 0:
+            raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
     for key, value, floor in (
@@ -133,21 +143,26 @@ def validate(cfg: CfgNode) -> None:
 
 
 def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detectron2CfgNode:
-    node = kind(detectron2_cfg())
+    node = detectron2_cfg()
+    # A detector's configuration names the weights that its training begins with: they make no teacher.
+    weights = ""
+    if config_file:
+        path, weights = (config_file, "") if os.path.isfile(config_file) else _of_zoo(config_file)
+        # Among all our keys, for it may be the configuration of a run of ours.
+        full = get_cfg()
+        try:
+            # Detectron2's own RetinaNet has YAML that computes; a file of another origin must do without.
+            full.merge_from_file(path, allow_unsafe=path != config_file)
+        except ConstructorError as error:
+            raise ConfigError(
+                f"TEACHER.CONFIG_FILE {config_file} has YAML that would run code: {error.problem}"
+            ) from error
+        except ConfigError as error:
+            raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
+        _take(node, full)
+    node = kind(node)
     # A path, or a name of Detectron2's model zoo; the weights are then the zoo's, unless TEACHER.MODEL.WEIGHTS is set.
     node.CONFIG_FILE = config_file
-    node.MODEL.WEIGHTS = ""
-    if not config_file:
-        return node
-    path, weights = (config_file, "") if os.path.isfile(config_file) else _of_zoo(config_file)
-    try:
-        # Detectron2's own RetinaNet has YAML that computes; a file of another origin must do without.
-        node.merge_from_file(path, allow_unsafe=path != config_file)
-    except ConstructorError as error:
-        raise ConfigError(f"TEACHER.CONFIG_FILE {config_file} has YAML that would run code: {error.problem}") from error
-    except ConfigError as error:
-        raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
-    # A detector's configuration names the weights that its training begins with: they make no teacher.
     node.MODEL.WEIGHTS = weights
     return node
 
@@ -168,9 +183,19 @@ def _of_zoo(name: str) -> tuple[str, str]:
         ) from None
 
 
-def _merge_difference(node: Any, given: Any, default: Any) -> None:
+def _take(node: Detectron2CfgNode, full: Detectron2CfgNode) -> None:
+    """Give the keys of `node` their values in `full`, which has more of them."""
+    for key, value in node.items():
+        if isinstance(value, Detectron2CfgNode):
+            _take(value, full[key])
+        else:
+            node[key] = full[key]
+
+
+def _merge_difference(node: Detectron2CfgNode, given: Detectron2CfgNode, default: Detectron2CfgNode) -> None:
+    """Give `node` what `given` has that is not in, or not as in, `default`; CONFIG_FILE aside."""
     for key, value in given.items():
-        if isinstance(value, dict) and key in default:
+        if isinstance(value, Detectron2CfgNode) and key in default:
             _merge_difference(node[key], value, default[key])
         elif key != "CONFIG_FILE" and (key not in default or value != default[key]):
             node[key] = value

@@ -1,5 +1,7 @@
 """The student's side of a job of several processes."""
 
+from typing import Any
+
 import torch.distributed as dist
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
@@ -12,10 +14,11 @@ from common.errors import ConfigError
 __all__ = ["broadcast_buffers", "synchronize_batch_norms", "wrap_student"]
 
 
-def wrap_student(model: nn.Module) -> nn.Module:
+def wrap_student(model: nn.Module, **options: Any) -> nn.Module:
     """`model` under DistributedDataParallel where there are several processes, its teacher and memories left out.
 
     The teacher is the same everywhere and never changes, and methods keep their own buffers equal: neither is sent.
+    `options` are DistributedDataParallel's.
     """
     if comm.get_world_size() == 1:
         return model
@@ -24,7 +27,7 @@ def wrap_student(model: nn.Module) -> nn.Module:
     ignored += [name for name, _ in buffers if not name.startswith("student.")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     device = next(model.parameters()).device
-    return create_ddp_model(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return create_ddp_model(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
 
 
 def synchronize_batch_norms(network: nn.Module) -> bool:

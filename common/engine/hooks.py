@@ -2,6 +2,7 @@
 a checkpoint then never knows more or less than the log that lies beside it."""
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -56,7 +57,8 @@ class EvaluationHook(HookBase):
             return
         improved = results[self._select] > self.best.get(self._select, -float("inf"))
         self.last = results
-        self.best = {name: max(value, self.best.get(name, value)) for name, value in results.items()}
+        # NaN, of a metric that is not defined on this data, loses against any number.
+        self.best = {name: _larger(value, self.best.get(name, value)) for name, value in results.items()}
         self.trainer.storage.put_scalars(**self.summary(), smoothing_hint=False)
         facts = ", ".join(f"{name} {value:.2f} (best {self.best[name]:.2f})" for name, value in results.items())
         logger.info(f"Evaluation after {done} steps: {facts}")
@@ -147,6 +149,10 @@ class CheckpointHook(HookBase):
     def after_train(self) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
+
+
+def _larger(value: float, best: float) -> float:
+    return best if best >= value or math.isnan(value) else value
 
 
 def _cpu_group() -> Any:

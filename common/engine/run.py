@@ -172,8 +172,8 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
-def start_logs(output_dir: str) -> None:
-    """Send Detectron2's and our logs to the console and to log.txt. One process may start several runs, one by one."""
+def start_logs(output_dir: str | None) -> None:
+    """Send Detectron2's and our logs to the console and, in a run folder, to log.txt. One process may start several runs, one by one."""
     setup_logger.cache_clear()
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()

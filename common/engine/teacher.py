@@ -1,13 +1,15 @@
 """What holds for a teacher whatever the task: frozen, in eval mode, in no checkpoint."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints"]
+from common.distillers import Distiller
+
+__all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints", "teaching"]
 
 _PREFIX = "teacher."
 
@@ -39,3 +41,9 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for norm, (training, track) in zip(norms, before, strict=True):
             norm.training, norm.track_running_stats = training, track
+
+
+def teaching(network: nn.Module, distillers: Iterable[Distiller]) -> AbstractContextManager[None]:
+    """The context of a teacher's forward pass, as the methods ask for it."""
+    by_batch = any(distiller.teacher_batch_statistics for distiller in distillers)
+    return batch_statistics(network) if by_batch else nullcontext()

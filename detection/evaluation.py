@@ -1,0 +1,78 @@
+"""Average precision of a detector, by Detectron2's evaluators."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+)
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
+from torch import nn
+
+from common.errors import ConfigError
+from detection.data.loader import build_test_loader
+
+__all__ = ["build_evaluator", "evaluate_detector"]
+
+logger = logging.getLogger("detectron2.d2distill")
+
+
+def build_evaluator(name: str, output_dir: str | Path) -> DatasetEvaluator:
+    """Detectron2's evaluator for a registered data set.
+
+    Raises:
+        ConfigError: the data set's metadata asks for another kind.
+    """
+    kind = MetadataCatalog.get(name).evaluator_type
+    if kind == "coco":
+        return COCOEvaluator(name, output_dir=str(output_dir))
+    if kind == "lvis":
+        return LVISEvaluator(name, output_dir=str(output_dir))
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    raise ConfigError(f"DATASETS.TEST: {name} asks for the evaluator {kind!r}; known are coco, lvis, pascal_voc")
+
+
+def evaluate_detector(cfg: CfgNode, model: nn.Module, augmented: bool = False) -> dict[str, float]:
+    """Metrics in percent of `model` on every data set of DATASETS.TEST.
+
+    Args:
+        cfg: of the run; details go to its OUTPUT_DIR/inference.
+        model: returns Detectron2's results in eval mode.
+        augmented: average over the scales and flips of TEST.AUG.
+
+    Returns:
+        ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
+        several; nothing elsewhere. Where the model detects nothing at all they are 0.
+
+    Raises:
+        ConfigError: an evaluator that is not known, or `augmented` for another model than an R-CNN.
+    """
+    if augmented:
+        if not isinstance(model, GeneralizedRCNN):
+            raise ConfigError(f"TEST.AUG.ENABLED is for R-CNNs, not for {type(model).__name__}: set it to False")
+        model = GeneralizedRCNNWithTTA(cfg, model)
+    metrics = {}
+    for name in cfg.DATASETS.TEST:
+        evaluator = build_evaluator(name, Path(cfg.OUTPUT_DIR, "inference", name))
+        results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+        prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        metrics.update({prefix + key: value for key, value in _flatten(results).items()})
+    return metrics
+
+
+def _flatten(results: dict[str, Any]) -> dict[str, float]:
+    flat = {}
+    for task, values in results.items():
+        # Without a single detection Detectron2 has no number; by the metric's definition all are 0.
+        nothing = math.isnan(values["AP"])
+        flat.update({f"{task}/{name}": 0.0 if nothing else float(value) for name, value in values.items()})
+    return flat

@@ -1,0 +1,71 @@
+"""Faster and Mask R-CNN with a teacher that looks at the same proposals."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
+from torch import Tensor, nn
+
+from common.errors import ConfigError
+from common.outputs import OutputSpec
+from detection.meta_arch.base import Call, DistillDetector, levels
+from detection.teacher import Teacher
+
+__all__ = ["DistillRCNN"]
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRCNN(DistillDetector, GeneralizedRCNN):
+    """GeneralizedRCNN whose maps (``feats``) and box classes (``logits``) are compared with a teacher's.
+
+    The logits are those of the sampled proposals, (R, K + 1) with the background last, taken where the box head
+    computes them for the detector's own losses; the target is their ``gt_classes``. The teacher's box head sees the
+    same boxes on the teacher's maps.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def spec(cls, cfg: CfgNode, backbone: Backbone) -> OutputSpec:
+        sigmoid = cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
+        shapes = backbone.output_shape()
+        return OutputSpec(
+            num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES + (not sigmoid),
+            feats=tuple((shapes[name].channels,) for name in levels(backbone)),
+            sigmoid=sigmoid,
+        )
+
+    @classmethod
+    def check_scores(cls, cfg: CfgNode, parts: dict[str, Any], teacher: Teacher, method: str) -> None:
+        for side, heads in (("student", parts["roi_heads"]), ("teacher", getattr(teacher.network, "roi_heads", None))):
+            if not isinstance(heads, StandardROIHeads) or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
+                raise ConfigError(
+                    f"DISTILL.METHODS: {method} compares the classes of proposals, which needs StandardROIHeads with "
+                    f"one box predictor, but the {side} has {type(heads).__name__}"
+                )
+
+    def watched(self) -> dict[str, nn.Module]:
+        if not self._looks_at_scores:
+            return super().watched()
+        heads = self.roi_heads
+        return {**super().watched(), "pooler": heads.box_pooler, "predictor": heads.box_predictor, "heads": heads}
+
+    def student_scores(self, calls: dict[str, Call]) -> tuple[Tensor, Tensor]:
+        proposals, _ = calls["heads"].output
+        target = torch.cat([per_image.gt_classes for per_image in proposals])
+        return self._columns(calls["predictor"].output[0]), target
+
+    def teacher_scores(self, calls: dict[str, Call], maps: dict[str, Tensor]) -> Tensor:
+        heads = self.teacher.roi_heads
+        # The boxes as the student's head saw them: later they may be replaced by those it predicts.
+        _, boxes = calls["pooler"].args
+        pooled = heads.box_pooler([maps[name] for name in heads.box_in_features], boxes)
+        return self._columns(heads.box_predictor(heads.box_head(pooled))[0])
+
+    def _columns(self, scores: Tensor) -> Tensor:
+        # With independent sigmoids the background's column is there, but nothing trains it.
+        return scores[:, :-1] if self.roi_heads.box_predictor.use_sigmoid_ce else scores

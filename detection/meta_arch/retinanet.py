@@ -1,0 +1,84 @@
+"""RetinaNet with a teacher that looks at the same anchors."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.modeling.meta_arch import RetinaNet
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from common.errors import ConfigError
+from common.outputs import OutputSpec
+from detection.meta_arch.base import Call, DistillDetector, levels
+from detection.teacher import Teacher
+
+__all__ = ["DistillRetinaNet"]
+
+
+@META_ARCH_REGISTRY.register()
+class DistillRetinaNet(DistillDetector, RetinaNet):
+    """RetinaNet whose maps (``feats``) and anchor classes (``logits``) are compared with a teacher's.
+
+    The logits are those of all anchors but the ignored ones, (R, K), each class a sigmoid of its own; the target is
+    the class of the anchor, K for background.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def spec(cls, cfg: CfgNode, backbone: Backbone) -> OutputSpec:
+        shapes = backbone.output_shape()
+        return OutputSpec(
+            num_classes=cfg.MODEL.RETINANET.NUM_CLASSES,
+            feats=tuple((shapes[name].channels,) for name in levels(backbone)),
+            sigmoid=True,
+        )
+
+    @classmethod
+    def check_scores(cls, cfg: CfgNode, parts: dict[str, Any], teacher: Teacher, method: str) -> None:
+        network = teacher.network
+        if not isinstance(network, RetinaNet):
+            raise ConfigError(
+                f"DISTILL.METHODS: {method} compares the classes of anchors, but the teacher is a "
+                f"{type(network).__name__}"
+            )
+        sides = [
+            {
+                "strides": [side["backbone"].output_shape()[name].stride for name in side["head_in_features"]],
+                "anchors": [cell.tolist() for cell in side["anchor_generator"].cell_anchors],
+                "padding": (side["backbone"].size_divisibility, side["backbone"].padding_constraints),
+            }
+            for side in (parts, vars(network) | network._modules)
+        ]
+        different = [name for name in sides[0] if sides[0][name] != sides[1][name]]
+        if different:
+            facts = "; ".join(f"{name} {sides[0][name]} and {sides[1][name]}" for name in different)
+            raise ConfigError(
+                f"DISTILL.METHODS: {method} compares the classes of the same anchors, but student and teacher differ "
+                f"in their {facts}: make MODEL.ANCHOR_GENERATOR, MODEL.RETINANET.IN_FEATURES and the backbones alike"
+            )
+
+    def watched(self) -> dict[str, nn.Module]:
+        return {**super().watched(), "head": self.head}
+
+    def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[list[Tensor], list[Tensor]]:
+        labels, boxes = super().label_anchors(anchors, gt_instances)
+        self._labels = torch.stack(labels)  # (N, anchors); -1: ignored, K: background
+        return labels, boxes
+
+    def student_scores(self, calls: dict[str, Call]) -> tuple[Tensor, Tensor]:
+        counts = self._labels >= 0
+        return self._rows(calls["head"].output)[counts], self._labels[counts]
+
+    def teacher_scores(self, calls: dict[str, Call], maps: dict[str, Tensor]) -> Tensor:
+        predictions = self.teacher.head([maps[name] for name in self.teacher.head_in_features])
+        return self._rows(predictions)[self._labels >= 0]
+
+    def _rows(self, predictions: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+        """Logits (N, anchors, K) of what a head predicts."""
+        (logits,) = self._transpose_dense_predictions([predictions[0]], [self.num_classes])
+        return torch.cat(logits, dim=1)

@@ -1,0 +1,79 @@
+"""The detector that teaches: built from its own configuration, fed with its own statistics."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from common.errors import ConfigError
+from detection.config import teacher_cfg
+from detection.weights import has_teacher, load_teacher
+
+__all__ = ["Teacher", "build_teacher"]
+
+
+class Teacher:
+    """A frozen detector, and what must be known to feed it with a student's images.
+
+    Args:
+        cfg: the teacher's own configuration.
+        network: built from it.
+        student_format: INPUT.FORMAT of the images it will be given.
+        weights: to be loaded; empty leaves random ones.
+        key: the setting that named them, for errors.
+
+    Raises:
+        ConfigError: images of the one format cannot be made into the other.
+    """
+
+    def __init__(self, cfg: CfgNode, network: nn.Module, student_format: str, weights: str, key: str) -> None:
+        self.cfg = cfg
+        self.network = network.requires_grad_(False).eval()
+        self.weights, self.key = weights, key
+        formats = {student_format, cfg.INPUT.FORMAT}
+        self.flips = formats == {"RGB", "BGR"}
+        if len(formats) > 1 and not self.flips:
+            raise ConfigError(
+                f"TEACHER.INPUT.FORMAT is {cfg.INPUT.FORMAT}, but the student's images are {student_format}: only RGB "
+                "and BGR can be made into each other"
+            )
+
+    def load_weights(self) -> None:
+        """Load the weights, every one of them.
+
+        Raises:
+            CheckpointError: missing, or of another network.
+        """
+        if self.weights:
+            load_teacher(self.network, self.weights, self.key)
+
+    def images(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """The batch in the teacher's channel order, then its mean, deviation and padding: (N, 3, H, W)."""
+        images = [{"image": x["image"].flip(0) if self.flips else x["image"]} for x in batched_inputs]
+        return self.network.preprocess_image(images).tensor
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """The detector of ``cfg.TEACHER``, without its weights.
+
+    They are those of TEACHER.MODEL.WEIGHTS, or, where that is empty, those that a merged file under MODEL.WEIGHTS
+    holds as ``teacher.*``; where neither is there they stay random.
+
+    Raises:
+        ConfigError: a configuration that no detector can be built from.
+    """
+    own = teacher_cfg(cfg)
+    if own.MODEL.META_ARCHITECTURE.startswith("Distill"):
+        # The configuration of a student that teaches now.
+        own.MODEL.META_ARCHITECTURE = {"DistillRetinaNet": "RetinaNet"}.get(
+            own.MODEL.META_ARCHITECTURE, "GeneralizedRCNN"
+        )
+    weights, key = own.MODEL.WEIGHTS, "TEACHER.MODEL.WEIGHTS"
+    if not weights and cfg.MODEL.WEIGHTS and has_teacher(cfg.MODEL.WEIGHTS):
+        weights, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
+    with torch.random.fork_rng(devices=[]):
+        # What is drawn here is thrown away or random anyway: methods that follow begin alike with any teacher.
+        network = build_model(own)
+    return Teacher(own, network, cfg.INPUT.FORMAT, weights, key)

@@ -1,0 +1,160 @@
+"""Training and evaluating a detector, from a configuration to a run folder."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from torch import Tensor
+
+from common.config import import_extensions
+from common.engine.distributed import broadcast_buffers, wrap_student
+from common.engine.run import RunTrainer, prepare_run, start_logs
+from common.engine.trainer import seed_step
+from common.errors import CheckpointError, ConfigError
+from detection.config import CfgNode
+from detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
+from detection.evaluation import evaluate_detector
+from detection.weights import load_student
+
+__all__ = ["DetectionTrainer", "evaluate", "train"]
+
+logger = logging.getLogger("detectron2.d2distill")
+#: What belongs to training alone.
+_BESIDE_THE_STUDENT = ("teacher.", "distillers.")
+
+
+class DetectionTrainer(RunTrainer):
+    """Iterations over COCO-like data, with Detectron2's solver, evaluators and logs.
+
+    Args:
+        cfg: a checked configuration.
+        dataset_dicts: the training set.
+
+    Raises:
+        UserError: weights, classes or feature levels that do not fit.
+    """
+
+    fixed = (
+        "SEED",
+        "SOLVER.IMS_PER_BATCH",
+        "DATASETS.TRAIN",
+        "DATALOADER.SAMPLER_TRAIN",
+        "MODEL.META_ARCHITECTURE",
+        "MODEL.BACKBONE.NAME",
+        "DISTILL.METHODS",
+    )
+
+    def __init__(self, cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> None:
+        # All processes build the same, and the student is built before its teacher and the methods.
+        seed_step(cfg.SEED, 0, rank=0)
+        self.detector = build_model(cfg)
+        load_student(self.detector, cfg.MODEL.WEIGHTS)
+        optimizer = build_optimizer(cfg, self.detector)
+        precision = None
+        if cfg.SOLVER.AMP.ENABLED:
+            precision = torch.float16 if torch.device(cfg.MODEL.DEVICE).type == "cuda" else torch.bfloat16
+        task = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
+        super().__init__(
+            cfg,
+            # As Detectron2 has it: running statistics are each process's own until they are needed.
+            wrap_student(self.detector, broadcast_buffers=False),
+            self.detector,
+            optimizer,
+            lambda start: build_train_loader(cfg, dataset_dicts, start),
+            build_lr_scheduler(cfg, optimizer),
+            max_iter=cfg.SOLVER.MAX_ITER,
+            test_period=cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER,
+            select=task,
+            facts={"training images": len(dataset_dicts)},
+            precision=precision,
+        )
+
+    def test(self) -> dict[str, float]:
+        """Average precisions in percent, see :func:`evaluate_detector`."""
+        if comm.get_world_size() > 1:
+            broadcast_buffers(self.detector)
+        return evaluate_detector(self.cfg, self.detector)
+
+    def student_state(self) -> dict[str, Tensor]:
+        """The plain detector: stock Detectron2 loads it."""
+        state = self.detector.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith(_BESIDE_THE_STUDENT)}
+
+    def cost(self) -> dict[str, float]:
+        children = ((name + ".", child) for name, child in self.detector.named_children())
+        parts = [child for name, child in children if name not in _BESIDE_THE_STUDENT]
+        return {"parameters": sum(p.numel() for part in parts for p in part.parameters())}
+
+    def run(self, start: int = 0) -> dict[str, float]:
+        """Train from iteration `start` to the end; last and best metrics on the main process."""
+        results = super().run(start, [self.cfg.SOLVER.CHECKPOINT_PERIOD])
+        if self.cfg.TEST.AUG.ENABLED:
+            augmented = evaluate_detector(self.cfg, self.detector, augmented=True)
+            results.update({f"{name}_TTA": value for name, value in augmented.items()})
+        return results
+
+    def state_dict(self) -> dict[str, Any]:
+        # RetinaNet keeps a running mean of its number of foreground anchors outside its state dict.
+        return {**super().state_dict(), "loss_normalizer": getattr(self.detector, "loss_normalizer", None)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict["loss_normalizer"] is not None:
+            self.detector.loss_normalizer = state_dict["loss_normalizer"]
+
+
+def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+    """One process's part of a training run: ``detection/train_net.py`` without its command line.
+
+    Returns:
+        Last and best metrics on the main process, e.g. ``bbox/AP`` and ``best_bbox/AP``.
+
+    Raises:
+        UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
+    """
+    prepare_run(cfg, args)
+    register_datasets(cfg)
+    dataset_dicts = load_training_set(cfg)
+    check_test_sets(cfg)
+    start_logs(cfg.OUTPUT_DIR)
+    trainer = DetectionTrainer(cfg, dataset_dicts)
+    results = trainer.run(trainer.resume() if args.resume else 0)
+    if results:
+        logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+    return results
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+    """Metrics of MODEL.WEIGHTS, or with ``--resume`` of the run folder's student.
+
+    Raises:
+        UserError, FileNotFoundError: something is missing or does not fit.
+    """
+    import_extensions(cfg.IMPORTS, Path(args.config_file).parent)
+    cfg = cfg.clone()
+    cfg.DISTILL.METHODS = []
+    if args.resume:
+        found = [path for name in ("final", "best") if (path := Path(cfg.OUTPUT_DIR, f"student_{name}.pth")).is_file()]
+        if not found:
+            raise CheckpointError(f"--resume: {cfg.OUTPUT_DIR} holds no student_final.pth or student_best.pth")
+        cfg.MODEL.WEIGHTS = str(found[0])
+    if not cfg.MODEL.WEIGHTS:
+        raise ConfigError("--eval-only needs MODEL.WEIGHTS, or --resume for the run folder's student")
+    register_datasets(cfg)
+    check_test_sets(cfg)
+    start_logs(None)
+    model = build_model(cfg)
+    load_student(model, cfg.MODEL.WEIGHTS, complete=True)
+    model.eval()
+    results = evaluate_detector(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        augmented = evaluate_detector(cfg, model, augmented=True)
+        results.update({f"{name}_TTA": value for name, value in augmented.items()})
+    if results:
+        logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+    return results
