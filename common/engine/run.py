@@ -173,7 +173,10 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def start_logs(output_dir: str | None) -> None:
-    """Send Detectron2's and our logs to the console and, in a run folder, to log.txt. One process may start several runs, one by one."""
+    """Send Detectron2's and our logs to the console and, in a run folder, to log.txt.
+
+    One process may start several runs, one by one.
+    """
     setup_logger.cache_clear()
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
