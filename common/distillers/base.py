@@ -85,8 +85,8 @@ class Distiller(nn.Module):
         of_sigmoids = [side for side, spec in sides.items() if spec.sigmoid]
         if of_sigmoids and not self.takes_sigmoid:
             raise ValueError(
-                f"{self.name} takes a softmax of the class scores, but the {of_sigmoids[0]}'s are independent sigmoids: "
-                "choose a method for those"
+                f"{self.name} takes a softmax of the class scores, but the {of_sigmoids[0]}'s are independent "
+                "sigmoids: choose a method for those"
             )
         if len(of_sigmoids) == 1 < len(sides):
             (softmax,) = sides.keys() - set(of_sigmoids)
@@ -97,7 +97,8 @@ class Distiller(nn.Module):
         counts = [spec.num_classes for spec in sides.values()]
         if len(set(counts)) > 1:
             raise ValueError(
-                f"{self.name} compares class scores, but the student has {counts[0]} classes and the teacher {counts[1]}"
+                f"{self.name} compares class scores, but the student has {counts[0]} classes and the teacher "
+                f"{counts[1]}"
             )
 
     @classmethod
