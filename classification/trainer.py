@@ -25,7 +25,7 @@ from classification.networks import build_network, model_cost
 from classification.solver import build_lr_scheduler, build_optimizer
 from common.config import CfgNode, resolve_device
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
+from common.engine.distributed import broadcast_buffers, check_processes, synchronize_batch_norms, wrap_student
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import build_writers
@@ -230,9 +230,7 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     output = Path(cfg.OUTPUT_DIR)
     if not args.resume and any(output.glob("model_*.pth")):
         raise ConfigError(f"OUTPUT_DIR {output} holds a run: continue it with --resume, or choose another folder")
-    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if batch % processes:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
+    check_processes(cfg)
     train_set, test_set = load_datasets(cfg)
     start_logs(cfg.OUTPUT_DIR)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
