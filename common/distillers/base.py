@@ -14,7 +14,19 @@ from common.outputs import Outputs, OutputSpec
 
 __all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
 
-DISTILLERS = Registry("DISTILLERS")
+
+class _Methods(Registry):
+    def _do_register(self, name: str, obj: Any) -> None:
+        # A trainer keeps methods in a ModuleDict by lower-case name; there torch would say: attribute 'pop' exists.
+        if hasattr(nn.ModuleDict(), name.lower()):
+            raise ValueError(
+                f"a method cannot be called {name}: {name.lower()} is an attribute of torch's ModuleDict, which holds "
+                "the methods of a training; choose another class name"
+            )
+        super()._do_register(name, obj)
+
+
+DISTILLERS = _Methods("DISTILLERS")
 DISTILLERS.__doc__ = """
 Distillation methods by name. The class name is the method's name; its settings are the node
 ``DISTILL.<NAME IN CAPITALS>``, its loss is logged as ``loss_<name in lower case>``.

@@ -120,6 +120,13 @@ def test_a_missing_teacher_is_named(name):
         DISTILLERS.get(name)(settings(name), spec, None, 10)
 
 
+@pytest.mark.parametrize("name", ["Pop", "HALF", "training"])
+def test_a_name_that_a_module_dict_cannot_hold(name):
+    with pytest.raises(ValueError, match=f"cannot be called {name}: {name.lower()} is an attribute"):
+        DISTILLERS.register(type(name, (Distiller,), {}))
+    assert name not in DISTILLERS
+
+
 def test_a_method_may_ignore_labels():
     method = build("KD", Outputs(torch.zeros(1, 3)), Outputs(torch.zeros(1, 3)))
     assert method.set_labels(torch.zeros(5, dtype=torch.long)) is None and Distiller.needs_teacher
