@@ -107,6 +107,14 @@ def test_wttm_at_exponent_1_is_plain_distillation():
     assert wttm_loss(student, teacher, 1.0).item() == pytest.approx(kd_loss(student, teacher, 1.0).item(), rel=1e-6)
 
 
+def test_wttm_weighs_an_unsure_teacher_most():
+    """U is 1 for a certain teacher and C^(1 - gamma) for one that knows nothing: what WEIGHT must be read with."""
+    student, unsure, certain = array(31, 1, 100), torch.zeros(1, 100), 1e4 * F.one_hot(torch.tensor([3]), 100)
+    for teacher, factor in ((unsure, 100**0.9), (certain, 1.0)):
+        divergence = F.kl_div(student.log_softmax(1), (0.1 * teacher).softmax(1), reduction="batchmean").item()
+        assert wttm_loss(student, teacher, 0.1).item() == pytest.approx(factor * divergence, rel=1e-5)
+
+
 @pytest.mark.parametrize("target", [[2, 4, 4, 0, -1, 4], [4, 4, 4, 4, 4, 4], [-1, -1, -1, -1, -1, -1]])
 def test_bckd_of_a_dense_detector(target):
     """Background (4 of 4 classes) counts in the sum, not in the divisor; ignored rows (-1) in neither."""
@@ -149,4 +157,4 @@ def test_published_defaults():
     assert settings("NKD") == {**common, "GAMMA": 3.5, "T": 3.0}
     assert settings("RLD") == {**common, "WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
     assert settings("BCKD") == {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0}
-    assert settings("WTTM") == {**common, "WEIGHT": 45.0, "GAMMA": 0.1}
+    assert settings("WTTM") == {**common, "WEIGHT": 3.0, "GAMMA": 0.1}
