@@ -84,6 +84,7 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.DELTA = 0.075
     cfg.SOLVER.BASE_LR = 0.05
     cfg.SOLVER.MOMENTUM = 0.9
+    # SGD's alone.
     cfg.SOLVER.NESTEROV = False
     cfg.SOLVER.WEIGHT_DECAY = 5e-4
     # step: times GAMMA after each of STEPS (in epochs). cosine: to 0 at the end.
@@ -225,6 +226,8 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"MODEL.{key}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
     if cfg.SOLVER.AMP not in PRECISIONS:
         raise ConfigError(f"SOLVER.AMP {cfg.SOLVER.AMP} is none of {', '.join(map(repr, PRECISIONS))}")
+    if cfg.SOLVER.NESTEROV and cfg.SOLVER.OPTIMIZER != "SGD":
+        raise ConfigError(f"SOLVER.NESTEROV is SGD's; {cfg.SOLVER.OPTIMIZER} has no such momentum")
     if cfg.SOLVER.OPTIMIZER == "DOT":
         if not 0 <= cfg.SOLVER.DELTA < min(cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {cfg.SOLVER.DELTA} must be below MOMENTUM and 1 - MOMENTUM")

@@ -16,7 +16,8 @@ class Outputs:
     """What one network hands to the distillation methods. A part that it does not have is None.
 
     Attributes:
-        logits: (N, C) class scores before the softmax; in detection (R, K + 1), one row per proposal.
+        logits: (N, C) class scores before the softmax; in detection (R, K + 1), one row per proposal, or before
+            sigmoids (R, K), one row per anchor (`OutputSpec.sigmoid`).
         feats: feature maps from shallow to deep, each (N, C_i, H_i, W_i). A classifier's entry 0 is its
             stem ("stages" in the literature are ``feats[1:]``); in detection p2 to p6.
         preacts: the same maps before their last ReLU.
@@ -31,7 +32,7 @@ class Outputs:
     ensemble: list[tuple[float, Tensor]] | None = None
 
     def spec(self) -> "OutputSpec":
-        """The shapes of these outputs, without the batch axis."""
+        """The shapes of these outputs, without the batch axis; ``sigmoid``, which is no shape, stays False."""
 
         def shapes(maps: list[Tensor] | None) -> tuple[tuple[int, ...], ...] | None:
             return None if maps is None else tuple(tuple(m.shape[1:]) for m in maps)
@@ -53,6 +54,9 @@ class OutputSpec:
         feats, preacts: (C_i, H_i, W_i) per map, or (C_i,) where the size changes with the image.
         pooled: D.
         bn_before_relu: the batch norm before the last ReLU of each of ``preacts[1:]``, where the network has them.
+        sigmoid: the class scores are sigmoids, each of its class alone, as in dense detectors (background is where all
+            are low, and has no column); False: one softmax over all. Shapes do not show it: whoever builds such a
+            network sets it.
     """
 
     num_classes: int | None = None
@@ -60,3 +64,4 @@ class OutputSpec:
     preacts: tuple[tuple[int, ...], ...] | None = None
     pooled: int | None = None
     bn_before_relu: tuple[nn.Module, ...] | None = None
+    sigmoid: bool = False

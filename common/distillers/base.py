@@ -14,7 +14,19 @@ from common.outputs import Outputs, OutputSpec
 
 __all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
 
-DISTILLERS = Registry("DISTILLERS")
+
+class _Methods(Registry):
+    def _do_register(self, name: str, obj: Any) -> None:
+        # A trainer keeps methods in a ModuleDict by lower-case name; there torch would say: attribute 'pop' exists.
+        if hasattr(nn.ModuleDict(), name.lower()):
+            raise ValueError(
+                f"a method cannot be called {name}: {name.lower()} is an attribute of torch's ModuleDict, which holds "
+                "the methods of a training; choose another class name"
+            )
+        super()._do_register(name, obj)
+
+
+DISTILLERS = _Methods("DISTILLERS")
 DISTILLERS.__doc__ = """
 Distillation methods by name. The class name is the method's name; its settings are the node
 ``DISTILL.<NAME IN CAPITALS>``, its loss is logged as ``loss_<name in lower case>``.
@@ -47,13 +59,16 @@ class Distiller(nn.Module):
         num_samples: size of the training set (memory banks), or None if unknown.
 
     Raises:
-        ValueError: a network lacks a part that the method needs, or is missing, or the class counts differ.
+        ValueError: a network lacks a part that the method needs, or is missing; for a method on logits also: the
+            class counts differ, or the scores are sigmoids where it takes a softmax, or of different kinds.
     """
 
     #: The fields of `Outputs` that the method reads, of both networks.
     needs: tuple[str, ...] = ("logits",)
     #: False for a method that looks at the student alone; it is then given None for the teacher's part.
     needs_teacher = True
+    #: True for a method on logits that also takes class scores which are independent sigmoids (`OutputSpec.sigmoid`).
+    takes_sigmoid = False
     #: Whether the teacher's batch norms use the batch's statistics (its running ones stay as they are).
     teacher_batch_statistics = False
 
@@ -75,10 +90,27 @@ class Distiller(nn.Module):
                 if getattr(spec, field) is None:
                     of = "both networks" if self.needs_teacher else "the student"
                     raise ValueError(f"{self.name} needs the {part} of {of}, but the {side} gives none")
-        if self.needs_teacher and "logits" in self.needs and student_spec.num_classes != teacher_spec.num_classes:
+        if "logits" in self.needs:
+            self._check_class_scores(sides)
+
+    def _check_class_scores(self, sides: dict[str, OutputSpec]) -> None:
+        of_sigmoids = [side for side, spec in sides.items() if spec.sigmoid]
+        if of_sigmoids and not self.takes_sigmoid:
             raise ValueError(
-                f"{self.name} compares class scores, but the student has {student_spec.num_classes} classes "
-                f"and the teacher {teacher_spec.num_classes}"
+                f"{self.name} takes a softmax of the class scores, but the {of_sigmoids[0]}'s are independent "
+                "sigmoids: choose a method for those"
+            )
+        if len(of_sigmoids) == 1 < len(sides):
+            (softmax,) = sides.keys() - set(of_sigmoids)
+            raise ValueError(
+                f"{self.name} compares class scores, but the {of_sigmoids[0]}'s are independent sigmoids and the "
+                f"{softmax}'s one softmax: networks of one kind are needed"
+            )
+        counts = [spec.num_classes for spec in sides.values()]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{self.name} compares class scores, but the student has {counts[0]} classes and the teacher "
+                f"{counts[1]}"
             )
 
     @classmethod
@@ -144,24 +176,32 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
 class LogitDistiller(Distiller):
     """Base of the methods that compare class logits. A subclass states `defaults()` and `logit_loss()`.
 
-    The setting STANDARDIZE compares logits under :func:`standardize_logits`. Several teachers count as one whose
-    probabilities, softened with the method's T (1 without), are the average of theirs.
+    The setting STANDARDIZE compares logits under :func:`standardize_logits`; a method that takes sigmoids has none.
+    Several teachers count as one whose probabilities are the average of theirs.
     """
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
-        return {**super().common_defaults(), "STANDARDIZE": False}
+        # A softmax does not see its logits' mean; a sigmoid's zero is a threshold, which standardising would move.
+        return {**super().common_defaults(), **({} if cls.takes_sigmoid else {"STANDARDIZE": False})}
 
     def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
         """The method's term: a 0-d tensor from logits (N, C) and target classes (N,)."""
         raise TypeError(f"{self.name} defines no logit_loss()")
 
+    def average(self, members: list[tuple[float, Tensor]]) -> Tensor:
+        """The logits (N, C) of one teacher in place of several, given as (share, logits); shares sum to 1.
+
+        Its softmax at the method's T (1 without) is the average, by shares, of theirs.
+        """
+        return average_softened(members, self.cfg.get("T", 1.0))
+
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        prepare = standardize_logits if self.cfg.STANDARDIZE else at_least_float32
+        prepare = standardize_logits if self.cfg.get("STANDARDIZE", False) else at_least_float32
         logits_teacher = prepare(teacher.logits)
         if teacher.ensemble is not None:
             members = [(share, prepare(logits)) for share, logits in teacher.ensemble]
-            logits_teacher = average_softened(members, self.cfg.get("T", 1.0))
+            logits_teacher = self.average(members)
         return {f"loss_{self.name.lower()}": self.logit_loss(prepare(student.logits), logits_teacher, target)}
 
 

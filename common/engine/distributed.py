@@ -1,4 +1,4 @@
-"""The student's side of a job of several processes."""
+"""A training in a job of several processes: what its settings must fit, and the student's side of it."""
 
 from typing import Any
 
@@ -6,12 +6,32 @@ import torch.distributed as dist
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
+from fvcore.common.config import CfgNode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.config import resolve_device
 from common.errors import ConfigError
 
-__all__ = ["broadcast_buffers", "synchronize_batch_norms", "wrap_student"]
+__all__ = ["broadcast_buffers", "check_processes", "synchronize_batch_norms", "wrap_student"]
+
+
+def check_processes(cfg: CfgNode) -> None:
+    """Check, at the start of a training, that SOLVER.IMS_PER_BATCH and MODEL.DEVICE fit the processes of this job.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly, or several processes would train on one numbered GPU.
+    """
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if batch % processes:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
+    device, here = resolve_device(cfg), comm.get_local_size()
+    # Without a number each process has its own: launch() has set it. One process per machine may name it.
+    if device.type == "cuda" and device.index is not None and here > 1:
+        raise ConfigError(
+            f"MODEL.DEVICE is {device}, which the {here} processes on this machine would share; "
+            "use cuda or auto: each then takes a GPU of its own"
+        )
 
 
 def wrap_student(model: nn.Module, **options: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.config import import_extensions
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from common.engine.distributed import check_processes
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
@@ -158,7 +159,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         args: ``resume`` and ``config_file`` of the command line.
 
     Raises:
-        ConfigError: the folder holds another run, or a batch that cannot be shared out.
+        ConfigError: the folder holds another run, or a batch or device that does not fit the number of processes.
     """
     # Processes that Detectron2 started have imported nothing yet.
     import_extensions(cfg.IMPORTS, Path(args.config_file).parent)
@@ -166,9 +167,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
         )
-    batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    if batch % processes:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
+    check_processes(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 

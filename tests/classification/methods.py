@@ -15,6 +15,7 @@ from tests.goldens.fill import array
 METHODS = [name for name, _ in DISTILLERS]
 WITH_TEACHER = [name for name in METHODS if DISTILLERS.get(name).needs_teacher]
 ON_LOGITS = [name for name in METHODS if issubclass(DISTILLERS.get(name), LogitDistiller)]
+STANDARDIZED = [name for name in ON_LOGITS if not DISTILLERS.get(name).takes_sigmoid]
 CLASSES, SAMPLES = 10, 40
 
 

@@ -95,6 +95,8 @@ def test_published_imagenet_pairs(pair, beta):
         (["SOLVER.AMP", "fp8"], "SOLVER.AMP fp8"),
         (["SOLVER.OPTIMIZER", "DOT"], "DOT needs a method"),
         (["SOLVER.OPTIMIZER", "DOT", "SOLVER.DELTA", 0.2], "SOLVER.DELTA"),
+        (["SOLVER.OPTIMIZER", "DOT", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; DOT has no"),
+        (["SOLVER.OPTIMIZER", "AdamW", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; AdamW has no"),
         (["MODEL.DEVICE", "cuda:99"], "GPU"),
         (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
     ],

@@ -11,6 +11,7 @@ from common.outputs import Outputs
 from tests.classification.methods import (
     CLASSES,
     ON_LOGITS,
+    STANDARDIZED,
     WITH_TEACHER,
     build,
     key,
@@ -102,7 +103,7 @@ def test_a_teacher_that_is_not_there():
         build(name, "MODEL.TEACHER.SHARES", [1.0, 0.0], teacher=TEACHERS)
 
 
-@pytest.mark.parametrize("name", ON_LOGITS)
+@pytest.mark.parametrize("name", STANDARDIZED)
 def test_standardised_logits(name):
     """The switch is the method on logits that are standardised already."""
     student, teacher = (array(seed, 6, CLASSES, scale=5.0) + 3 for seed in (1, 2))
@@ -120,7 +121,7 @@ def test_standardised_logits(name):
     torch.testing.assert_close(loss(True, lambda logits: 7 * logits - 2), standardised, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ON_LOGITS)
+@pytest.mark.parametrize("name", STANDARDIZED)
 def test_several_teachers_are_standardised_each(name):
     """So that none counts more because its logits are larger."""
     student, *teachers = (array(seed, 6, CLASSES, scale=5.0) for seed in (1, 2, 3))

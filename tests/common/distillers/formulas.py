@@ -162,3 +162,78 @@ def vid(mean, feat_teacher, variance):
         for p in np.ndindex(*mean.shape)
     ]
     return sum(terms) / len(terms)
+
+
+def softmax(row, temperature=1.0):
+    powers = [math.exp(v / temperature) for v in row]
+    return [p / sum(powers) for p in powers]
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def pearson(x, y, eps=1e-8):
+    x, y = ([v - sum(values) / len(values) for v in values] for values in (x, y))
+    norms = math.sqrt(sum(v * v for v in x)) * math.sqrt(sum(v * v for v in y))
+    return sum(a * b for a, b in zip(x, y, strict=True)) / (norms + eps)
+
+
+def kd(student, teacher, target, T):
+    divergences = [kl(softmax(t, T), softmax(s, T)) for s, t in zip(student, teacher, strict=True)]
+    return T**2 * sum(divergences) / len(divergences)
+
+
+def dkd(student, teacher, target, T, alpha=1.0, beta=8.0):
+    total = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        p, q = softmax(t, T), softmax(s, T)
+        others = [c for c in range(len(p)) if c != y]
+        rest_p, rest_q = sum(p[c] for c in others), sum(q[c] for c in others)
+        nckd = kl([p[c] / rest_p for c in others], [q[c] / rest_q for c in others])
+        total += alpha * kl([p[y], rest_p], [q[y], rest_q]) + beta * nckd
+    return T**2 * total / len(student)
+
+
+def dist(student, teacher, target, T):
+    s, t = [softmax(row, T) for row in student], [softmax(row, T) for row in teacher]
+    rows = [pearson(a, b) for a, b in zip(s, t, strict=True)]
+    columns = [pearson([r[c] for r in s], [r[c] for r in t]) for c in range(len(s[0]))]
+    return T**2 * (1.5 * (1 - sum(rows) / len(rows)) + 0.5 * (1 - sum(columns) / len(columns)))
+
+
+def nkd(student, teacher, target, T):
+    total = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        total -= softmax(t)[y] * math.log(softmax(s)[y])
+        others = [c for c in range(len(s)) if c != y]
+        q_s, q_t = softmax([s[c] for c in others], T), softmax([t[c] for c in others], T)
+        total -= 3.5 * T**2 * sum(a * math.log(b) for a, b in zip(q_t, q_s, strict=True))
+    return total / len(student)
+
+
+def rld(student, teacher, target, T):
+    total = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        p_s, p_t = softmax(s, 2.0)[y], max(softmax(t, 2.0))
+        total += 1.5 * 2.0**2 * kl([p_t, 1 - p_t], [p_s, 1 - p_s])
+        below = [c for c in range(len(t)) if t[c] < t[y]]
+        total += 8.0 * T**2 * kl(softmax([t[c] for c in below], T), softmax([s[c] for c in below], T)) if below else 0
+    return total / len(student)
+
+
+def wttm(student, teacher, target, T):
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        powers = [p ** (1 / T) for p in softmax(t)]
+        total += sum(powers) * kl([p / sum(powers) for p in powers], softmax(s))
+    return total / len(student)
+
+
+def bckd(student, teacher, target, T=None):
+    total = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        for a, b in zip(s, t, strict=True):
+            p, q = 1 / (1 + math.exp(-b)), 1 / (1 + math.exp(-a))
+            total -= (y >= 0) * abs(p - q) * (p * math.log(q) + (1 - p) * math.log(1 - q))
+    return total / max(sum(0 <= y < len(student[0]) for y in target), 1)

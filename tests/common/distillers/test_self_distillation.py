@@ -8,12 +8,8 @@ import torch
 from common.distillers import DISTILLERS, Context, uskd_loss, zipf_labels
 from common.outputs import Outputs, OutputSpec
 from tests.common.distillers.building import build, settings
+from tests.common.distillers.formulas import softmax
 from tests.goldens.fill import array
-
-
-def softmax(row):
-    powers = [math.exp(v) for v in row]
-    return [p / sum(powers) for p in powers]
 
 
 def transcribed_labels(s, w, y):

@@ -1,5 +1,7 @@
 """Standardised logits, and what the base classes give to every method."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from tests.common.distillers.building import build, settings
 from tests.goldens.fill import array
 
 LOGIT_METHODS = [name for name, method in DISTILLERS if issubclass(method, LogitDistiller)]
+SWITCHED = [name for name in LOGIT_METHODS if not DISTILLERS.get(name).takes_sigmoid]
+SIDES = ("student", "teacher")
 TARGET = torch.tensor([3, 0, 9, 5, 1, 1])
 
 
@@ -51,8 +55,8 @@ def test_finite_with_finite_gradients(logits, dtype):
     assert logits.shape[1] > 1 or not z.any()
 
 
-@pytest.mark.parametrize("name", LOGIT_METHODS)
-def test_every_logit_method_has_the_switch(name):
+@pytest.mark.parametrize("name", SWITCHED)
+def test_the_switch(name):
     student, teacher = Outputs(array(4, 6, 10, scale=3)), Outputs(array(5, 6, 10, scale=3))
     plain, switched = (build(name, student, teacher, STANDARDIZE=on, WARMUP=0, WEIGHT=1.0) for on in (False, True))
     by_hand = Outputs(standardize_logits(student.logits)), Outputs(standardize_logits(teacher.logits))
@@ -64,13 +68,42 @@ def test_every_logit_method_has_the_switch(name):
     assert switched(*scaled, TARGET, ctx)[key].item() == pytest.approx(on.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", LOGIT_METHODS)
+@pytest.mark.parametrize("name", SWITCHED)
 def test_standardised_gradients_are_finite(name):
     student, teacher = torch.zeros(4, 6).requires_grad_(), Outputs(1e4 * array(6, 4, 6))
     method = build(name, Outputs(student), teacher, STANDARDIZE=True, WARMUP=0)
     (value,) = method(Outputs(student), teacher, TARGET[:4] % 6, Context()).values()
     value.backward()
     assert value.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOGIT_METHODS)
+def test_methods_on_a_softmax_have_the_switch(name):
+    """Where a score of 0 means something of itself, there is none."""
+    assert ("STANDARDIZE" in settings(name)) == (name in SWITCHED)
+
+
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS if "logits" in method.needs])
+@pytest.mark.parametrize("sides", [("student",), ("teacher",), ("student", "teacher")])
+def test_sigmoids_are_refused_unless_the_method_is_made_for_them(name, sides):
+    method = DISTILLERS.get(name)
+    spec = OutputSpec(10, ((3, 8, 8), (4, 4, 4)), ((3, 8, 8), (4, 4, 4)), 4)
+    # Not the first thing to be told: such networks have no column for the background.
+    student, teacher = (replace(spec, sigmoid=True, num_classes=9) if side in sides else spec for side in SIDES)
+    if (not method.needs_teacher and "student" not in sides) or (method.takes_sigmoid and len(sides) == 2):
+        assert method(settings(name), student, teacher, 10).name == name
+    else:
+        kinds = "sigmoids and the .*'s one softmax" if method.takes_sigmoid else "sigmoids: choose"
+        with pytest.raises(ValueError, match=f"{name} .* the {sides[0]}'s are independent {kinds}"):
+            method(settings(name), student, teacher, 10)
+
+
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS if "logits" not in method.needs])
+def test_methods_on_features_take_any_scores(name):
+    cfg, feats = settings(name), ((3, 8, 8), (4, 4, 4), (4, 2, 2), (4, 1, 1))
+    norms = tuple(torch.nn.BatchNorm2d(shape[0]) for shape in feats[1:])
+    spec = OutputSpec(10, feats, feats, 4, norms)
+    assert DISTILLERS.get(name)(cfg, replace(spec, sigmoid=True, num_classes=9), spec, 10).name == name
 
 
 def test_published_setting_of_plain_distillation():
@@ -85,6 +118,13 @@ def test_a_missing_teacher_is_named(name):
     spec = OutputSpec(10, ((3, 8, 8), (4, 4, 4)), ((3, 8, 8), (4, 4, 4)), 4)
     with pytest.raises(ValueError, match=f"{name} needs a teacher"):
         DISTILLERS.get(name)(settings(name), spec, None, 10)
+
+
+@pytest.mark.parametrize("name", ["Pop", "HALF", "training"])
+def test_a_name_that_a_module_dict_cannot_hold(name):
+    with pytest.raises(ValueError, match=f"cannot be called {name}: {name.lower()} is an attribute"):
+        DISTILLERS.register(type(name, (Distiller,), {}))
+    assert name not in DISTILLERS
 
 
 def test_a_method_may_ignore_labels():

@@ -1,0 +1,43 @@
+"""What a training's settings must fit where it runs in several processes."""
+
+import pytest
+import torch
+from detectron2.utils import comm
+
+from common.config import CfgNode
+from common.engine.distributed import check_processes
+from common.errors import ConfigError
+
+
+def check(monkeypatch, device, processes, here, batch=8, gpus=4):
+    monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+    monkeypatch.setattr(comm, "get_local_size", lambda: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    check_processes(CfgNode({"MODEL": {"DEVICE": device}, "SOLVER": {"IMS_PER_BATCH": batch}}))
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:3"])
+def test_one_gpu_for_several_processes_is_refused(monkeypatch, device):
+    with pytest.raises(ConfigError, match=f"MODEL.DEVICE is {device}, which the 2 processes on this machine would"):
+        check(monkeypatch, device, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "here", "gpus"),
+    [
+        ("cuda:3", 1, 1, 4),
+        ("cuda:0", 2, 1, 1),
+        ("cuda", 2, 2, 4),
+        ("auto", 2, 2, 4),
+        ("auto", 2, 2, 0),
+        ("cpu", 2, 2, 4),
+    ],
+)
+def test_a_gpu_for_each_process(monkeypatch, device, processes, here, gpus):
+    check(monkeypatch, device, processes, here, gpus=gpus)
+
+
+def test_batches_are_shared_out_evenly(monkeypatch):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH 8 cannot be shared out evenly over 3 processes"):
+        check(monkeypatch, "cpu", 3, 3)
