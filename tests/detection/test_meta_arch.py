@@ -157,8 +157,6 @@ def test_maps_of_networks_with_other_padding_are_cut_to_what_both_have():
 EMPTY = {
     "no boxes": [image([], []), image([[5, 8, 40, 44]], [2])],
     "no boxes at all": [image([], []), image([], [], size=(64, 64))],
-    # Detectron2's mapper takes such boxes out; a mapper of the user's may not.
-    "degenerate box": [image([[10, 10, 10, 40]], [3]), image([[0, 0, 0, 0]], [1])],
 }
 
 
@@ -201,10 +199,9 @@ def test_warm_up_counts_iterations():
     assert torch.allclose(step(model, batch(), iteration=2)["loss_dkd"], full * 3 / 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_autocast(dtype):
+def test_autocast():
     model = build(small_cfg())
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", torch.bfloat16):
         losses = step(model, batch())
     assert all(torch.isfinite(value) for value in losses.values()) and losses["loss_dkd"].dtype == torch.float32
     sum(losses.values()).backward()
@@ -230,7 +227,7 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
         ("retinanet_bckd_r101_r50", {"TEACHER.MODEL.RETINANET.NUM_CLASSES": 7}, "5 classes and the teacher 7"),
         ("retinanet_bckd_r101_r50", {"DISTILL.METHODS": ["DKD"]}, "sigmoid"),
         ("dkd_r101_r18", {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}, "sigmoid"),
-        ("dkd_r101_r18", {"DISTILL.METHODS": ["OFD"]}, "OFD needs the preacts"),
+        ("dkd_r101_r18", {"DISTILL.METHODS": ["OFD"]}, "OFD takes its margins"),
         ("dkd_r101_r18", {"DISTILL.METHODS": ["CRD"]}, "CRD needs the pooled"),
         ("dkd_r101_r18", {"DISTILL.DKD.TEACHER": 1}, "one teacher"),
         ("dkd_r101_r18", {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN"}, "need MODEL.META_ARCHITECTURE DistillRCNN"),
