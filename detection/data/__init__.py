@@ -1,0 +1,16 @@
+"""Data sets for detection: where they are, what is checked, and batches that are a function of (seed, step)."""
+
+from . import digits_coco
+from .catalog import check_test_sets, load_test_set, load_training_set, register_datasets
+from .loader import build_test_loader, build_train_loader
+
+__all__ = [
+    "build_test_loader",
+    "build_train_loader",
+    "check_test_sets",
+    "load_test_set",
+    "load_training_set",
+    "register_datasets",
+]
+
+digits_coco.register()
