@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from common.engine.safe_pickle import load_arrays
 from common.errors import DataError
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 from .locate import find_folder
-from .safe_pickle import load_arrays
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -10,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.engine.safe_pickle import load_arrays
 from common.errors import CheckpointError
 
-__all__ = ["load_weights", "read_weights"]
+__all__ = ["differences", "load_weights", "read_content", "read_weights", "state_dict_of"]
+
+# How files of torch.save begin, the present form and the one before torch 1.6, whatever their names end with.
+_OF_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 # What public checkpoints hold beside tensors: RepDistiller's options, numpy accuracies. None of them runs code.
 _HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
@@ -30,24 +35,48 @@ def read_weights(source: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing, unreachable, damaged, or holding anything but weights.
     """
+    return state_dict_of(read_content(source), source)
+
+
+def read_content(source: str) -> Any:
+    """Read all that a file holds, what stands beside the weights too, without running any of it.
+
+    Args:
+        source: as in :func:`read_weights`; also a ``.pkl`` file of Detectron2's model zoo or of Caffe2.
+
+    Returns:
+        What was saved, with tensors on the CPU. The arrays and numbers of a ``.pkl`` have become tensors, and its
+        Nones are left out. Weights of a library are ``{"model": ..., "__author__": library}``, a ``.safetensors``
+        file is ``{"model": ..., **metadata}``.
+
+    Raises:
+        CheckpointError: missing, unreachable, damaged, or holding anything but plain containers and tensors.
+    """
     library, _, name = source.partition(":")
     if library in ("torchvision", "timm"):
-        return _read_library(library, name)
+        return {"model": _read_library(library, name), "__author__": library}
     path = _local_path(source)
     try:
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _read_safetensors(path)
+        if path.endswith(".pkl") and not _is_of_torch(path):
+            return _tensors(load_arrays(path, CheckpointError))
+        # torch.load does not check the archive's checksums: flipped bits would become weights.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"{source} cannot be read as a checkpoint: wrong checksum of {damaged}")
         with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except UnpicklingError as error:
         lines = [line.split("WeightsUnpickler error:")[-1].strip() for line in str(error).splitlines()]
         reason = next((line for line in lines if "nsupported" in line), lines[0])
         raise CheckpointError(f"{source} is refused, for it holds more than weights: {reason}") from error
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         raise CheckpointError(f"{source} cannot be read as a checkpoint: {_last_line(error)}") from error
-    return _state_dict(content, source)
 
 
 def load_weights(model: nn.Module, source: str, key: str) -> None:
@@ -80,12 +109,18 @@ def load_weights(model: nn.Module, source: str, key: str) -> None:
             f"{key}: {source} has {heads[0][0][0]} classes, but the network is built for {heads[0][1][0]}; "
             "use the checkpoint of the same data set, or set MODEL.NUM_CLASSES"
         )
+    facts = differences(missing, unexpected, wrong)
+    raise CheckpointError(f"{key}: {source} is of another network than {type(model).__name__}: {facts}")
+
+
+def differences(missing: Collection[str], unexpected: Collection[str], wrong: Collection[str]) -> str:
+    """Text "2 missing (a, b); 1 of another shape (c (3,) instead of (4,))"; empty where nothing differs."""
     facts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} {what} ({', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
         if names
     ]
-    raise CheckpointError(f"{key}: {source} is of another network than {type(model).__name__}: {'; '.join(facts)}")
+    return "; ".join(facts)
 
 
 def _read_library(library: str, name: str) -> dict[str, Tensor]:
@@ -115,7 +150,12 @@ def _local_path(source: str) -> str:
         raise CheckpointError(f"{source} cannot be fetched: {_last_line(error)}") from error
 
 
-def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
+def state_dict_of(content: Any, source: str) -> dict[str, Tensor]:
+    """The state dict in what :func:`read_content` returned for `source`, without ``module.`` and ``student.``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -125,6 +165,27 @@ def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
         if any(name.startswith(prefix) for name in content):
             content = {n.removeprefix(prefix): v for n, v in content.items() if n.startswith(prefix)}
     return dict(content)
+
+
+def _is_of_torch(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(16).startswith(_OF_TORCH)
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {**(file.metadata() or {}), "model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tensors(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, np.ndarray):
+        # A copy in the machine's byte order: torch has no other.
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    return torch.tensor(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _last_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from classification.data import (
     read_image,
     register_dataset,
 )
-from classification.data.safe_pickle import load_arrays
+from common.engine.safe_pickle import load_arrays
 from tests import fixtures_data as write
 
 BUILT_IN = ["cifar10", "cifar100", "digits", "fashion_mnist", "folder", "imagenet", "tiny_imagenet"]

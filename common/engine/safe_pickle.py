@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 
 
 def _text(value: str | bytes) -> str:
@@ -83,6 +83,8 @@ _GLOBALS = {
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): _empty_bytes,
     ("__builtin__", "bytes"): _empty_bytes,
+    # Its order is a dict's own; pickles call it without arguments or with a list of pairs.
+    ("collections", "OrderedDict"): dict,
 }
 
 
@@ -95,26 +97,58 @@ class _Unpickler(pickle.Unpickler):
         return _GLOBALS[key]
 
 
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, _Array) else value
+_CYCLE = object()
 
 
-def load_arrays(path: str | Path) -> Any:
-    """Unpickle a file of containers, text, numbers and arrays of numbers, written by Python 2 or 3.
+class _Plain:
+    """Puts arrays in the place of their stand-ins, throughout nested containers.
+
+    What is referred to twice is converted once: else a small file of lists of lists could take years.
+    """
+
+    def __init__(self) -> None:
+        self.done: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, _Array):
+            return value.value
+        if value is None or isinstance(value, str | bytes | bytearray | int | float):
+            return value
+        if not isinstance(value, dict | list | tuple):
+            raise pickle.UnpicklingError(f"it holds a {type(value).__name__.strip('_')} where a value belongs")
+        if id(value) not in self.done:
+            self.done[id(value)] = _CYCLE
+            if isinstance(value, dict):
+                plain = {_text(k) if isinstance(k, bytes) else self(k): self(v) for k, v in value.items()}
+            else:
+                plain = type(value)(self(v) for v in value)
+            self.done[id(value)] = plain
+        if self.done[id(value)] is _CYCLE:
+            raise pickle.UnpicklingError("a container in it holds itself")
+        return self.done[id(value)]
+
+
+def load_arrays(path: str | Path, error: type[UserError] = DataError) -> Any:
+    """Unpickle a file of containers, text, numbers, None, and arrays of numbers, written by Python 2 or 3.
+
+    Args:
+        path: the file: a data set's, Detectron2's model zoo's, or Detectron's (Caffe2's).
+        error: what to raise; CheckpointError where the file is one.
 
     Returns:
-        The content. Of a dict the keys are str even where the file has bytes, and array values are ndarrays.
+        The content. Dicts are plain, nested ones too, and their keys are str even where the file has bytes (other
+        text stays as it is in the file); arrays are writable ndarrays in the file's byte order; NumPy's scalars are
+        Python's.
 
     Raises:
-        DataError: the file is not such a pickle; the message names the file, and the global it asked for if any.
+        UserError: `error`: the file is not such a pickle; the message names the file, and the global it asked for if
+            any.
     """
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file, encoding="bytes").load()
-        if isinstance(content, dict):
-            return {_text(key): _plain(value) for key, value in content.items()}
-        return _plain(content)
+        return _Plain()(content)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything: EOFError, KeyError, TypeError, ...
-        raise DataError(f"refused to read {path}: {str(error) or type(error).__name__}") from error
+    except Exception as reason:  # a damaged pickle raises nearly anything: EOFError, KeyError, TypeError, ...
+        raise error(f"refused to read {path}: {str(reason) or type(reason).__name__}") from reason

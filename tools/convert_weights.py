@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Weights of detectors from one form into another; the outputs (.pth or .safetensors) hold nothing but tensors.
+
+python tools/convert_weights.py backbone torchvision:ResNet18_Weights.IMAGENET1K_V1 r18.pth
+python tools/convert_weights.py safe detectron2://COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/\
+model_final_f6e8b1.pkl r101.pth
+python tools/convert_weights.py merge r18.pth r101.pth r101_r18.pth
+python tools/convert_weights.py split r101_r18.pth r18.pth r101.pth
+
+Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or timm:NAME.
+"""
+
+import argparse
+
+from common.engine.launch import command
+from detection.convert import convert_backbone, copy_safely, merge, split
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, convert, text, names in (
+        ("backbone", convert_backbone, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
+        ("safe", copy_safely, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
+        ("merge", merge, "a student and a teacher, as one file", ("STUDENT", "TEACHER", "OUT")),
+        ("split", split, "such a file, as two", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
+    ):
+        sub = actions.add_parser(action, help=text, description=text)
+        for name in names:
+            sub.add_argument(name)
+        sub.add_argument("--force", action="store_true", help="replace files that exist")
+        sub.set_defaults(convert=convert, names=names)
+    args = parser.parse_args()
+    written = args.convert(*(getattr(args, name) for name in args.names), force=args.force)
+    print(written if isinstance(written, str) else "\n".join(written))
+
+
+if __name__ == "__main__":
+    command(main)
