@@ -1,5 +1,6 @@
 """Settings of the detectors: Detectron2's own, the DISTILL node, and a second set of Detectron2's for the teacher."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -150,15 +151,20 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
         path, weights = (config_file, "") if os.path.isfile(config_file) else _of_zoo(config_file)
         # Among all our keys, for it may be the configuration of a run of ours.
         full = get_cfg()
+        # Detectron2's own RetinaNet has YAML that computes; a file of another origin must do without.
+        trusted = path != config_file
+        log = logging.getLogger("fvcore.common.config")
         try:
-            # Detectron2's own RetinaNet has YAML that computes; a file of another origin must do without.
-            full.merge_from_file(path, allow_unsafe=path != config_file)
+            log.disabled = trusted  # it would warn of it
+            full.merge_from_file(path, allow_unsafe=trusted)
         except ConstructorError as error:
             raise ConfigError(
                 f"TEACHER.CONFIG_FILE {config_file} has YAML that would run code: {error.problem}"
             ) from error
         except ConfigError as error:
             raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
+        finally:
+            log.disabled = False
         _take(node, full)
     node = kind(node)
     # A path, or a name of Detectron2's model zoo; the weights are then the zoo's, unless TEACHER.MODEL.WEIGHTS is set.

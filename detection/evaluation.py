@@ -72,6 +72,8 @@ def evaluate_detector(cfg: CfgNode, model: nn.Module, augmented: bool = False) -
 def _flatten(results: dict[str, Any]) -> dict[str, float]:
     flat = {}
     for task, values in results.items():
+        # One for each class as well: Detectron2 shows them in a table of their own.
+        values = {name: value for name, value in values.items() if not name.startswith("AP-")}
         # Without a single detection Detectron2 has no number; by the metric's definition all are 0.
         nothing = math.isnan(values["AP"])
         flat.update({f"{task}/{name}": 0.0 if nothing else float(value) for name, value in values.items()})

@@ -53,6 +53,12 @@ class DetectionTrainer(RunTrainer):
         # All processes build the same, and the student is built before its teacher and the methods.
         seed_step(cfg.SEED, 0, rank=0)
         self.detector = build_model(cfg)
+        view = getattr(self.detector, "teacher_view", None)
+        if view is not None and not view.weights:
+            raise ConfigError(
+                "TEACHER.MODEL.WEIGHTS is empty: name the checkpoint of a trained teacher, or give under MODEL.WEIGHTS "
+                "a merged file that holds one"
+            )
         load_student(self.detector, cfg.MODEL.WEIGHTS)
         optimizer = build_optimizer(cfg, self.detector)
         precision = None

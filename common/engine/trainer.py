@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from common.engine.metrics import MeanMetrics, average_states
@@ -60,6 +61,8 @@ class StepTrainer(TrainerBase):
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.metrics = MeanMetrics()
+        # Of what the model itself puts into the event storage.
+        self.noted = MeanMetrics(finite=False)
         self._metric_states: list[dict[str, Any]] = []
         self._batches: Iterator[Any] = iter(())
 
@@ -79,8 +82,13 @@ class StepTrainer(TrainerBase):
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
         seed_step(self.seed, self.iter)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+        # In a storage of its own: the trainer's smooths over a window, which a restart would cut.
+        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+        with EventStorage(self.iter) as notes, autocast:
             losses = self.compute_losses(batch)
+        self.noted.update({name: value for name, (value, _) in notes.latest().items()})
+        for name, image, _ in notes._vis_data:
+            self.storage.put_image(name, image)
         self.optimizer.zero_grad()
         self.backward(losses)
         self.after_backward()
@@ -101,12 +109,15 @@ class StepTrainer(TrainerBase):
         self.scaler.scale(sum(losses.values())).backward()
 
     def log_metrics(self) -> None:
-        """Put the losses' means since the last call, over all processes, into the event storage."""
-        gathered = self.check_finite()
+        """Put the means since the last call, over all processes, into the event storage."""
+        notes = comm.all_gather(self.noted.compute())
+        gathered = [{**losses, **own} for losses, own in zip(self.check_finite(), notes, strict=True)]
         self.metrics.reset()
-        for name in gathered[0]:
+        self.noted.reset()
+        for name in {name: None for means in gathered for name in means}:
             # They are means already: smoothing them once more would depend on when the run was restarted.
-            self.storage.put_scalar(name, np.mean([m[name] for m in gathered]), smoothing_hint=False)
+            values = [means[name] for means in gathered if name in means]
+            self.storage.put_scalar(name, np.mean(values), smoothing_hint=False)
 
     def check_finite(self) -> list[dict[str, float]]:
         """Every process's means of the losses since the last log line.
@@ -126,22 +137,26 @@ class StepTrainer(TrainerBase):
 
     def collect_state(self) -> None:
         """Bring to the main process what differs between them. All call it before that one saves."""
-        self._metric_states = comm.gather(self.metrics.state_dict())
+        self._metric_states = comm.gather(self._own_metrics())
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "metrics": self._metric_states or [self.metrics.state_dict()],
+            "metrics": self._metric_states or [self._own_metrics()],
         }
+
+    def _own_metrics(self) -> list[dict[str, Any]]:
+        return [self.metrics.state_dict(), self.noted.state_dict()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         states = state_dict["metrics"]
-        # Of another number of processes the average is taken: it is what is logged.
-        self.metrics.load_state_dict(
-            states[comm.get_rank()] if len(states) == comm.get_world_size() else average_states(states)
-        )
+        for metrics, own in zip((self.metrics, self.noted), zip(*states, strict=True), strict=True):
+            # Of another number of processes the average is taken: it is what is logged.
+            metrics.load_state_dict(
+                own[comm.get_rank()] if len(own) == comm.get_world_size() else average_states(list(own))
+            )

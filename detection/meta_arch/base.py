@@ -34,6 +34,7 @@ class DistillDetector(nn.Module):
 
     Attributes:
         teacher: the teacher's network, a child named as in published checkpoints, or None.
+        teacher_view: what belongs to it and is no module.
         distillers: a ModuleDict.
     """
 
@@ -43,8 +44,7 @@ class DistillDetector(nn.Module):
         super().__init__(**kwargs)
         self.distillers = nn.ModuleDict(distillers or {})
         self.teacher = None if teacher is None else teacher.network
-        # Kept beside the child, for what belongs to it and is no module.
-        self._teacher_view = teacher
+        self.teacher_view = teacher
         needs = {part for distiller in self.distillers.values() for part in distiller.needs}
         self._looks_at_scores = "logits" in needs
         self._levels = list(levels(self.backbone)) if "feats" in needs else []
@@ -124,7 +124,7 @@ class DistillDetector(nn.Module):
         student, teacher = Outputs(logits=logits), None
         if self.teacher is not None:
             with torch.no_grad(), teaching(self.teacher, self.distillers.values()):
-                maps = self.teacher.backbone(self._teacher_view.images(batched_inputs))
+                maps = self.teacher.backbone(self.teacher_view.images(batched_inputs))
                 scores = self.teacher_scores(calls, maps) if self._looks_at_scores else None
             teacher = Outputs(logits=scores)
             if self._levels:

@@ -26,7 +26,7 @@ from tests.classification.methods import (
     seeded_losses,
     train_step,
 )
-from tests.classification.runs import assert_identical
+from tests.restarts import assert_identical
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 per_method = pytest.mark.parametrize("name", METHODS)

@@ -15,7 +15,8 @@ from common.engine.distributed import synchronize_batch_norms
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import read_metrics
 from common.errors import ConfigError
-from tests.classification.runs import assert_identical, run, small_cfg, state
+from tests.classification.runs import run, small_cfg, state
+from tests.restarts import assert_identical
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("-m", "tests.classification.processes")

@@ -13,7 +13,8 @@ import torch
 from common.engine.checkpoint import RunCheckpointer, write_atomically
 from common.engine.writers import read_metrics
 from common.errors import CheckpointError, ConfigError
-from tests.classification.runs import STEPS, assert_identical, run, small_cfg, state
+from tests.classification.runs import STEPS, run, small_cfg, state
+from tests.restarts import assert_identical
 
 ROOT = Path(__file__).resolve().parents[2]
 

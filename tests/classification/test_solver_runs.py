@@ -11,7 +11,8 @@ from classification.config import validate
 from common.distillers import DISTILLERS
 from common.errors import ConfigError
 from tests.classification.methods import WITH_TEACHER, loss_of
-from tests.classification.runs import STEPS, assert_identical, run, small_cfg, state
+from tests.classification.runs import STEPS, run, small_cfg, state
+from tests.restarts import assert_identical
 
 ALONE = [name for name, _ in DISTILLERS if name not in WITH_TEACHER]
 TWO = ["wrn_16_1", "resnet8"]

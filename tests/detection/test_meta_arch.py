@@ -134,13 +134,13 @@ def test_the_teacher_normalises_for_itself():
     """BGR teacher of an RGB student: flipped first, then its own mean and deviation, then its own padding."""
     model = build(small_cfg(**{"TEACHER.MODEL.PIXEL_MEAN": [10.0, 20.0, 30.0], "TEACHER.MODEL.PIXEL_STD": [1.0, 2, 4]}))
     inputs = batch()
-    seen = model._teacher_view.images(inputs)
+    seen = model.teacher_view.images(inputs)
     first = inputs[0]["image"].float().flip(0)
     expected = (first - torch.tensor([10.0, 20, 30])[:, None, None]) / torch.tensor([1.0, 2, 4])[:, None, None]
     assert torch.equal(seen[0, :, :96, :128], expected)
     same = build(small_cfg(**{"TEACHER.INPUT.FORMAT": "RGB"}))
     assert torch.allclose(
-        same._teacher_view.images(inputs)[0][:, :96, :128] + 0, inputs[0]["image"] - same.teacher.pixel_mean
+        same.teacher_view.images(inputs)[0][:, :96, :128] + 0, inputs[0]["image"] - same.teacher.pixel_mean
     )
     with pytest.raises(ConfigError, match=r"TEACHER.INPUT.FORMAT is L, but the student's images are RGB"):
         build(small_cfg(**{"TEACHER.INPUT.FORMAT": "L"}))

@@ -1,0 +1,42 @@
+import pytest
+
+from detection.config import get_cfg
+from detection.data.digits_coco import prepare
+from tests.detection.runs import make_tiny
+
+
+@pytest.fixture(scope="session")
+def datasets_root(tmp_path_factory):
+    """Folder of data sets that DETECTRON2_DATASETS names to the end of the session."""
+    root = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield root
+
+
+@pytest.fixture(scope="session")
+def digits_coco(datasets_root):
+    """That folder, with digits_coco in it."""
+    prepare("digits_coco")
+    return datasets_root
+
+
+@pytest.fixture(scope="session")
+def tiny(datasets_root):
+    """That folder, with what tests.detection.runs trains on."""
+    make_tiny(datasets_root)
+    return datasets_root
+
+
+@pytest.fixture
+def digits_cfg(digits_coco):
+    """Detection settings on digits_coco, with small images and no workers."""
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("digits_coco_train",)
+    cfg.DATASETS.TEST = ("digits_coco_val",)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 10
+    cfg.INPUT.MIN_SIZE_TRAIN = (96, 112, 128)
+    cfg.INPUT.MIN_SIZE_TEST = 128
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return cfg

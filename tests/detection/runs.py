@@ -1,0 +1,86 @@
+"""Small runs of the detection trainer for the tests.
+
+As a program it trains and is killed: `python -m tests.detection.runs FOLDER NAME WORKERS MOMENT STEP`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from detection.data import load_training_set, register_datasets
+from detection.data.digits_coco import make
+from detection.trainer import DetectionTrainer, train
+from tests.detection.small import build, plain, small_cfg
+from tests.restarts import disturb, read_state
+
+STEPS = 6
+TINY = {name: {"JSON": f"tiny/annotations/{name}.json", "IMAGES": f"tiny/{name}"} for name in ("train", "val")}
+
+
+def make_tiny(root) -> None:
+    """Ten images to train and four to test on, below `root`; and a teacher for each architecture."""
+    for split, number in (("train", 10), ("val", 4)):
+        make(Path(root, "tiny"), split, number, seed=0)
+    for name in ("rcnn", "retinanet"):
+        torch.save({"model": build(plain(tiny_cfg(name, ".")), seed=5).state_dict()}, teacher_file(root, name))
+
+
+def teacher_file(root, name) -> str:
+    return str(Path(root, f"teacher_{name}.pth"))
+
+
+def tiny_cfg(name, folder, workers=0, **settings):
+    """Six steps of two images; a checkpoint after every second, an evaluation after every third."""
+    opts = {
+        "OUTPUT_DIR": str(folder),
+        "SEED": 3,
+        "LOG_PERIOD": 2,
+        "MODEL.ROI_HEADS.NUM_CLASSES": 10,
+        "MODEL.RETINANET.NUM_CLASSES": 10,
+        "TEACHER.MODEL.ROI_HEADS.NUM_CLASSES": 10,
+        "TEACHER.MODEL.RETINANET.NUM_CLASSES": 10,
+        "TEACHER.MODEL.WEIGHTS": teacher_file(os.environ["DETECTRON2_DATASETS"], name),
+        "DATASETS.REGISTER": {f"tiny_{split}": entry for split, entry in TINY.items()},
+        "DATASETS.TRAIN": ("tiny_train",),
+        "DATASETS.TEST": ("tiny_val",),
+        "INPUT.MIN_SIZE_TRAIN": (64, 96),
+        "INPUT.MIN_SIZE_TEST": 96,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": STEPS,
+        "SOLVER.STEPS": (4,),
+        "SOLVER.WARMUP_ITERS": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "TEST.EVAL_PERIOD": 3,
+        "DATALOADER.NUM_WORKERS": workers,
+        **{key.replace("__", "."): value for key, value in settings.items()},
+    }
+    if name == "retinanet":
+        resnet = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "SOLVER.BASE_LR": 1e-4}
+        return small_cfg("retinanet_bckd_r101_r50", **{**resnet, "DISTILL.METHODS": ["BCKD", "PKD"], **opts})
+    # Batch norms that learn, so that running statistics are part of the state.
+    return small_cfg("review_dkd_r101_r18", **{"MODEL.RESNETS.NORM": "BN", **opts})
+
+
+def run(cfg, resume: bool = False) -> dict[str, float]:
+    return train(cfg, argparse.Namespace(resume=resume, config_file=""))
+
+
+def state(folder) -> tuple[dict, dict, list]:
+    return read_state(folder, STEPS)
+
+
+def _main(folder: str, name: str, workers: str, moment: str, step: str) -> None:
+    torch.set_num_threads(2)
+    cfg = tiny_cfg(name, folder, int(workers))
+    register_datasets(cfg)
+    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    disturb(trainer, moment, int(step))
+    trainer.run()
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(exist_ok=True)
+    _main(*sys.argv[1:])

@@ -1,0 +1,129 @@
+"""A detector's training that was stopped in any way and resumed is the one that never stopped, to the last bit."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.engine.writers import read_metrics
+from common.errors import CheckpointError, ConfigError
+from tests.detection.runs import STEPS, run, state, tiny_cfg
+from tests.restarts import assert_identical
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny):
+    """The state of an unbroken run of each architecture."""
+    states = {}
+    for name in ("rcnn", "retinanet"):
+        folder = tmp_path_factory.mktemp(name)
+        run(tiny_cfg(name, folder))
+        states[name] = state(folder)
+    return states
+
+
+def start(folder, name, workers, moment, step):
+    command = [sys.executable, "-m", "tests.detection.runs", str(folder), name, str(workers), moment, str(step)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "moment", "step", "workers"),
+    [
+        ("rcnn", "before hooks", 1, 0),  # nothing saved yet
+        ("rcnn", "before hooks", 5, 2),
+        ("rcnn", "before saving", 4, 0),
+        ("rcnn", "while saving", 4, 2),
+        ("rcnn", "after saving", 2, 0),
+        ("rcnn", "after saving", STEPS, 0),
+        ("retinanet", "before hooks", 3, 0),  # its running normaliser is no buffer
+        ("retinanet", "while saving", 4, 2),
+    ],
+)
+def test_sigkill(tmp_path, unbroken, name, moment, step, workers):
+    assert start(tmp_path, name, workers, moment, step).wait() == -signal.SIGKILL
+    run(tiny_cfg(name, tmp_path, workers), resume=True)
+    assert_identical(state(tmp_path), unbroken[name])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
+    process = start(tmp_path, "rcnn", 2, "slowly", 0)
+    while not read_metrics(tmp_path):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait() == 143
+    run(tiny_cfg("rcnn", tmp_path), resume=True)
+    assert_identical(state(tmp_path), unbroken["rcnn"])
+
+
+def test_workers_change_nothing(tmp_path, unbroken):
+    run(tiny_cfg("rcnn", tmp_path, workers=2))
+    assert_identical(state(tmp_path), unbroken["rcnn"])
+
+
+def test_the_run_folder(tmp_path, tiny):
+    cfg = tiny_cfg("rcnn", tmp_path)
+    results = run(cfg)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "results.json"} < names
+    assert {"student_best.pth", "student_final.pth", "last_checkpoint", f"model_{STEPS:07d}.pth"} < names
+    assert {"bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl", "best_bbox/AP"} <= set(results)
+    last = read_metrics(tmp_path)[-1]
+    assert last["iteration"] == STEPS - 1 and {"loss_dkd", "loss_reviewkd", "loss_cls", "lr", "bbox/AP"} <= set(last)
+    saved = torch.load(tmp_path / f"model_{STEPS:07d}.pth", weights_only=True)
+    assert not [key for key in saved["model"] if key.startswith("teacher.")]
+    assert [key for key in saved["model"] if key.startswith("distillers.")]
+    student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
+    assert {key.split(".")[0] for key in student} == {"backbone", "proposal_generator", "roi_heads"}
+
+
+def test_the_teacher_is_as_it_was_loaded(tmp_path, tiny, monkeypatch):
+    from detection import trainer
+
+    built = []
+    monkeypatch.setattr(
+        trainer, "build_model", lambda cfg, build=trainer.build_model: built.append(build(cfg)) or built[0]
+    )
+    cfg = tiny_cfg("rcnn", tmp_path)
+    run(cfg)
+    file = torch.load(cfg.TEACHER.MODEL.WEIGHTS, weights_only=True)["model"]
+    assert_identical({**built[0].teacher.state_dict()}, {**file})
+
+
+def test_what_cannot_be_resumed(tmp_path, tiny):
+    run(tiny_cfg("rcnn", tmp_path))
+    with pytest.raises(ConfigError, match="--resume"):
+        run(tiny_cfg("rcnn", tmp_path))
+    with pytest.raises(CheckpointError, match="SEED was 3, now 4"):
+        run(tiny_cfg("rcnn", tmp_path, SEED=4), resume=True)
+
+
+def test_a_teacher_without_weights(tmp_path, tiny):
+    with pytest.raises(ConfigError, match=r"TEACHER\.MODEL\.WEIGHTS is empty"):
+        run(tiny_cfg("rcnn", tmp_path, **{"TEACHER.MODEL.WEIGHTS": ""}))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, tiny):
+    with pytest.raises(FloatingPointError, match=r"infinite|diverged"):
+        run(tiny_cfg("rcnn", tmp_path, SOLVER__BASE_LR=1e30, SOLVER__WARMUP_ITERS=0))
+    for path in tmp_path.glob("model_*.pth"):
+        weights = torch.load(path, weights_only=True)["model"].values()
+        assert all(math.isfinite(value.double().sum()) for value in weights)
+
+
+def test_detecting_nothing_is_an_average_precision_of_zero(tmp_path, tiny):
+    results = run(tiny_cfg("rcnn", tmp_path, **{"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 1.0}))
+    assert results["bbox/AP"] == results["best_bbox/AP"] == results["bbox/APl"] == 0.0
+    assert (tmp_path / "student_best.pth").exists()

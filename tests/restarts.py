@@ -1,0 +1,84 @@
+"""What must be equal between a run that was stopped and one that was not, and ways to stop one."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from detectron2.engine import HookBase
+
+from common.engine import checkpoint
+from common.engine.run import RunTrainer
+
+TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
+
+
+def read_state(folder, steps: int) -> tuple[dict, dict, list]:
+    """The final student, the last checkpoint without times, and the log without times."""
+    student = torch.load(Path(folder, "student_final.pth"), weights_only=True)["model"]
+    last = torch.load(Path(folder, f"model_{steps:07d}.pth"), weights_only=True)
+    del last["trainer"]["seconds"]
+    lines = [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
+    return student, last, [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_identical(one, two) -> None:
+    """Equal to the last bit, tensors included."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == two.dtype and torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert list(one) == list(two)
+        for key in one:
+            assert_identical(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_identical(a, b)
+    else:
+        # NaN: a metric that is not defined on the data.
+        assert one == two or (one != one and two != two)
+
+
+class KillHook(HookBase):
+    """SIGKILL after the given step, before or after the other hooks saw it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disturb(trainer: RunTrainer, moment: str, step: int) -> None:
+    """Let the run of `trainer` be killed at a moment of a step, or make it slow enough to be stopped by hand."""
+    kill = KillHook(step)
+    kill.trainer = trainer
+    if moment == "before hooks":
+        trainer._hooks.insert(0, kill)
+    elif moment == "before saving":
+        # run() registers the writer and the checkpoint hook together: slip in between.
+        register = trainer.register_hooks
+        trainer.register_hooks = lambda hooks: register([hooks[0], kill, hooks[1]])
+    elif moment == "while saving":
+        replace = os.replace
+
+        def die(source, target):
+            if f"model_{step:07d}" in str(target):
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        checkpoint.os.replace = die
+    elif moment == "after saving":
+        register = trainer.register_hooks
+        trainer.register_hooks = lambda hooks: register([*hooks, kill])
+    elif moment == "slowly":
+        step_once = trainer.run_step
+
+        def slow() -> None:
+            time.sleep(0.5)
+            step_once()
+
+        trainer.run_step = slow
