@@ -65,7 +65,8 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
         raise ConfigError("MODEL.LOAD_PROPOSALS is True, but proposals come as pickles, which are not read here")
     dicts: list[dict[str, Any]] = []
     for name in cfg.DATASETS.TRAIN:
-        own = _filter(cfg, name, _load(name, "DATASETS.TRAIN"))
+        _check_name(name, "DATASETS.TRAIN")
+        own = _filter(cfg, name, _load(name))
         _check_classes(cfg, name)
         _check_same_classes(name, cfg.DATASETS.TRAIN[0])
         _check_annotations(cfg, name, own)
@@ -105,7 +106,7 @@ def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     if version in _TEST_SETS:
         return _TEST_SETS[version]
     # Evaluators read the annotations from the file, and most of a set's memory is theirs.
-    dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name, "DATASETS.TEST")]
+    dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name)]
     if version:
         _TEST_SETS[version] = dicts
     return dicts
@@ -119,9 +120,8 @@ def _check_name(name: str, key: str) -> None:
         )
 
 
-def _load(name: str, key: str) -> list[dict[str, Any]]:
+def _load(name: str) -> list[dict[str, Any]]:
     """All images of a set with all annotations; at least one of each."""
-    _check_name(name, key)
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if json_file and not metadata.get("made_on_use"):

@@ -68,7 +68,7 @@ def draw_scene(rng: np.random.RandomState, digits: np.ndarray) -> Scene:
         else:
             continue
         occupied[place] |= ink
-        _blend(canvas[place], opacity, _contrasting(rng, canvas[place]))
+        canvas[place] = _blend(canvas[place], opacity, _contrasting(rng, canvas[place]))
         polygons = [(corners + np.array([x, y])).ravel().tolist() for corners in outline(ink)]
         scene.digits.append(Digit(position, (x, y, w, h), polygons))
     grain = _integer(rng, 2, 6)
@@ -153,7 +153,8 @@ def _draw_line(rng: np.random.RandomState, canvas: np.ndarray) -> None:
     along, across, length2 = x * dx + y * dy, x * dy - y * dx, dx * dx + dy * dy
     # In quarters of squared pixels: lines of 1 to 2 pixels.
     near = (4 * across * across <= _integer(rng, 1, 4) * length2) & (along >= 0) & (along <= length2)
-    _blend(canvas, near * _integer(rng, 64, 200), rng.randint(0, 256, 3, dtype=np.int64))
+    opacity = np.array(_integer(rng, 64, 200))
+    canvas[near] = _blend(canvas[near], opacity, rng.randint(0, 256, 3, dtype=np.int64))
 
 
 def _enlarge(rng: np.random.RandomState, digit: np.ndarray) -> np.ndarray:
@@ -187,6 +188,6 @@ def _contrasting(rng: np.random.RandomState, ground: np.ndarray) -> np.ndarray:
             return colour
 
 
-def _blend(ground: np.ndarray, opacity: np.ndarray, colour: np.ndarray) -> None:
-    """Put a colour over (h, w, 3), in place, where `opacity` (h, w), 0..255, says so."""
-    ground[:] = (ground * (255 - opacity[..., None]) + colour * opacity[..., None] + 127) // 255
+def _blend(ground: np.ndarray, opacity: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """A colour over `ground` (..., 3) where `opacity` (...), 0..255, says so."""
+    return (ground * (255 - opacity[..., None]) + colour * opacity[..., None] + 127) // 255

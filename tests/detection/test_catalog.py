@@ -1,0 +1,271 @@
+"""Data sets by name: what is registered, and what is said of one that cannot be trained on."""
+
+import json
+import os
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from common.errors import ConfigError, DataError
+from detection.config import get_cfg, load_cfg
+from detection.data import check_test_sets, load_test_set, load_training_set, register_datasets
+
+POLYGON = [[1, 1, 5, 1, 5, 5]]
+
+
+def annotation(number, image, category=1, **changes):
+    fixed = {"id": number, "image_id": image, "category_id": category, "bbox": [1, 1, 4, 4], "area": 16, "iscrowd": 0}
+    return {**fixed, "segmentation": POLYGON, **changes}
+
+
+def coco(classes=("cat", "dog"), images=2, annotations=None):
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 8, "width": 9} for i in range(1, images + 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+        "annotations": [annotation(1, 1), annotation(2, 2, 2)] if annotations is None else annotations,
+    }
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder of data sets; what is registered during the test is forgotten after it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    before = set(DatasetCatalog)
+    yield tmp_path
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def write(root, name, content=None):
+    (root / name).mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (9, 8)).save(root / name / f"{number}.png")
+    (root / f"{name}.json").write_text(json.dumps(content or coco()))
+
+
+def own_cfg(names=("pets",), test=(), num_classes=2, **register):
+    cfg = get_cfg()
+    for name in {*names, *test}:
+        cfg.DATASETS.REGISTER[name] = type(cfg)({"JSON": f"{name}.json", "IMAGES": name})
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(names), tuple(test or names)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
+    return cfg
+
+
+def test_a_set_of_ones_own(root):
+    write(root, "pets")
+    cfg = own_cfg()
+    for _ in range(2):
+        dicts = load_training_set(cfg)
+    assert [d["file_name"] for d in dicts] == [str(root / "pets/1.png"), str(root / "pets/2.png")]
+    assert [d["annotations"][0]["category_id"] for d in dicts] == [0, 1]
+    metadata = MetadataCatalog.get("pets")
+    assert metadata.thing_classes == ["cat", "dog"] and metadata.evaluator_type == "coco"
+    check_test_sets(cfg)
+
+
+def test_registered_in_a_yaml_file(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root / "home"))
+    (root / "c.yaml").write_text(
+        "DATASETS:\n  TRAIN: [a]\n  TEST: [b]\n  REGISTER:\n"
+        "    a: {JSON: ~/a.json, IMAGES: /images}\n    b: {JSON: sub/b.json, IMAGES: sub}\n"
+    )
+    cfg = load_cfg(str(root / "c.yaml"), ["MODEL.DEVICE", "cpu"])
+    register_datasets(cfg)
+    a, b = MetadataCatalog.get("a"), MetadataCatalog.get("b")
+    assert (a.json_file, a.image_root) == (str(root / "home/a.json"), "/images")
+    assert (b.json_file, b.image_root) == (str(root / "sub/b.json"), str(root / "sub"))
+
+
+def test_without_the_variable_data_sets_are_in_datasets(root, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    monkeypatch.chdir(root)
+    register_datasets(own_cfg())
+    assert MetadataCatalog.get("pets").json_file == str(root / "datasets/pets.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "message"),
+    [
+        ("pets", "pets.json", r"REGISTER.pets is 'pets.json', but must have the keys JSON and IMAGES"),
+        ("pets", {"JSON": "a"}, r"REGISTER.pets.IMAGES must be a path, but is 'not there'"),
+        ("pets", {"JSON": 3, "IMAGES": "a"}, r"REGISTER.pets.JSON must be a path, but is 3"),
+        ("pets", {"JSON": "a", "IMAGE": "b"}, r"REGISTER.pets.IMAGE \(did you mean IMAGES\?\)"),
+        (
+            "coco_2017_val",
+            {"JSON": "a", "IMAGES": "b"},
+            r"REGISTER.coco_2017_val: the name is taken, .*instances_val2017",
+        ),
+        ("digits_coco_val", {"JSON": "a", "IMAGES": "b"}, r"the name is taken"),
+        ("voc_2007_val", {"JSON": "a", "IMAGES": "b"}, r"the name is taken"),
+    ],
+)
+def test_entries_that_cannot_be_registered(root, name, entry, message):
+    cfg = get_cfg()
+    cfg.DATASETS.REGISTER[name] = type(cfg)(entry) if isinstance(entry, dict) else entry
+    with pytest.raises(ConfigError, match=message):
+        register_datasets(cfg)
+
+
+def test_a_name_stands_for_one_data_set(root):
+    cfg = own_cfg()
+    register_datasets(cfg)
+    register_datasets(cfg)
+    cfg.DATASETS.REGISTER.pets.JSON = "others.json"
+    with pytest.raises(ConfigError, match=r"the name is taken, by .*/pets.json and images .*/pets;"):
+        register_datasets(cfg)
+
+
+@pytest.mark.parametrize("load", [load_training_set, check_test_sets])
+def test_unknown_names(root, load):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("digits_coco_vall",)
+    with pytest.raises(
+        ConfigError, match=r"DATASETS.T.*no data set digits_coco_vall .*did you mean digits_coco_val or"
+    ):
+        load(cfg)
+    assert "digits_coco_vall" not in MetadataCatalog
+
+
+@pytest.mark.parametrize("missing", ["pets.json", "pets", "pets/1.png"])
+def test_missing_files(root, missing):
+    if missing != "pets.json":
+        write(root, "pets")
+    os.system(f"rm -rf {root / missing}")
+    with pytest.raises(FileNotFoundError) as error:
+        load_training_set(own_cfg())
+    message = str(error.value)
+    assert f"data set pets: {root / missing} is not there" in message and str(root) in message
+    assert "DETECTRON2_DATASETS" in message and "DATASETS.REGISTER.pets" in message and "cocodataset.org" in message
+
+
+def test_missing_builtin_sets(root):
+    cfg = get_cfg()
+    for name, part in (("coco_2017_train", "instances_train2017.json"), ("voc_2007_val", "VOC2007")):
+        cfg.DATASETS.TRAIN = (name,)
+        with pytest.raises(FileNotFoundError, match=rf"data set {name}: /.*{part}.* is not there"):
+            load_training_set(cfg)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "AssertionError"),
+        (json.dumps({"images": []}), "KeyError: 'categories'"),
+        (json.dumps(coco(images=0, annotations=[])), "AssertionError: Dataset 'pets' is empty!"),
+        (json.dumps({**coco(), "categories": []}), "ValueError"),
+        (json.dumps(coco(annotations=[annotation(1, 1, 7)])), "category_id=7"),
+        (json.dumps(coco(annotations=[annotation(1, 1), annotation(1, 2)])), "not unique"),
+        ("\x00\xff", "Error"),
+    ],
+)
+def test_damaged_annotations(root, content, message):
+    write(root, "pets")
+    (root / "pets.json").write_text(content, encoding="latin1")
+    for load in (load_training_set, check_test_sets):
+        with pytest.raises(
+            DataError, match=rf"pets: /.*pets.json is not a complete file of COCO annotations.*{message}"
+        ):
+            load(own_cfg())
+
+
+def test_nothing_to_train_on(root):
+    write(root, "bare", coco(annotations=[]))
+    with pytest.raises(DataError, match=r"bare has 2 images without a single annotation \(.*/bare.json\)"):
+        load_training_set(own_cfg(["bare"]))
+    write(root, "crowds", coco(annotations=[annotation(1, 1, iscrowd=1)]))
+    cfg = own_cfg(["crowds"])
+    with pytest.raises(DataError, match="crowds: of 2 images none is left"):
+        load_training_set(cfg)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert len(load_training_set(cfg)) == 2
+    check_test_sets(cfg)
+
+
+def test_images_without_annotations_are_filtered(root):
+    write(root, "pets", coco(annotations=[annotation(1, 2)]))
+    cfg = own_cfg()
+    assert [d["image_id"] for d in load_training_set(cfg)] == [2]
+    assert [d["image_id"] for d in load_test_set(cfg, "pets")] == [1, 2]
+
+
+def test_the_number_of_classes(root):
+    write(root, "pets")
+    cfg = own_cfg(num_classes=80)
+    message = r"MODEL.{}.NUM_CLASSES is 80, but the annotations of pets have 2 classes \(cat, dog\): set .* to 2"
+    for load in (load_training_set, check_test_sets):
+        with pytest.raises(ConfigError, match=message.format("ROI_HEADS")):
+            load(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    with pytest.raises(ConfigError, match=message.format("RETINANET")):
+        load_training_set(cfg)
+
+
+def test_sets_with_other_classes(root):
+    write(root, "pets")
+    write(root, "swapped", coco(classes=("dog", "cat")))
+    write(root, "again")
+    with pytest.raises(ConfigError, match=r"swapped has other classes than pets: class 0 is dog there and cat here"):
+        load_training_set(own_cfg(["pets", "swapped"]))
+    cfg = own_cfg(["pets"], ["again", "swapped"])
+    load_training_set(cfg)
+    with pytest.raises(ConfigError, match=r"swapped has other classes than pets"):
+        check_test_sets(cfg)
+    assert len(load_training_set(own_cfg(["pets", "again"]))) == 4
+
+
+def test_annotations_that_the_mapper_cannot_use(root):
+    write(root, "pets", coco(annotations=[annotation(1, 1, segmentation=None)]))
+    cfg = own_cfg()
+    load_training_set(cfg)
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(ConfigError, match=r"MODEL.MASK_ON is True, but pets has an annotation without .*1.png"):
+        load_training_set(cfg)
+    rle = {"size": [8, 9], "counts": [0, 4, 68]}
+    write(root, "coded", coco(annotations=[annotation(1, 1, segmentation=rle)]))
+    cfg = own_cfg(["coded"])
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(ConfigError, match=r"INPUT.MASK_FORMAT is polygon, but coded has run-length"):
+        load_training_set(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    load_training_set(cfg)
+    write(root, "short", coco(annotations=[annotation(1, 1, bbox=[1, 2, 3])]))
+    with pytest.raises(DataError, match=r"short: an annotation of .*1.png has the bbox \[1, 2, 3\]"):
+        load_training_set(own_cfg(["short"]))
+
+
+def test_proposals_are_refused(root):
+    cfg = own_cfg()
+    cfg.MODEL.LOAD_PROPOSALS = True
+    with pytest.raises(ConfigError, match="LOAD_PROPOSALS"):
+        load_training_set(cfg)
+
+
+def test_a_test_set_is_read_once(root, monkeypatch):
+    write(root, "pets")
+    cfg = own_cfg()
+    check_test_sets(cfg)
+    monkeypatch.setitem(DatasetCatalog.data, "pets", None)
+    assert [d["image_id"] for d in load_test_set(cfg, "pets")] == [1, 2]
+    monkeypatch.undo()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    (root / "pets.json").write_text(json.dumps(coco(images=1, annotations=[annotation(1, 1)])))
+    os.utime(root / "pets.json", (1, 1))
+    assert [d["image_id"] for d in load_test_set(cfg, "pets")] == [1]
+
+
+def test_an_own_function_is_a_data_set_too(root):
+    def load():
+        return [{"file_name": "none.png", "height": 8, "width": 9, "image_id": 1, "annotations": [{"bbox": [0] * 4}]}]
+
+    DatasetCatalog.register("function", load)
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("function",)
+    assert len(load_training_set(cfg)) == 1
+    check_test_sets(cfg)
+    DatasetCatalog.data["function"] = lambda: {}["bug"]
+    with pytest.raises(KeyError, match="bug"):
+        load_training_set(cfg)

@@ -1,0 +1,266 @@
+"""digits_coco: the same pixels everywhere, valid COCO, made once whatever happens meanwhile."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import stat
+import time
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances, polygons_to_bitmask
+from PIL import Image
+from pycocotools.coco import COCO
+from scipy.ndimage import binary_fill_holes
+
+from common.digits import load_digits_split
+from common.errors import DataError
+from detection.data import digits_coco as module
+from detection.data.digits_coco import make, prepare
+from detection.data.digits_scene import draw_scene, outline
+
+
+def digest(folder, split):
+    """Of decoded pixels and of the annotations; a PNG's own bytes depend on the zlib that packed them."""
+    result = hashlib.sha256((folder / "annotations" / f"{split}.json").read_bytes())
+    for path in sorted((folder / split).iterdir()):
+        result.update(pixels(path).tobytes())
+    return result.hexdigest()
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", "e71b89fbfcb0554cec79687a69276d6516cc3cd1163a2ade4e9fa213a331b0c1"),
+        ("val", "36cfce41663089f7994a1afe1b8117c7a64014b14d22922f993b5da0302d36ee"),
+    ],
+)
+def test_pixels_and_annotations_are_the_same_everywhere(tmp_path, split, expected):
+    make(tmp_path / "a", split, 6, seed=0)
+    assert digest(tmp_path / "a", split) == expected
+
+
+def test_a_picture_depends_on_the_seed_its_split_and_its_number(tmp_path):
+    for name, split, number, seed in (("few", "val", 2, 0), ("more", "val", 3, 0), ("other", "val", 2, 1)):
+        make(tmp_path / name, split, number, seed)
+    first, second, other = (pixels(tmp_path / name / "val/000001.png") for name in ("few", "more", "other"))
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+@pytest.fixture(scope="module")
+def annotations(digits_coco):
+    folder = digits_coco / "digits_coco" / "annotations"
+    return {split: json.loads((folder / f"{split}.json").read_text()) for split in ("train", "val")}
+
+
+def test_it_is_what_was_promised(digits_coco, annotations):
+    for split, number in (("train", 400), ("val", 100)):
+        content = annotations[split]
+        assert len(content["images"]) == number
+        assert [c["name"] for c in content["categories"]] == [str(d) for d in range(10)]
+        sides = {side for image in content["images"] for side in (image["width"], image["height"])}
+        assert min(sides) >= 128 and max(sides) <= 192 and len(sides) > 30
+        per_image = np.bincount([a["image_id"] for a in content["annotations"]], minlength=number + 1)[1:]
+        assert per_image.min() >= 2 and per_image.max() <= 6
+        per_class = np.bincount([a["category_id"] for a in content["annotations"]], minlength=11)[1:]
+        assert per_class.min() > 0.5 * per_class.mean()
+        heights = np.array([a["bbox"][3] for a in content["annotations"]])
+        assert heights.min() >= 12 and heights.max() <= 72 and (heights > 45).mean() > 0.03
+        for image in content["images"][:5]:
+            path = digits_coco / "digits_coco" / split / image["file_name"]
+            assert pixels(path).shape == (image["height"], image["width"], 3)
+
+
+def test_it_is_valid_coco(digits_coco, annotations, capsys):
+    coco = COCO(digits_coco / "digits_coco/annotations/train.json")
+    assert len(coco.getImgIds()) == 400 and len(coco.getCatIds()) == 10
+    for annotation in annotations["train"]["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        image = coco.imgs[annotation["image_id"]]
+        assert x >= 0 and y >= 0 and x + w <= image["width"] and y + h <= image["height"]
+        assert annotation["iscrowd"] == 0 and 0 < annotation["area"] <= w * h
+        assert all(len(polygon) >= 8 and len(polygon) % 2 == 0 for polygon in annotation["segmentation"])
+        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in annotation["segmentation"]])
+        assert [*points.min(0), *np.ptp(points, 0)] == annotation["bbox"]
+
+
+def test_no_digit_is_in_both_splits(annotations):
+    sources = {split: {a["source"] for a in annotations[split]["annotations"]} for split in annotations}
+    assert not sources["train"] & sources["val"]
+    for split in sources:
+        _, labels, positions = load_digits_split(split)
+        label = dict(zip(positions.tolist(), labels.tolist(), strict=True))
+        assert all(a["category_id"] == label[a["source"]] + 1 for a in annotations[split]["annotations"])
+
+
+def test_ground_truth_as_predictions_is_perfect(digits_coco):
+    dicts = DatasetCatalog.get("digits_coco_val")
+    evaluator = COCOEvaluator("digits_coco_val", tasks=("bbox", "segm"), distributed=False)
+    evaluator.reset()
+    for record in dicts:
+        size = record["height"], record["width"]
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        instances = Instances(size, pred_boxes=Boxes(boxes), scores=torch.ones(len(boxes)))
+        instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        masks = [polygons_to_bitmask([np.float64(p) for p in a["segmentation"]], *size) for a in record["annotations"]]
+        instances.pred_masks = torch.from_numpy(np.stack(masks))
+        evaluator.process([record], [{"instances": instances}])
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP"] == pytest.approx(100) and results["segm"]["AP"] == pytest.approx(100)
+
+
+def test_digits_do_not_cover_each_other():
+    digits, _, _ = load_digits_split("val")
+    for number in range(20):
+        scene = draw_scene(np.random.RandomState(number), digits)
+        height, width = scene.image.shape[:2]
+        rles = [mask_util.merge(mask_util.frPyObjects(d.polygons, height, width)) for d in scene.digits]
+        assert mask_util.decode(rles).sum(axis=-1).max() == 1
+
+
+def test_outline():
+    ring = np.ones((4, 5), bool)
+    ring[1:3, 1:4] = False
+    assert [p.tolist() for p in outline(ring)] == [[[0, 0], [5, 0], [5, 4], [0, 4]]]
+    # Two that touch by a corner are two.
+    assert [p.tolist() for p in outline(np.eye(2, dtype=bool))] == [
+        [[0, 0], [1, 0], [1, 1], [0, 1]],
+        [[1, 1], [2, 1], [2, 2], [1, 2]],
+    ]
+    assert outline(np.zeros((3, 3), bool)) == []
+    steps = np.array([[0, 1, 0], [1, 1, 1]], bool)
+    assert [p.tolist() for p in outline(steps)] == [
+        [[0, 1], [1, 1], [1, 0], [2, 0], [2, 1], [3, 1], [3, 2], [0, 2]],
+    ]
+
+
+def test_outlines_give_the_mask_back():
+    rng = np.random.RandomState(0)
+    for _ in range(20):
+        mask = rng.rand(12, 15) < 0.6
+        rle = mask_util.merge(mask_util.frPyObjects([p.ravel().tolist() for p in outline(mask)], 12, 15))
+        # Ink is connected by sides, so what is around it is by corners too.
+        assert np.array_equal(mask_util.decode(rle), binary_fill_holes(mask, structure=np.ones((3, 3))))
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setitem(module.SETS, "digits_coco", {"train": 12, "val": 4})
+    return tmp_path / "digits_coco"
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.parent.iterdir())
+
+
+def test_it_is_made_on_first_use_and_once(small):
+    assert prepare("digits_coco") == small
+    assert visible(small) == ["digits_coco", "digits_coco.lock"] and len(list((small / "train").iterdir())) == 12
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(small.stat().st_mode) == 0o777 & ~mask
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*.png")}
+    prepare("digits_coco")
+    assert before == {path: path.stat().st_mtime_ns for path in small.rglob("*.png")}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "json", "manifest", "version"])
+def test_an_incomplete_one_is_made_anew(small, damage):
+    prepare("digits_coco")
+    expected = digest(small, "train")
+    if damage == "missing":
+        (small / "train/000003.png").unlink()
+    elif damage == "truncated":
+        os.truncate(small / "train/000003.png", 100)
+    elif damage == "json":
+        (small / "annotations/train.json").write_text("{")
+    elif damage == "manifest":
+        (small / "manifest.json").unlink()
+    else:
+        (small / "manifest.json").write_text(
+            (small / "manifest.json").read_text().replace('"version": 1', '"version": 0')
+        )
+    prepare("digits_coco")
+    assert digest(small, "train") == expected and visible(small) == ["digits_coco", "digits_coco.lock"]
+
+
+def test_files_of_another_origin_are_not_removed(small):
+    (small / "train").mkdir(parents=True)
+    (small / "train/mine.png").write_text("precious")
+    with pytest.raises(DataError, match=r"has files of another origin \(such as train/mine.png\)"):
+        prepare("digits_coco")
+    assert (small / "train/mine.png").read_text() == "precious" and "digits_coco" in visible(small)
+    (small / "train/mine.png").unlink()
+    prepare("digits_coco")
+    (small / "notes.txt").write_text("beside a complete one they do no harm")
+    prepare("digits_coco")
+
+
+def test_processes_that_make_it_at_once(small):
+    context = multiprocessing.get_context("fork")
+    makers = [context.Process(target=prepare, args=("digits_coco",)) for _ in range(3)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join(60)
+    assert [maker.exitcode for maker in makers] == [0] * 3
+    assert visible(small) == ["digits_coco", "digits_coco.lock"] and module._is_complete(small)
+
+
+def test_a_maker_that_is_killed(small, monkeypatch):
+    monkeypatch.setitem(module.SETS, "digits_coco", {"train": 2000, "val": 4})
+    maker = multiprocessing.get_context("fork").Process(target=prepare, args=("digits_coco",))
+    maker.start()
+    deadline = time.monotonic() + 30
+    while not list(small.parent.glob(".digits_coco.making-*/new/train/000003.png")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(maker.pid, signal.SIGKILL)
+    maker.join()
+    assert not small.exists() and any(name.startswith(".digits_coco.making-") for name in visible(small))
+    monkeypatch.setitem(module.SETS, "digits_coco", {"train": 12, "val": 4})
+    prepare("digits_coco")
+    assert visible(small) == ["digits_coco", "digits_coco.lock"] and module._is_complete(small)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot be made in .*Set DETECTRON2_DATASETS"):
+        prepare("digits_coco")
+
+
+def test_without_scikit_learn(small, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install scikit-learn \(or d2distill\[digits\]\)"):
+        prepare("digits_coco")
+    assert visible(small) == ["digits_coco.lock"]
+
+
+def test_registered_sets_follow_the_folder_of_data_sets(digits_coco, tmp_path, monkeypatch):
+    assert {f"digits_coco{size}_{split}" for size in ("", "_large") for split in ("train", "val")} <= set(
+        DatasetCatalog
+    )
+    before = MetadataCatalog.get("digits_coco_val")
+    try:
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+        monkeypatch.setitem(module.SETS, "digits_coco", {"train": 2, "val": 3})
+        dicts = DatasetCatalog.get("digits_coco_val")
+        assert len(dicts) == 3 and dicts[0]["file_name"] == str(tmp_path / "digits_coco/val/000000.png")
+        assert before.json_file == str(tmp_path / "digits_coco/annotations/val.json")
+        assert before.evaluator_type == "coco" and before.thing_classes == [str(d) for d in range(10)]
+    finally:
+        monkeypatch.undo()
+        assert len(DatasetCatalog.get("digits_coco_val")) == 100
