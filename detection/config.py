@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
@@ -19,8 +20,21 @@ __all__ = ["CfgNode", "add_distill_config", "get_cfg", "load_cfg", "num_classes"
 class CfgNode(CheckedMerge, Detectron2CfgNode):
     """Detectron2's CfgNode with checked merging, and without YAML that runs code.
 
-    ``TEACHER.CONFIG_FILE`` is merged into TEACHER where it is met; what stands beside it goes over it.
+    ``TEACHER.CONFIG_FILE`` is merged into TEACHER where it is met; what stands beside it goes over it. In a file it is
+    a path from that file's own folder, as ``_BASE_`` is; where nothing is there, and on a command line, from the
+    working directory.
     """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        # Of every _BASE_ file as well: only here it is known which file names the teacher's.
+        loaded = super().load_yaml_with_base(filename, allow_unsafe)
+        teacher = loaded.get("TEACHER")
+        if isinstance(teacher, dict) and isinstance(teacher.get("CONFIG_FILE"), str):
+            beside = os.path.join(os.path.dirname(filename), teacher["CONFIG_FILE"])
+            if os.path.isfile(beside):
+                teacher["CONFIG_FILE"] = beside
+        return loaded
 
     def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
         super().merge_from_file(cfg_filename, allow_unsafe)
