@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: env demo test test-fast lint format clean
+.PHONY: env demo demo-det test test-fast lint format clean
 
 env:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 demo: env
 	$(RUN) tools/demo.py
+
+demo-det: env
+	$(RUN) tools/demo_det.py
 
 test: env
 	$(RUN) -m pytest

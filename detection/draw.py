@@ -27,7 +27,7 @@ __all__ = ["draw_detections"]
 # In pixels: of an image in the picture, between two, and of the titles' line above them.
 _WIDTH, _GAP, _TITLES = 340, 12, 52
 _DPI = 100
-_FONT, _LETTER = 10, (8, 18)  # points; about the pixels of a letter with its background
+_FONT, _LETTER = 10, (9, 18)  # points; about the pixels of a letter with its background
 
 #: A box x0, y0, x1, y1 in pixels, its class, and what is written at it.
 Box = tuple[Sequence[float], int, str]
