@@ -39,7 +39,7 @@ def draw_detections(
     output_dir: str | Path,
     path: str | Path,
     num_images: int = 4,
-    threshold: float = 0.5,
+    threshold: float = 0.3,
 ) -> None:
     """Draw the first test images, one row each, as a PNG: the ground truth, then every entry's detections.
 
@@ -49,7 +49,7 @@ def draw_detections(
         entries: each is the student_final.pth of its first seed's run; test images are those of the first entry.
         titles: of the columns, one for each entry.
         output_dir: of the runs.
-        threshold: the lowest score of a box that is drawn.
+        threshold: the lowest score of a box that is drawn; the surest ones are on top.
 
     Raises:
         CheckpointError: a run has no finished student.
@@ -67,7 +67,7 @@ def draw_detections(
         load_student(model, str(entry.folders(output_dir)[0] / "student_final.pth"), complete=True)
         columns.append(_detections(cfg, model, name, num_images, threshold, classes))
     images = [read_image(record["file_name"], "RGB") for record in records]
-    _compose(images, columns, ["ground truth", *titles]).savefig(path)
+    _compose(images, columns, [f"ground truth\n(others: score of {threshold:.0%} or more)", *titles]).savefig(path)
 
 
 def _truth(record: dict, classes: Sequence[str]) -> list[Box]:
@@ -85,7 +85,8 @@ def _detections(
     found = []
     for batch in islice(build_test_loader(cfg, name), num_images):
         instances = model(batch)[0]["instances"].to("cpu")
-        instances = instances[instances.scores >= threshold]
+        # Detectron2 gives the surest one first.
+        instances = instances[(instances.scores >= threshold).nonzero()[:, 0].flip(0)]
         parts = (x.tolist() for x in (instances.pred_boxes.tensor, instances.pred_classes, instances.scores))
         found.append([(box, kind, f"{classes[kind]} {score:.0%}") for box, kind, score in zip(*parts, strict=True)])
     return found
