@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from detectron2.config import CfgNode as Detectron2CfgNode
@@ -69,7 +71,10 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     if config_file and not Path(config_file).is_file():
         raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
     if config_file:
-        import_extensions(CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []), Path(config_file).parent)
+        with _without_code(config_file):
+            imports = CfgNode.load_yaml_with_base(config_file).get("IMPORTS", [])
+        import_extensions(imports, Path(config_file).parent)
+    # After that, for own methods bring settings of their own.
     cfg = get_cfg()
     if config_file:
         cfg.merge_from_file(config_file)
@@ -123,6 +128,8 @@ def validate(cfg: CfgNode) -> None:
     for method in methods:
         if cfg.DISTILL[method.upper()].TEACHER != 0:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError("TEST.PRECISE_BN.ENABLED: it reads batches of its own, after which no run resumes exactly")
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
     for key, value, floor in (
@@ -156,11 +163,8 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
         log = logging.getLogger("fvcore.common.config")
         try:
             log.disabled = trusted  # it would warn of it
-            full.merge_from_file(path, allow_unsafe=trusted)
-        except ConstructorError as error:
-            raise ConfigError(
-                f"TEACHER.CONFIG_FILE {config_file} has YAML that would run code: {error.problem}"
-            ) from error
+            with _without_code(f"TEACHER.CONFIG_FILE {config_file}"):
+                full.merge_from_file(path, allow_unsafe=trusted)
         except ConfigError as error:
             raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
         finally:
@@ -171,6 +175,14 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
     node.CONFIG_FILE = config_file
     node.MODEL.WEIGHTS = weights
     return node
+
+
+@contextmanager
+def _without_code(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ConstructorError as error:
+        raise ConfigError(f"{name} has YAML that would run code: {error.problem}") from error
 
 
 def _of_zoo(name: str) -> tuple[str, str]:
