@@ -17,6 +17,7 @@ from common.engine.writers import read_metrics
 from common.errors import ConfigError
 from tests.classification.runs import run, small_cfg, state
 from tests.restarts import assert_identical
+from tests.slurm import slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("-m", "tests.classification.processes")
@@ -188,32 +189,6 @@ def test_num_gpus_passes_sigterm_on_and_exits_143(tmp_path):
     steps = [re.findall(r"SIGTERM: saved after step (\d+)", log) for log in logs]
     assert steps[0] == steps[1] and len(steps[0]) == 1
     assert (folder / f"model_{int(steps[0][0]):07d}.pth").is_file()
-
-
-# Two tasks with the variables that srun gives them, and the command that follows srun's options.
-SRUN = """#!/bin/bash
-printf '%s\\n' "$@" > "$RECORD"
-while [[ $1 == --* ]]; do shift; done
-export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE=2
-export SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
-wait $first && wait $second
-"""
-
-
-def slurm(folder, script, *arguments):
-    tools = folder / "bin"
-    tools.mkdir()
-    (tools / "srun").write_text(SRUN)
-    (tools / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    env.update(PATH=f"{tools}:{os.environ['PATH']}", RECORD=str(folder / "srun.txt"), OMP_NUM_THREADS="1", GPUS="2")
-    env.update(SRUN_ARGS="--time=1:00:00 --exclusive")
-    command = ["bash", str(ROOT / "tools" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
