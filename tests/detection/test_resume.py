@@ -89,7 +89,7 @@ def test_the_run_folder(tmp_path, tiny):
     assert {key.split(".")[0] for key in student} == {"backbone", "proposal_generator", "roi_heads"}
 
 
-def test_the_teacher_is_as_it_was_loaded(tmp_path, tiny, monkeypatch):
+def test_the_teacher_is_as_it_was_loaded_even_after_a_restart(tmp_path, tiny, monkeypatch):
     from detection import trainer
 
     built = []
@@ -97,7 +97,9 @@ def test_the_teacher_is_as_it_was_loaded(tmp_path, tiny, monkeypatch):
         trainer, "build_model", lambda cfg, build=trainer.build_model: built.append(build(cfg)) or built[0]
     )
     cfg = tiny_cfg("rcnn", tmp_path)
-    run(cfg)
+    run(tiny_cfg("rcnn", tmp_path))
+    built.clear()
+    run(cfg, resume=True)
     file = torch.load(cfg.TEACHER.MODEL.WEIGHTS, weights_only=True)["model"]
     assert all(torch.equal(value, file[name]) for name, value in built[0].teacher.state_dict().items())
 
