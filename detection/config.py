@@ -9,13 +9,22 @@ from pathlib import Path
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from yaml.constructor import ConstructorError
 
 from common.config import CheckedMerge, add_distill_defaults, chosen_methods, import_extensions, resolve_device
 from common.errors import ConfigError, nearest
 
-__all__ = ["CfgNode", "add_distill_config", "get_cfg", "load_cfg", "num_classes", "teacher_cfg", "validate"]
+__all__ = [
+    "CfgNode",
+    "add_distill_config",
+    "get_cfg",
+    "load_cfg",
+    "num_classes",
+    "teacher_cfg",
+    "validate",
+    "zoo_weights",
+]
 
 
 class CfgNode(CheckedMerge, Detectron2CfgNode):
@@ -100,6 +109,11 @@ def teacher_cfg(cfg: Detectron2CfgNode) -> Detectron2CfgNode:
     return node
 
 
+def zoo_weights(config_file: str) -> str:
+    """The trained weights that belong to a configuration of Detectron2's zoo; empty for any other."""
+    return "" if not config_file or os.path.isfile(config_file) else _of_zoo(config_file)[1]
+
+
 def num_classes(cfg: Detectron2CfgNode) -> tuple[str, int]:
     """The key that holds the detector's number of classes, and its value (the background not counted)."""
     key = "RETINANET" if "retinanet" in cfg.MODEL.META_ARCHITECTURE.lower() else "ROI_HEADS"
@@ -125,6 +139,12 @@ def validate(cfg: CfgNode) -> None:
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
             f"{name}"
         )
+    if cfg.TEST.AUG.ENABLED:
+        # At the end of the training Detectron2 would only assert it.
+        if not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
+            raise ConfigError(f"TEST.AUG.ENABLED is for R-CNNs, not for {name}: set it to False")
+        if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+            raise ConfigError("TEST.AUG.ENABLED goes with neither MODEL.KEYPOINT_ON nor MODEL.LOAD_PROPOSALS")
     for method in methods:
         if cfg.DISTILL[method.upper()].TEACHER != 0:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")

@@ -18,7 +18,7 @@ from common.engine.trainer import seed_step
 from common.errors import CheckpointError, ConfigError
 from detection.config import CfgNode
 from detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
-from detection.evaluation import evaluate_detector
+from detection.evaluation import check_evaluators, evaluate_detector
 from detection.weights import load_student
 
 __all__ = ["DetectionTrainer", "evaluate", "train"]
@@ -127,6 +127,7 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)
     check_test_sets(cfg)
+    check_evaluators(cfg)
     start_logs(cfg.OUTPUT_DIR)
     trainer = DetectionTrainer(cfg, dataset_dicts)
     results = trainer.run(trainer.resume() if args.resume else 0)
@@ -153,6 +154,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS, or --resume for the run folder's student")
     register_datasets(cfg)
     check_test_sets(cfg)
+    check_evaluators(cfg)
     start_logs(None)
     model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
