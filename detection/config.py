@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 from detectron2.config import CfgNode as Detectron2CfgNode
@@ -135,6 +136,10 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError("TEST.PRECISE_BN.ENABLED: it reads batches of its own, after which no run resumes exactly")
+    if cfg.VIS_PERIOD and find_spec("cv2") is None:
+        raise ConfigError(
+            "VIS_PERIOD: Detectron2 draws with OpenCV: pip install opencv-python-headless, or set it to 0"
+        )
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
     for key, value, floor in (
