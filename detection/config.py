@@ -3,16 +3,14 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from yaml.constructor import ConstructorError
 
-from common.config import CheckedMerge, add_distill_defaults, chosen_methods, import_extensions, resolve_device
+from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device, without_code
 from common.errors import ConfigError, nearest
 
 __all__ = [
@@ -77,19 +75,7 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
         ConfigError: unknown keys (named with the nearest known ones) or impossible values.
         FileNotFoundError: no such file.
     """
-    if config_file and not Path(config_file).is_file():
-        raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
-    if config_file:
-        with _without_code(config_file):
-            imports = CfgNode.load_yaml_with_base(config_file).get("IMPORTS", [])
-        import_extensions(imports, Path(config_file).parent)
-    # After that, for own methods bring settings of their own.
-    cfg = get_cfg()
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(opts or []))
-    if not cfg.OUTPUT_DIR:
-        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    cfg = read_cfg(get_cfg, config_file, opts)
     validate(cfg)
     return cfg
 
@@ -150,6 +136,10 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError("TEST.PRECISE_BN.ENABLED: it reads batches of its own, after which no run resumes exactly")
+    if cfg.VIS_PERIOD and find_spec("cv2") is None:
+        raise ConfigError(
+            "VIS_PERIOD: Detectron2 draws with OpenCV: pip install opencv-python-headless, or set it to 0"
+        )
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
     for key, value, floor in (
@@ -183,7 +173,7 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
         log = logging.getLogger("fvcore.common.config")
         try:
             log.disabled = trusted  # it would warn of it
-            with _without_code(f"TEACHER.CONFIG_FILE {config_file}"):
+            with without_code(f"TEACHER.CONFIG_FILE {config_file}"):
                 full.merge_from_file(path, allow_unsafe=trusted)
         except ConfigError as error:
             raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
@@ -195,14 +185,6 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
     node.CONFIG_FILE = config_file
     node.MODEL.WEIGHTS = weights
     return node
-
-
-@contextmanager
-def _without_code(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ConstructorError as error:
-        raise ConfigError(f"{name} has YAML that would run code: {error.problem}") from error
 
 
 def _of_zoo(name: str) -> tuple[str, str]:

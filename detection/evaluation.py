@@ -1,7 +1,7 @@
 """Average precision of a detector, by Detectron2's evaluators."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,19 @@ def check_evaluators(cfg: CfgNode) -> None:
             raise ConfigError(f"DATASETS.TEST: {name} asks for the evaluator {kind!r}; known: {', '.join(_EVALUATORS)}")
 
 
-def evaluate_detector(cfg: CfgNode, model: nn.Module, augmented: bool = False) -> dict[str, float]:
+def evaluate_detector(
+    cfg: CfgNode,
+    model: nn.Module,
+    augmented: bool = False,
+    watched: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+) -> dict[str, float]:
     """Metrics in percent of `model` on every data set of DATASETS.TEST.
 
     Args:
         cfg: of the run; details go to its OUTPUT_DIR/inference.
         model: returns Detectron2's results in eval mode.
         augmented: average over the scales and flips of TEST.AUG.
+        watched: put around each data set's batches.
 
     Returns:
         ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
@@ -60,7 +66,7 @@ def evaluate_detector(cfg: CfgNode, model: nn.Module, augmented: bool = False) -
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).evaluator_type
         evaluator = _EVALUATORS[kind](name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
-        results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+        results = inference_on_dataset(model, watched(build_test_loader(cfg, name)), evaluator)
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         metrics.update({prefix + key: value for key, value in _flatten(results).items()})
     return metrics

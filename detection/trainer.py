@@ -84,7 +84,7 @@ class DetectionTrainer(RunTrainer):
         """Average precisions in percent, see :func:`evaluate_detector`."""
         if comm.get_world_size() > 1:
             broadcast_buffers(self.detector)
-        return evaluate_detector(self.cfg, self.detector)
+        return evaluate_detector(self.cfg, self.detector, watched=self.watched)
 
     def student_state(self) -> dict[str, Tensor]:
         """The plain detector: stock Detectron2 loads it."""

@@ -50,7 +50,7 @@ def test_worked_examples(tmp_path, registries, name):
     if "digits" in FILES[f"{name}.yaml"]:
         opts += ["DATASETS.TRAIN_SIZE", "16"]
     cfg = load_cfg(str(tmp_path / f"{name}.yaml"), opts)
-    results = train(cfg, argparse.Namespace(resume=False))
+    results = train(cfg, argparse.Namespace(resume=False, config_file=""))
     assert 0 <= results["top1"] <= 100 and (tmp_path / "run" / "student_final.pth").exists()
 
 

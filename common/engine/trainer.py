@@ -87,8 +87,8 @@ class StepTrainer(TrainerBase):
         with EventStorage(self.iter) as notes, autocast:
             losses = self.compute_losses(batch)
         self.noted.update({name: value for name, (value, _) in notes.latest().items()})
-        for name, image, _ in notes._vis_data:
-            self.storage.put_image(name, image)
+        self.storage._vis_data += notes._vis_data
+        self.storage._histograms += notes._histograms
         self.optimizer.zero_grad()
         self.backward(losses)
         self.after_backward()

@@ -143,7 +143,20 @@ def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
     assert "SIGTERM: saved after step 5" in (folder / "log.txt").read_text()
     assert "SIGTERM: saved after step 5" in (folder / "log.txt.rank1").read_text()
     pending = torch.load(folder / "model_0000005.pth", weights_only=True)["trainer"]["metrics"]
-    assert len(pending) == 2 and pending[0]["count"] == pending[1]["count"] > 0
+    counts = [losses["counts"] for losses, _ in pending]
+    assert len(counts) == 2 and counts[0] == counts[1] and counts[0]["loss_ce"] > 0
+    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    assert_identical(state(folder), state(two / "unbroken"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_in_an_evaluation(two, tmp_path):
+    """None goes on with it, and none waits for the others."""
+    stopped = start(2, *PROGRAM, tmp_path, "stopped in evaluation")
+    folder = tmp_path / "stopped in evaluation"
+    assert stopped.returncode and stopped.stderr.count("exitcode  : 143") >= 1
+    assert max(path.name for path in folder.glob("model_*")) == "model_0000006.pth"
+    assert read_metrics(folder)[-1]["iteration"] == 3
     started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
     assert_identical(state(folder), state(two / "unbroken"))
 

@@ -1,8 +1,12 @@
 """Trainings of other kinds than those that are stopped and resumed: masks, mixed precision, merged files."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
 
 from common.errors import ConfigError
 from detection.config import load_cfg
@@ -30,6 +34,21 @@ def test_several_test_sets(tiny, tmp_path):
     results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"DATASETS.TEST": ("tiny_val", "tiny_train")}))
     assert {"tiny_val/bbox/AP", "tiny_train/bbox/AP", "best_tiny_val/bbox/AP"} <= set(results)
     assert (tmp_path / "student_best.pth").exists()
+
+
+def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch):
+    if find_spec("cv2") is None:
+        with pytest.raises(ConfigError, match="VIS_PERIOD: Detectron2 draws with OpenCV"):
+            tiny_cfg("rcnn", tmp_path, VIS_PERIOD=1)
+    monkeypatch.setattr("detection.config.find_spec", lambda name: True)
+
+    def picture(self, inputs, proposals):
+        get_event_storage().put_image("proposals", torch.zeros(3, 8, 8, dtype=torch.uint8))
+
+    monkeypatch.setattr(GeneralizedRCNN, "visualize_training", picture)
+    run(tiny_cfg("rcnn", tmp_path, **SHORT, VIS_PERIOD=1, LOG_PERIOD=1))
+    (events,) = tmp_path.glob("events.*")
+    assert events.read_bytes().count(b"proposals") == 2
 
 
 def test_gradient_clipping_of_detectron2(tiny, tmp_path):
