@@ -6,8 +6,12 @@
 #
 # Both: losses and models against the CPU, mixed precision, step times, a training table. What the second has done is
 # in output/gpu.
-# On a machine without network put the wheels that are missing into .wheels first (shared/scripts/wheelhouse.sh .wheels,
-# and Detectron2's own, which `python3 tools/setup_env.py --wheel .wheels` packs there).
+# On a machine without network put the wheels that are missing (of torch, torchvision and what usually comes with them
+# none) into .wheels first, in an environment with the package wheel:
+#
+#   sh ../shared/scripts/wheelhouse.sh .wheels && python3 tools/setup_env.py --wheel .wheels
+#
+# The second is Detectron2. Together they are all that both parts import there (tried: installed under Python 3.12).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
