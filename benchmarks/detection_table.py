@@ -44,8 +44,8 @@ class Entry:
         """``results.json`` of each seed whose run has ended."""
         found = {seed: self.folder(seed) / "results.json" for seed in self.seeds}
         numbers = {seed: json.loads(path.read_text()) for seed, path in found.items() if path.is_file()}
-        # NaN where a set has no objects of a size.
-        return {seed: {name: v for name, v in run.items() if v == v} for seed, run in numbers.items()}
+        # null where a set has no objects of a size.
+        return {seed: {name: v for name, v in run.items() if v is not None} for seed, run in numbers.items()}
 
 
 def entries(runs: Path, seeds: list[int], opts: list[str], most: int | None = None) -> list[Entry]:

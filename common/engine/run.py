@@ -87,6 +87,10 @@ class RunTrainer(StepTrainer):
         """Metrics of the student on the test split, larger is better; empty beside the main process."""
         raise NotImplementedError
 
+    def last_test(self) -> dict[str, float]:
+        """More metrics, taken once after the training; empty beside the main process."""
+        return {}
+
     def watched(self, batches: Iterable[Any]) -> WatchedBatches:
         """Batches for :meth:`test` that end where the job is to stop."""
         return WatchedBatches(batches, self.preemption)
@@ -135,10 +139,12 @@ class RunTrainer(StepTrainer):
         self.register_hooks([self._writer, self._saver])
         self._begun = time.perf_counter() - self.seconds
         self.train(start, self.max_iter)
-        results = self.evaluation.summary() if comm.is_main_process() else {}
+        results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
         if comm.is_main_process():
             self.save_student("final")
             facts = {**results, **self.cost(), "seconds": self.seconds}
+            # JSON has no NaN, which a metric is that is not defined on the data.
+            facts = {name: None if value != value else value for name, value in facts.items()}
             write_atomically(
                 Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
             )

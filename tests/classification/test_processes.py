@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d
 from common.engine.distributed import synchronize_batch_norms
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import read_metrics
-from common.errors import ConfigError
+from common.errors import ConfigError, DivergedError
 from tests.classification.runs import run, small_cfg, state
 from tests.restarts import assert_identical
 from tests.slurm import slurm
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
     trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.1), iter, seed=0)
     trainer.metrics.update({"loss": torch.tensor(1.0)})
     assert trainer.check_finite() == [{"loss": 1.0}]
-    other = FloatingPointError("of the other process")
+    other = DivergedError("of the other process.")
     monkeypatch.setattr("common.engine.trainer.comm.all_gather", lambda own: [own, other])
     with pytest.raises(FloatingPointError, match="of the other process"):
         trainer.check_finite()

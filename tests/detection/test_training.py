@@ -1,5 +1,6 @@
 """Trainings of other kinds than those that are stopped and resumed: masks, mixed precision, merged files."""
 
+import json
 from importlib.util import find_spec
 
 import pytest
@@ -28,6 +29,14 @@ def test_mixed_precision(tiny, tmp_path):
     run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True}))
     student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
+
+
+def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
+    augmented = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (96,), "TEST.AUG.FLIP": False}
+    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **augmented))
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert "bbox/AP_TTA" in results and set(results) < set(written)
+    assert json.dumps(written, allow_nan=False)
 
 
 def test_several_test_sets(tiny, tmp_path):
