@@ -42,8 +42,14 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
 
 
 def add_distill_config(cfg: Detectron2CfgNode) -> None:
-    """Add to a Detectron2 configuration the nodes DISTILL and TEACHER (Detectron2's own defaults)."""
+    """Add to a Detectron2 configuration the nodes DISTILL and TEACHER (Detectron2's own defaults).
+
+    The methods' defaults are those of classification, but for FIRST: all levels of a pyramid are compared.
+    """
     add_distill_defaults(cfg)
+    for node in cfg.DISTILL.values():
+        if isinstance(node, Detectron2CfgNode) and "FIRST" in node:
+            node.FIRST = 0  # a pyramid has no stem to leave out
     cfg.TEACHER = _teacher_node(type(cfg))
 
 

@@ -111,6 +111,7 @@ def test_detectron2s_own_config_node_works_too():
     teacher = teacher_cfg(cfg)
     assert teacher.MODEL.RESNETS.DEPTH == 50 and teacher.MODEL.ROI_HEADS.NUM_CLASSES == 7
     assert teacher.MODEL.DEVICE == "cpu" and "R_50_FPN_3x" in teacher.MODEL.WEIGHTS
+    assert cfg.DISTILL.REVIEWKD.FIRST == 0  # of a pyramid all levels
     assert set(cfg.DISTILL) >= {"METHODS", "DKD"} and len(DISTILLERS._obj_map) + 2 == len(cfg.DISTILL)
 
 
