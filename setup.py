@@ -29,6 +29,7 @@ setup(
         "cloudpickle",
         "matplotlib>=3.7",
         "packaging",
+        "safetensors>=0.4",
         "tabulate",
         "termcolor>=1.1",
         "tqdm>4.29",
@@ -36,6 +37,7 @@ setup(
     extras_require={
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
+        "vis": ["opencv-python-headless"],  # Detectron2's pictures of a training, VIS_PERIOD
         "dev": ["scikit-learn>=1.3", "timm>=1.0.15", "pytest>=8", "ruff>=0.9", "wheel>=0.43"],
     },
 )

@@ -1,12 +1,10 @@
 """Settings of the classification trainer: all defaults, reading, and every check that needs no data."""
 
-from pathlib import Path
-
 import torch
 
 from classification.data import dataset_info
 from classification.solver import OPTIMIZERS, SCHEDULES
-from common.config import CfgNode, add_distill_defaults, chosen_methods, import_extensions, resolve_device
+from common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from common.errors import ConfigError, nearest
 
 __all__ = [
@@ -120,17 +118,7 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
         ConfigError: unknown keys (named with the nearest known ones) or impossible values.
         FileNotFoundError: no such file.
     """
-    if config_file and not Path(config_file).is_file():
-        raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
-    if config_file:
-        # Own methods bring settings of their own, so they are imported before the defaults are made.
-        import_extensions(CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []), Path(config_file).parent)
-    cfg = get_cfg()
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(opts or []))
-    if not cfg.OUTPUT_DIR:
-        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    cfg = read_cfg(get_cfg, config_file, opts)
     validate(cfg)
     return cfg
 

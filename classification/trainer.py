@@ -101,7 +101,7 @@ class ClassificationTrainer(RunTrainer):
         if comm.get_world_size() > 1:
             # Running statistics differ between the processes after a step; the main one's are those that are saved.
             broadcast_buffers(self.distill_model.student)
-        return inference_on_dataset(self.distill_model, self.test_loader, AccuracyEvaluator())
+        return inference_on_dataset(self.distill_model, self.watched(self.test_loader), AccuracyEvaluator())
 
     def student_state(self) -> dict[str, Tensor]:
         return self.distill_model.student.state_dict()

@@ -3,17 +3,28 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode as _CfgNode
+from yaml.constructor import ConstructorError
 
 from common.distillers import DISTILLERS, Distiller
 from common.errors import ConfigError, nearest
 
-__all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "import_extensions", "resolve_device"]
+__all__ = [
+    "CfgNode",
+    "CheckedMerge",
+    "add_distill_defaults",
+    "chosen_methods",
+    "import_extensions",
+    "read_cfg",
+    "resolve_device",
+    "without_code",
+]
 
 
 def add_distill_defaults(cfg: _CfgNode) -> None:
@@ -41,6 +52,41 @@ def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
     if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
         raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
     return {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
+
+
+def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[Any] | None) -> _CfgNode:
+    """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs; OUTPUT_DIR is after the file.
+
+    Args:
+        get_cfg: the defaults, with nodes of :class:`CheckedMerge`.
+
+    Raises:
+        ConfigError: unknown keys (named with the nearest known ones), values of another type, YAML that runs code.
+        FileNotFoundError: no such file.
+    """
+    if config_file:
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
+        with without_code(config_file):
+            imports = type(get_cfg()).load_yaml_with_base(config_file).get("IMPORTS", [])
+        import_extensions(imports, Path(config_file).parent)
+    # After that, for own methods bring settings of their own.
+    cfg = get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts or []))
+    if not cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    return cfg
+
+
+@contextmanager
+def without_code(name: str) -> Iterator[None]:
+    """Turn the refusal of YAML that would run code into an error that says in which file, `name`, it is."""
+    try:
+        yield
+    except ConstructorError as error:
+        raise ConfigError(f"{name} has YAML that would run code: {error.problem}") from error
 
 
 def import_extensions(names: Iterable[str], folder: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "UserError", "nearest"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "UserError", "nearest"]
 
 
 class UserError(Exception):
@@ -20,6 +20,21 @@ class CheckpointError(UserError, RuntimeError):
 
 class DataError(UserError, ValueError):
     """A data set that is incomplete, or holds something unreadable."""
+
+
+class DivergedError(UserError, FloatingPointError):
+    """A training whose losses are no longer finite."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} Lower SOLVER.BASE_LR, warm up, or clip gradients; `--resume` goes on from the last checkpoint, "
+            "which is finite"
+        )
+        # Processes tell each other of it: a copy is made of the same words.
+        self.what = what
+
+    def __reduce__(self) -> tuple:
+        return DivergedError, (self.what,)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -57,6 +57,7 @@ class OutputSpec:
         sigmoid: the class scores are sigmoids, each of its class alone, as in dense detectors (background is where all
             are low, and has no column); False: one softmax over all. Shapes do not show it: whoever builds such a
             network sets it.
+        row_per_image: a row of the logits is an image, as are those of the other parts; False: a proposal or an anchor.
     """
 
     num_classes: int | None = None
@@ -65,3 +66,4 @@ class OutputSpec:
     pooled: int | None = None
     bn_before_relu: tuple[nn.Module, ...] | None = None
     sigmoid: bool = False
+    row_per_image: bool = True

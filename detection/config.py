@@ -3,18 +3,27 @@
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
-from yaml.constructor import ConstructorError
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from common.config import CheckedMerge, add_distill_defaults, chosen_methods, import_extensions, resolve_device
+from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device, without_code
 from common.errors import ConfigError, nearest
 
-__all__ = ["CfgNode", "add_distill_config", "get_cfg", "load_cfg", "num_classes", "teacher_cfg", "validate"]
+__all__ = [
+    "CfgNode",
+    "add_distill_config",
+    "get_cfg",
+    "load_cfg",
+    "num_classes",
+    "teacher_cfg",
+    "validate",
+    "zoo_weights",
+]
 
 
 class CfgNode(CheckedMerge, Detectron2CfgNode):
@@ -47,8 +56,14 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
 
 
 def add_distill_config(cfg: Detectron2CfgNode) -> None:
-    """Add to a Detectron2 configuration the nodes DISTILL and TEACHER (Detectron2's own defaults)."""
+    """Add to a Detectron2 configuration the nodes DISTILL and TEACHER (Detectron2's own defaults).
+
+    The methods' defaults are those of classification, but for FIRST: all levels of a pyramid are compared.
+    """
     add_distill_defaults(cfg)
+    for node in cfg.DISTILL.values():
+        if isinstance(node, Detectron2CfgNode) and "FIRST" in node:
+            node.FIRST = 0  # a pyramid has no stem to leave out
     cfg.TEACHER = _teacher_node(type(cfg))
 
 
@@ -80,16 +95,7 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
         ConfigError: unknown keys (named with the nearest known ones) or impossible values.
         FileNotFoundError: no such file.
     """
-    if config_file and not Path(config_file).is_file():
-        raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
-    if config_file:
-        import_extensions(CfgNode.load_yaml_with_base(config_file).get("IMPORTS", []), Path(config_file).parent)
-    cfg = get_cfg()
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(list(opts or []))
-    if not cfg.OUTPUT_DIR:
-        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    cfg = read_cfg(get_cfg, config_file, opts)
     validate(cfg)
     return cfg
 
@@ -107,6 +113,11 @@ def teacher_cfg(cfg: Detectron2CfgNode) -> Detectron2CfgNode:
     node.defrost()
     node.MODEL.DEVICE = cfg.MODEL.DEVICE
     return node
+
+
+def zoo_weights(config_file: str) -> str:
+    """The trained weights that belong to a configuration of Detectron2's zoo; empty for any other."""
+    return "" if not config_file or os.path.isfile(config_file) else _of_zoo(config_file)[1]
 
 
 def num_classes(cfg: Detectron2CfgNode) -> tuple[str, int]:
@@ -134,9 +145,21 @@ def validate(cfg: CfgNode) -> None:
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
             f"{name}"
         )
+    if cfg.TEST.AUG.ENABLED:
+        # At the end of the training Detectron2 would only assert it.
+        if not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
+            raise ConfigError(f"TEST.AUG.ENABLED is for R-CNNs, not for {name}: set it to False")
+        if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
+            raise ConfigError("TEST.AUG.ENABLED goes with neither MODEL.KEYPOINT_ON nor MODEL.LOAD_PROPOSALS")
     for method in methods:
         if cfg.DISTILL[method.upper()].TEACHER != 0:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError("TEST.PRECISE_BN.ENABLED: it reads batches of its own, after which no run resumes exactly")
+    if cfg.VIS_PERIOD and find_spec("cv2") is None:
+        raise ConfigError(
+            "VIS_PERIOD: Detectron2 draws with OpenCV: pip install opencv-python-headless, or set it to 0"
+        )
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
     for key, value, floor in (
@@ -170,11 +193,8 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
         log = logging.getLogger("fvcore.common.config")
         try:
             log.disabled = trusted  # it would warn of it
-            full.merge_from_file(path, allow_unsafe=trusted)
-        except ConstructorError as error:
-            raise ConfigError(
-                f"TEACHER.CONFIG_FILE {config_file} has YAML that would run code: {error.problem}"
-            ) from error
+            with without_code(f"TEACHER.CONFIG_FILE {config_file}"):
+                full.merge_from_file(path, allow_unsafe=trusted)
         except ConfigError as error:
             raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
         finally:

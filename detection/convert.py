@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from common.engine.checkpoint import write_atomically
 from common.errors import CheckpointError, ConfigError
@@ -130,14 +129,15 @@ def split(merged: str, student_out: str | Path, teacher_out: str | Path, force: 
     if Path(student_out).resolve() == Path(teacher_out).resolve():
         raise ConfigError(f"student and teacher would both be written to {student_out}")
     weights = read_detector(merged)
-    both: dict[str, dict[str, Tensor]] = {"student": weights.state, "teacher": weights.teacher}
-    for role, state in both.items():
-        if not state:
+    both = {
+        student_out: DetectorWeights(merged, weights.state, {}, weights.author),
+        # The author is the student's: a classifier's backbone, say.
+        teacher_out: DetectorWeights(merged, weights.teacher, {}),
+    }
+    for role, part in zip(("student", "teacher"), both.values(), strict=True):
+        if not part.state:
             raise CheckpointError(f"{merged} has no {role}: it is no merged file")
-    return [
-        write_detector(path, DetectorWeights(merged, state, {}, weights.author))
-        for path, state in zip((student_out, teacher_out), both.values(), strict=True)
-    ]
+    return [write_detector(path, part) for path, part in both.items()]
 
 
 def _part(name: str) -> str:

@@ -1,7 +1,7 @@
 """Average precision of a detector, by Detectron2's evaluators."""
 
-import logging
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +14,59 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     inference_on_dataset,
 )
-from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from common.errors import ConfigError
 from detection.data.loader import build_test_loader
 
-__all__ = ["build_evaluator", "evaluate_detector"]
-
-logger = logging.getLogger("detectron2.d2distill")
+__all__ = ["check_evaluators", "evaluate_detector"]
 
 
-def build_evaluator(name: str, output_dir: str | Path) -> DatasetEvaluator:
-    """Detectron2's evaluator for a registered data set.
+_EVALUATORS: dict[str, Callable[[str, str], DatasetEvaluator]] = {
+    "coco": lambda name, folder: COCOEvaluator(name, output_dir=folder),
+    "lvis": lambda name, folder: LVISEvaluator(name, output_dir=folder),
+    "pascal_voc": lambda name, folder: PascalVOCDetectionEvaluator(name),
+}
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """See that every data set of DATASETS.TEST, all of them registered, has an evaluator.
 
     Raises:
-        ConfigError: the data set's metadata asks for another kind.
+        ConfigError: one asks for a kind that is not known here.
     """
-    kind = MetadataCatalog.get(name).evaluator_type
-    if kind == "coco":
-        return COCOEvaluator(name, output_dir=str(output_dir))
-    if kind == "lvis":
-        return LVISEvaluator(name, output_dir=str(output_dir))
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(name)
-    raise ConfigError(f"DATASETS.TEST: {name} asks for the evaluator {kind!r}; known are coco, lvis, pascal_voc")
+    for name in cfg.DATASETS.TEST:
+        kind = MetadataCatalog.get(name).get("evaluator_type")
+        if kind not in _EVALUATORS:
+            raise ConfigError(f"DATASETS.TEST: {name} asks for the evaluator {kind!r}; known: {', '.join(_EVALUATORS)}")
 
 
-def evaluate_detector(cfg: CfgNode, model: nn.Module, augmented: bool = False) -> dict[str, float]:
+def evaluate_detector(
+    cfg: CfgNode,
+    model: nn.Module,
+    augmented: bool = False,
+    watched: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+) -> dict[str, float]:
     """Metrics in percent of `model` on every data set of DATASETS.TEST.
 
     Args:
         cfg: of the run; details go to its OUTPUT_DIR/inference.
         model: returns Detectron2's results in eval mode.
         augmented: average over the scales and flips of TEST.AUG.
+        watched: put around each data set's batches.
 
     Returns:
         ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
         several; nothing elsewhere. Where the model detects nothing at all they are 0.
-
-    Raises:
-        ConfigError: an evaluator that is not known, or `augmented` for another model than an R-CNN.
     """
     if augmented:
-        if not isinstance(model, GeneralizedRCNN):
-            raise ConfigError(f"TEST.AUG.ENABLED is for R-CNNs, not for {type(model).__name__}: set it to False")
         model = GeneralizedRCNNWithTTA(cfg, model)
     metrics = {}
     for name in cfg.DATASETS.TEST:
-        evaluator = build_evaluator(name, Path(cfg.OUTPUT_DIR, "inference", name))
-        results = inference_on_dataset(model, build_test_loader(cfg, name), evaluator)
+        kind = MetadataCatalog.get(name).evaluator_type
+        evaluator = _EVALUATORS[kind](name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
+        results = inference_on_dataset(model, watched(build_test_loader(cfg, name)), evaluator)
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         metrics.update({prefix + key: value for key, value in _flatten(results).items()})
     return metrics

@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from common.errors import ConfigError
-from detection.config import teacher_cfg
+from common.errors import CheckpointError, ConfigError
+from detection.config import teacher_cfg, zoo_weights
 from detection.weights import has_teacher, load_teacher
 
 __all__ = ["Teacher", "build_teacher"]
@@ -58,8 +58,8 @@ class Teacher:
 def build_teacher(cfg: CfgNode) -> Teacher:
     """The detector of ``cfg.TEACHER``, without its weights.
 
-    They are those of TEACHER.MODEL.WEIGHTS, or, where that is empty, those that a merged file under MODEL.WEIGHTS
-    holds as ``teacher.*``; where neither is there they stay random.
+    They are those of TEACHER.MODEL.WEIGHTS. Where it is empty, or only what TEACHER.CONFIG_FILE brought from the zoo, a
+    merged file under MODEL.WEIGHTS goes before it with its ``teacher.*``. Where none is there they stay random.
 
     Raises:
         ConfigError: a configuration that no detector can be built from.
@@ -71,9 +71,16 @@ def build_teacher(cfg: CfgNode) -> Teacher:
             own.MODEL.META_ARCHITECTURE, "GeneralizedRCNN"
         )
     weights, key = own.MODEL.WEIGHTS, "TEACHER.MODEL.WEIGHTS"
-    if not weights and cfg.MODEL.WEIGHTS and has_teacher(cfg.MODEL.WEIGHTS):
+    if weights in ("", zoo_weights(own.CONFIG_FILE)) and _is_merged(cfg.MODEL.WEIGHTS):
         weights, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
     with torch.random.fork_rng(devices=[]):
         # What is drawn here is thrown away or random anyway: methods that follow begin alike with any teacher.
         network = build_model(own)
     return Teacher(own, network, cfg.INPUT.FORMAT, weights, key)
+
+
+def _is_merged(source: str) -> bool:
+    try:
+        return has_teacher(source)
+    except CheckpointError:
+        return False  # the student's loading will tell

@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import import_extensions
 from common.engine.distributed import broadcast_buffers, wrap_student
@@ -18,7 +18,7 @@ from common.engine.trainer import seed_step
 from common.errors import CheckpointError, ConfigError
 from detection.config import CfgNode
 from detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
-from detection.evaluation import evaluate_detector
+from detection.evaluation import check_evaluators, evaluate_detector
 from detection.weights import load_student
 
 __all__ = ["DetectionTrainer", "evaluate", "train"]
@@ -84,7 +84,7 @@ class DetectionTrainer(RunTrainer):
         """Average precisions in percent, see :func:`evaluate_detector`."""
         if comm.get_world_size() > 1:
             broadcast_buffers(self.detector)
-        return evaluate_detector(self.cfg, self.detector)
+        return evaluate_detector(self.cfg, self.detector, watched=self.watched)
 
     def student_state(self) -> dict[str, Tensor]:
         """The plain detector: stock Detectron2 loads it."""
@@ -98,11 +98,11 @@ class DetectionTrainer(RunTrainer):
 
     def run(self, start: int = 0) -> dict[str, float]:
         """Train from iteration `start` to the end; last and best metrics on the main process."""
-        results = super().run(start, [self.cfg.SOLVER.CHECKPOINT_PERIOD])
-        if self.cfg.TEST.AUG.ENABLED:
-            augmented = evaluate_detector(self.cfg, self.detector, augmented=True)
-            results.update({f"{name}_TTA": value for name, value in augmented.items()})
-        return results
+        return super().run(start, [self.cfg.SOLVER.CHECKPOINT_PERIOD])
+
+    def last_test(self) -> dict[str, float]:
+        """The same average precisions over scales and flips, where TEST.AUG is enabled, under ``<metric>_TTA``."""
+        return _augmented(self.cfg, self.detector)
 
     def state_dict(self) -> dict[str, Any]:
         # RetinaNet keeps a running mean of its number of foreground anchors outside its state dict.
@@ -127,6 +127,7 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)
     check_test_sets(cfg)
+    check_evaluators(cfg)
     start_logs(cfg.OUTPUT_DIR)
     trainer = DetectionTrainer(cfg, dataset_dicts)
     results = trainer.run(trainer.resume() if args.resume else 0)
@@ -153,14 +154,17 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         raise ConfigError("--eval-only needs MODEL.WEIGHTS, or --resume for the run folder's student")
     register_datasets(cfg)
     check_test_sets(cfg)
+    check_evaluators(cfg)
     start_logs(None)
     model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
-    results = evaluate_detector(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        augmented = evaluate_detector(cfg, model, augmented=True)
-        results.update({f"{name}_TTA": value for name, value in augmented.items()})
+    results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
     if results:
         logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results
+
+
+def _augmented(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    results = evaluate_detector(cfg, model, augmented=True) if cfg.TEST.AUG.ENABLED else {}
+    return {f"{name}_TTA": value for name, value in results.items()}

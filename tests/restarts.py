@@ -82,3 +82,17 @@ def disturb(trainer: RunTrainer, moment: str, step: int) -> None:
             step_once()
 
         trainer.run_step = slow
+    elif moment == "in evaluation":
+        terminate_in_evaluation(trainer, step)
+
+
+def terminate_in_evaluation(trainer: RunTrainer, step: int) -> None:
+    """SIGTERM to this process where the evaluation after `step` begins."""
+    watched = trainer.watched
+
+    def interrupted(batches):
+        if trainer.iter + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return watched(batches)
+
+    trainer.watched = interrupted

@@ -5,19 +5,29 @@ import json
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY
 
 from classification.config import load_cfg
 from classification.data import DATASET_REGISTRY
 from classification.models import registry
 from classification.trainer import train
 from common.distillers import DISTILLERS
+from common.errors import ConfigError
+from detection.config import load_cfg as load_det_cfg
+from detection.data.digits_coco import make
+from detection.trainer import train as train_detector
+from tests.detection.small import SMALL, batch, build, small_cfg, step
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (my_\w+\.(?:py|yaml))\n(.*?)```", README, re.DOTALL))
+(STOCK,) = re.findall(r"```python\n(# stock Detectron2 .*?)```", README, re.DOTALL)
 FAST = ["SOLVER.EPOCHS", "1", "SOLVER.IMS_PER_BATCH", "8", "DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu"]
 
 
@@ -40,8 +50,85 @@ def test_worked_examples(tmp_path, registries, name):
     if "digits" in FILES[f"{name}.yaml"]:
         opts += ["DATASETS.TRAIN_SIZE", "16"]
     cfg = load_cfg(str(tmp_path / f"{name}.yaml"), opts)
-    results = train(cfg, argparse.Namespace(resume=False))
+    results = train(cfg, argparse.Namespace(resume=False, config_file=""))
     assert 0 <= results["top1"] <= 100 and (tmp_path / "run" / "student_final.pth").exists()
+
+
+@pytest.fixture
+def detectors(tmp_path, monkeypatch):
+    """The detectors' examples in a folder with the repository's configs and a data set of two digits' pictures."""
+    for name in ("my_teacher.yaml", "my_student.yaml", "my_backbone.py"):
+        (tmp_path / name).write_text(FILES[name])
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    for split in ("train", "val"):
+        make(tmp_path / "datasets" / "my", split, 2, seed=0)
+    yield
+    for name in ("my_train", "my_val"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+    BACKBONE_REGISTRY._obj_map.pop("build_narrow_fpn_backbone", None)
+
+
+def test_detectors(detectors):
+    """A teacher on one's own data, a student of it with one's own backbone, and stock Detectron2 with that student."""
+    few = {key: value for key, value in SMALL.items() if "NUM_CLASSES" not in key}
+    few |= {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": "(1,)", "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": 0}
+    few |= {"INPUT.MIN_SIZE_TRAIN": "(96,)", "INPUT.MIN_SIZE_TEST": 96}
+    for name in ("my_teacher", "my_student"):
+        assert len(FILES[f"{name}.yaml"].splitlines()) <= 15
+        cfg = load_det_cfg(f"{name}.yaml", [item for pair in few.items() for item in pair])
+        assert cfg.OUTPUT_DIR == f"output/{name}"
+        results = train_detector(cfg, argparse.Namespace(resume=False, config_file=f"{name}.yaml"))
+        assert 0 <= results["bbox/AP"] <= 100
+    assert cfg.TEACHER.MODEL.RESNETS.DEPTH == 50 and cfg.TEACHER.MODEL.FPN.OUT_CHANNELS == 16
+    names = {}
+    exec(STOCK, names)
+    model = names["model"]
+    saved = torch.load("output/my_student/student_final.pth", weights_only=True)["model"]
+    assert type(model).__module__.startswith("detectron2.") and saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_which_methods_work_in_detectors():
+    """The table's rows; what is in none of them or in the last is refused."""
+    table = README[README.index("### Which methods") :].split("\n\n")[1].splitlines()[2:]
+    rows = {line.split("|")[1].strip(): re.findall(r"`(\w+)`", line.split("|")[2]) for line in table}
+    refused = rows.pop("not in detectors")
+    softmax = rows["class logits, a softmax"]
+    assert sorted([*chain(*rows.values()), *refused]) == sorted(name for name, _ in DISTILLERS)
+    resnet18 = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+    kinds = {"review_dkd_r101_r18": ({}, refused), "retinanet_bckd_r101_r50": (resnet18, [*refused, *softmax])}
+    for config, (settings, wrong) in kinds.items():
+        for name, _ in DISTILLERS:
+            cfg = small_cfg(config, **{"DISTILL.METHODS": [name], **settings})
+            if name in wrong:
+                # One of them is found out in the first step only.
+                with pytest.raises((ConfigError, TypeError)):
+                    step(build(cfg), batch())
+                continue
+            model = build(cfg)
+            if not settings:
+                assert torch.isfinite(step(model, batch())[f"loss_{name.lower()}"])
+
+
+def test_the_tables_of_detection_configs():
+    """Each has its place in the README, by method and pair."""
+    table = README[README.index("### Configurations") :].split("\n\n")[2].splitlines()
+    pairs = re.findall(r"`(\w+)`", table[0])
+    named = {path.stem for path in (ROOT / "configs" / "det").glob("*_r*_*.yaml")}
+    found = set()
+    for line in table[2:]:
+        cells = [cell.strip() for cell in line.split("|")[1:]]
+        methods = [name for name in re.findall(r"`([^`]+)`", cells[0]) if "<pair>" not in name]
+        if "{" in methods[0]:
+            methods = [f"retinanet_{name}" for name in re.findall(r"\w+", methods[0].partition("{")[2])]
+        for pair, mark in zip(pairs, cells[1:], strict=False):
+            found |= {f"{method}_{pair}" for method in methods if mark == "x"}
+            found |= {f"reviewkd_{pair}_mask" for name in re.findall(r"`([^`]+)`", cells[0]) if "_mask" in name}
+    ours = {name for name in named if any(pair in name for pair in pairs)}
+    assert found == ours
 
 
 def test_make_comes_first():
@@ -55,6 +142,26 @@ def test_every_method_and_named_file_exists():
         assert f"`{name}`" in README
     for path in re.findall(r"(?:configs/\w+/[\w]+\.yaml|tools/\w+\.\w+|tests/[\w/]+\.py|common/\w+/\w+\.py)", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_gpu_script_of_detectors_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_detection.py"), "--device", "cpu", "--quick"]
+    command += ["--processes", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    for minutes, left in ((0, 3), (5, 0)):
+        done = subprocess.run(
+            [*command, "--minutes", str(minutes)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        report = json.loads((tmp_path / "detection_cpu.json").read_text())
+        assert report["table"]["runs to do"] == left and not report["table"]["failed"]
+        # The second time they are there already.
+        assert ("losses_against_cpu:" in done.stdout) == (minutes == 0)
+    # Of the CPU to itself.
+    assert report["losses_against_cpu"]["largest"]["of all"] < 1e-4
+    for part in ("mixed_precision", "step_times"):
+        assert not str(report[part]).startswith("failed"), report[part]
+    assert (tmp_path / "digits_detection_cpu.md").read_text().count("1 of 1") == 3
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Train a classifier on a SLURM cluster, one process per GPU:
+# Train on a SLURM cluster, one process per GPU; a classifier, or what TRAIN_PROGRAM trains:
 #
 #   GPUS=16 GPUS_PER_NODE=8 CPUS_PER_TASK=5 SRUN_ARGS="--time=24:00:00" \
 #     tools/slurm_train.sh PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR [KEY VALUE ...]
+#   TRAIN_PROGRAM=detection/train_net.py tools/slurm_train.sh PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR
 #
 # A job that is near its time limit, or preempted, saves after the step it is in; the same line goes on from there.
 # For a job that puts itself back into the queue see tools/train_cls.sbatch.
 set -euo pipefail
 
 if (($# < 4)); then
-    echo "usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS=...]" \
+    echo "usage: [GPUS=8] [GPUS_PER_NODE=8] [CPUS_PER_TASK=5] [SRUN_ARGS=...] [TRAIN_PROGRAM=tools/train_cls.py]" \
         "$0 PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR [KEY VALUE ...]" >&2
     exit 2
 fi
@@ -32,4 +33,4 @@ exec srun \
     --kill-on-bad-exit=1 \
     --signal=TERM@120 \
     "${more[@]}" \
-    python -u tools/train_cls.py --config-file "$config" --resume OUTPUT_DIR "$output" "$@"
+    python -u "${TRAIN_PROGRAM:-tools/train_cls.py}" --config-file "$config" --resume OUTPUT_DIR "$output" "$@"

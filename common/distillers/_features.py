@@ -18,7 +18,7 @@ class FeatureDistiller(Distiller):
     """Base of the methods that compare lists of feature maps. A subclass states `feature_loss()`.
 
     The setting FIRST is the index of the first map that takes part. 1, the default, leaves out a classifier's stem:
-    the "stages" of the literature. A config says 0 where entry 0 is as good as the rest (feature pyramids).
+    the "stages" of the literature. In detection it is 0: a pyramid's first map is as good as the rest.
     Networks with different numbers of stages are aligned from the deep end: the longer list loses its shallowest.
 
     Raises:

@@ -89,7 +89,7 @@ class USKD(Distiller):
     """`uskd_loss`, with weak logits from a linear head on the second to last feature map, averaged over space.
 
     Raises:
-        ValueError: the student gives fewer than two feature maps.
+        ValueError: the student gives fewer than two feature maps, or logits of proposals or anchors.
     """
 
     needs = ("logits", "feats")
@@ -103,6 +103,8 @@ class USKD(Distiller):
         num_samples: int | None = None,
     ) -> None:
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        if not student_spec.row_per_image:
+            raise ValueError(f"{self.name} needs a feature for each row of the logits, but these are no images")
         if len(student_spec.feats) < 2:
             raise ValueError(f"{self.name} needs the feature map before the last, but the student gives one map alone")
         self.head = nn.Linear(student_spec.feats[-2][0], student_spec.num_classes)

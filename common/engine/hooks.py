@@ -3,18 +3,15 @@ a checkpoint then never knows more or less than the log that lies beside it."""
 
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 
 from common.engine.checkpoint import RunCheckpointer
+from common.engine.preemption import Preemption
 
 __all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
 
@@ -107,53 +104,49 @@ class CheckpointHook(HookBase):
     Args:
         checkpointer: knows the trainer as a checkpointable.
         periods: in steps.
+        preemption: what knows of SIGTERM; it is installed for the training.
         extra: facts of the run to keep in the file.
     """
 
-    def __init__(self, checkpointer: RunCheckpointer, periods: list[int], extra: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        checkpointer: RunCheckpointer,
+        periods: list[int],
+        preemption: Preemption,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
         self._checkpointer = checkpointer
         self._periods = periods
+        self._preemption = preemption
         self._extra = extra or {}
-        self._stop = False
-        self._previous: Any = None
 
     def before_train(self) -> None:
-        # Python allows handlers in the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+        self._preemption.install()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        stop = self._any_process_stops()
-        if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter or stop:
-            self.trainer.check_finite()  # raises before weights that are not finite are saved
-            self.trainer.collect_state()
-            if comm.is_main_process():
-                self._checkpointer.save(f"model_{done:07d}", **self._extra)
-            comm.synchronize()
-        if stop:
-            logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
-            raise SystemExit(PREEMPTED)
+        if self._preemption.any_process():
+            self.save_and_stop()
+        if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter:
+            self._save(done)
 
-    def _any_process_stops(self) -> bool:
-        if comm.get_world_size() == 1:
-            return self._stop
-        # On the CPU group, so that no GPU waits for it.
-        flag = torch.tensor([int(self._stop)])
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=_cpu_group())
-        return bool(flag)
+    def save_and_stop(self) -> None:
+        """Save after the present step and end the process. All processes call it."""
+        done = self.trainer.iter + 1
+        self._save(done)
+        logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
+        raise SystemExit(PREEMPTED)
+
+    def _save(self, done: int) -> None:
+        self.trainer.check_finite()  # raises before weights that are not finite are saved
+        self.trainer.collect_state()
+        if comm.is_main_process():
+            self._checkpointer.save(f"model_{done:07d}", **self._extra)
+        comm.synchronize()
 
     def after_train(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._preemption.remove()
 
 
 def _larger(value: float, best: float) -> float:
     return best if best >= value or math.isnan(value) else value
-
-
-def _cpu_group() -> Any:
-    return comm._get_global_gloo_group()

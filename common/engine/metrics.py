@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from common.errors import DivergedError
+
 __all__ = ["MeanMetrics", "average_states"]
 
 
@@ -33,15 +35,12 @@ class MeanMetrics:
         """Means since the last reset.
 
         Raises:
-            FloatingPointError: a mean is not finite, and is to be.
+            DivergedError: a mean is not finite, and is to be.
         """
         means = {name: total.item() / self._counts[name] for name, total in self._sums.items()}
         if self.finite and not all(math.isfinite(value) for value in means.values()):
-            raise FloatingPointError(
-                f"a loss became infinite or NaN within the last {max(self._counts.values())} steps: {means}. "
-                "Lower SOLVER.BASE_LR, warm up, or clip gradients; `--resume` goes on from the last checkpoint, which "
-                "is finite"
-            )
+            steps = max(self._counts.values())
+            raise DivergedError(f"a loss became infinite or NaN within the last {steps} steps: {means}.")
         return means
 
     def reset(self) -> None:

@@ -21,6 +21,7 @@ from common.config import import_extensions
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.distributed import check_processes
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from common.engine.preemption import Preempted, Preemption, WatchedBatches
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
 from common.errors import CheckpointError, ConfigError
@@ -75,6 +76,9 @@ class RunTrainer(StepTrainer):
         self.checkpointer = RunCheckpointer(network, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP, trainer=self)
         # Of training and evaluation, over all restarts.
         self.seconds = 0.0
+        self.preemption = Preemption()
+        # What the log line of the present step has so far, where its evaluation was left for a preemption.
+        self._unfinished: dict[str, float] | None = None
         # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
         self.evaluation = EvaluationHook(self.test, test_period, select, lambda: self.save_student("best"))
         self.register_hooks([hooks.IterationTimer(), hooks.LRScheduler(optimizer, schedule), self.evaluation])
@@ -82,6 +86,14 @@ class RunTrainer(StepTrainer):
     def test(self) -> dict[str, float]:
         """Metrics of the student on the test split, larger is better; empty beside the main process."""
         raise NotImplementedError
+
+    def last_test(self) -> dict[str, float]:
+        """More metrics, taken once after the training; empty beside the main process."""
+        return {}
+
+    def watched(self, batches: Iterable[Any]) -> WatchedBatches:
+        """Batches for :meth:`test` that end where the job is to stop."""
+        return WatchedBatches(batches, self.preemption)
 
     def student_state(self) -> dict[str, Tensor]:
         """The student's state dict, as a stock network of its kind loads it."""
@@ -122,33 +134,52 @@ class RunTrainer(StepTrainer):
             Path(self.cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
             logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
         writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
-        self.register_hooks(
-            [
-                WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length),
-                CheckpointHook(self.checkpointer, checkpoint_periods, self.facts),
-            ]
-        )
+        self._writer = WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length)
+        self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, self.facts)
+        self.register_hooks([self._writer, self._saver])
         self._begun = time.perf_counter() - self.seconds
         self.train(start, self.max_iter)
-        results = self.evaluation.summary() if comm.is_main_process() else {}
+        results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
         if comm.is_main_process():
             self.save_student("final")
             facts = {**results, **self.cost(), "seconds": self.seconds}
+            # JSON has no NaN, which a metric is that is not defined on the data.
+            facts = {name: None if value != value else value for name, value in facts.items()}
             write_atomically(
                 Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
             )
         return results
 
+    def before_train(self) -> None:
+        super().before_train()
+        if self._unfinished is not None:
+            # The step before was made by the run that was stopped; its evaluation comes first.
+            self.iter = self.storage.iter = self.start_iter - 1
+            self.storage.put_scalars(**self._unfinished, smoothing_hint=False)
+            self._unfinished = None
+            self._or_stop(lambda: [hook.after_step() for hook in (self.evaluation, self._writer, self._saver)])
+            self.iter = self.storage.iter = self.start_iter
+
     def after_step(self) -> None:
         self.seconds = time.perf_counter() - self._begun
-        super().after_step()
+        self._or_stop(super().after_step)
+
+    def _or_stop(self, finish: Callable[[], Any]) -> None:
+        """Do what follows a step; where the evaluation is left for a preemption, save what was done before it."""
+        try:
+            finish()
+        except Preempted:
+            latest = self.storage.latest().items()
+            self._unfinished = {name: value for name, (value, step) in latest if step == self.iter and name == "lr"}
+            self._saver.save_and_stop()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seconds": self.seconds}
+        return {**super().state_dict(), "seconds": self.seconds, "unfinished": self._unfinished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.seconds = state_dict["seconds"]
+        self._unfinished = state_dict["unfinished"]
 
 
 def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from common.engine.metrics import MeanMetrics, average_states
+from common.errors import DivergedError
 
 __all__ = ["StepTrainer", "seed_step"]
 
@@ -85,10 +86,13 @@ class StepTrainer(TrainerBase):
         # In a storage of its own: the trainer's smooths over a window, which a restart would cut.
         autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
         with EventStorage(self.iter) as notes, autocast:
-            losses = self.compute_losses(batch)
+            try:
+                losses = self.compute_losses(batch)
+            except FloatingPointError as error:  # Detectron2's networks look at what they compute
+                raise DivergedError(str(error)) from error
         self.noted.update({name: value for name, (value, _) in notes.latest().items()})
-        for name, image, _ in notes._vis_data:
-            self.storage.put_image(name, image)
+        self.storage._vis_data += notes._vis_data
+        self.storage._histograms += notes._histograms
         self.optimizer.zero_grad()
         self.backward(losses)
         self.after_backward()
@@ -123,15 +127,15 @@ class StepTrainer(TrainerBase):
         """Every process's means of the losses since the last log line.
 
         Raises:
-            FloatingPointError: in all processes, where a mean of one of them is not finite.
+            DivergedError: in all processes, where a mean of one of them is not finite.
         """
         try:
             own = self.metrics.compute()
-        except FloatingPointError as error:
+        except DivergedError as error:
             own = error
         gathered = comm.all_gather(own)
         for means in gathered:
-            if isinstance(means, FloatingPointError):
+            if isinstance(means, DivergedError):
                 raise means
         return gathered
 

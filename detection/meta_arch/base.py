@@ -122,13 +122,15 @@ class DistillDetector(nn.Module):
             losses = super().forward(batched_inputs)
         logits, target = self.student_scores(calls) if self._looks_at_scores else (None, None)
         student, teacher = Outputs(logits=logits), None
+        if self._levels:
+            student.feats = [calls["backbone"].output[name] for name in self._levels]
         if self.teacher is not None:
             with torch.no_grad(), teaching(self.teacher, self.distillers.values()):
                 maps = self.teacher.backbone(self.teacher_view.images(batched_inputs))
                 scores = self.teacher_scores(calls, maps) if self._looks_at_scores else None
             teacher = Outputs(logits=scores)
             if self._levels:
-                pairs = [crop(calls["backbone"].output[name], maps[name]) for name in self._levels]
+                pairs = [crop(feat, maps[name]) for feat, name in zip(student.feats, self._levels, strict=True)]
                 student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
         # Iterations are counted from 0; a warm-up begins with its first part, not with nothing.
         ctx = Context(time=get_event_storage().iter + 1)

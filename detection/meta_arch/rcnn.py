@@ -37,6 +37,7 @@ class DistillRCNN(DistillDetector, GeneralizedRCNN):
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES + (not sigmoid),
             feats=tuple((shapes[name].channels,) for name in levels(backbone)),
             sigmoid=sigmoid,
+            row_per_image=False,
         )
 
     @classmethod

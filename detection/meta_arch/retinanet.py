@@ -36,6 +36,7 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
             num_classes=cfg.MODEL.RETINANET.NUM_CLASSES,
             feats=tuple((shapes[name].channels,) for name in levels(backbone)),
             sigmoid=True,
+            row_per_image=False,
         )
 
     @classmethod

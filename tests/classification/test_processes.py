@@ -14,9 +14,10 @@ from timm.layers import BatchNormAct2d
 from common.engine.distributed import synchronize_batch_norms
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import read_metrics
-from common.errors import ConfigError
+from common.errors import ConfigError, DivergedError
 from tests.classification.runs import run, small_cfg, state
 from tests.restarts import assert_identical
+from tests.slurm import slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("-m", "tests.classification.processes")
@@ -116,7 +117,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
     trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.1), iter, seed=0)
     trainer.metrics.update({"loss": torch.tensor(1.0)})
     assert trainer.check_finite() == [{"loss": 1.0}]
-    other = FloatingPointError("of the other process")
+    other = DivergedError("of the other process.")
     monkeypatch.setattr("common.engine.trainer.comm.all_gather", lambda own: [own, other])
     with pytest.raises(FloatingPointError, match="of the other process"):
         trainer.check_finite()
@@ -142,7 +143,20 @@ def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
     assert "SIGTERM: saved after step 5" in (folder / "log.txt").read_text()
     assert "SIGTERM: saved after step 5" in (folder / "log.txt.rank1").read_text()
     pending = torch.load(folder / "model_0000005.pth", weights_only=True)["trainer"]["metrics"]
-    assert len(pending) == 2 and pending[0]["count"] == pending[1]["count"] > 0
+    counts = [losses["counts"] for losses, _ in pending]
+    assert len(counts) == 2 and counts[0] == counts[1] and counts[0]["loss_ce"] > 0
+    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    assert_identical(state(folder), state(two / "unbroken"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_in_an_evaluation(two, tmp_path):
+    """None goes on with it, and none waits for the others."""
+    stopped = start(2, *PROGRAM, tmp_path, "stopped in evaluation")
+    folder = tmp_path / "stopped in evaluation"
+    assert stopped.returncode and stopped.stderr.count("exitcode  : 143") >= 1
+    assert max(path.name for path in folder.glob("model_*")) == "model_0000006.pth"
+    assert read_metrics(folder)[-1]["iteration"] == 3
     started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
     assert_identical(state(folder), state(two / "unbroken"))
 
@@ -188,32 +202,6 @@ def test_num_gpus_passes_sigterm_on_and_exits_143(tmp_path):
     steps = [re.findall(r"SIGTERM: saved after step (\d+)", log) for log in logs]
     assert steps[0] == steps[1] and len(steps[0]) == 1
     assert (folder / f"model_{int(steps[0][0]):07d}.pth").is_file()
-
-
-# Two tasks with the variables that srun gives them, and the command that follows srun's options.
-SRUN = """#!/bin/bash
-printf '%s\\n' "$@" > "$RECORD"
-while [[ $1 == --* ]]; do shift; done
-export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE=2
-export SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!
-wait $first && wait $second
-"""
-
-
-def slurm(folder, script, *arguments):
-    tools = folder / "bin"
-    tools.mkdir()
-    (tools / "srun").write_text(SRUN)
-    (tools / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    env.update(PATH=f"{tools}:{os.environ['PATH']}", RECORD=str(folder / "srun.txt"), OMP_NUM_THREADS="1", GPUS="2")
-    env.update(SRUN_ARGS="--time=1:00:00 --exclusive")
-    command = ["bash", str(ROOT / "tools" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow

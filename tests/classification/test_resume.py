@@ -65,6 +65,15 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
     assert_identical(state(tmp_path), unbroken)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, STEPS])
+def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
+    assert start(tmp_path, 0, "in evaluation", step).wait() == 143
+    assert (tmp_path / f"model_{step:07d}.pth").exists()
+    run(small_cfg(tmp_path), resume=True)
+    assert_identical(state(tmp_path), unbroken)
+
+
 def test_workers_change_nothing(tmp_path, unbroken):
     run(small_cfg(tmp_path, workers=2))
     assert_identical(state(tmp_path), unbroken)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.engine.writers import read_metrics
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, DivergedError
 from tests.detection.runs import STEPS, run, state, tiny_cfg
 from tests.restarts import assert_identical
 
@@ -68,6 +68,15 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
     assert_identical(state(tmp_path), unbroken["rcnn"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, STEPS])
+def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
+    assert start(tmp_path, "rcnn", 0, "in evaluation", step).wait() == 143
+    assert (tmp_path / f"model_{step:07d}.pth").exists()
+    run(tiny_cfg("rcnn", tmp_path), resume=True)
+    assert_identical(state(tmp_path), unbroken["rcnn"])
+
+
 def test_workers_change_nothing(tmp_path, unbroken):
     run(tiny_cfg("rcnn", tmp_path, workers=2))
     assert_identical(state(tmp_path), unbroken["rcnn"])
@@ -89,7 +98,7 @@ def test_the_run_folder(tmp_path, tiny):
     assert {key.split(".")[0] for key in student} == {"backbone", "proposal_generator", "roi_heads"}
 
 
-def test_the_teacher_is_as_it_was_loaded(tmp_path, tiny, monkeypatch):
+def test_the_teacher_is_as_it_was_loaded_even_after_a_restart(tmp_path, tiny, monkeypatch):
     from detection import trainer
 
     built = []
@@ -97,7 +106,9 @@ def test_the_teacher_is_as_it_was_loaded(tmp_path, tiny, monkeypatch):
         trainer, "build_model", lambda cfg, build=trainer.build_model: built.append(build(cfg)) or built[0]
     )
     cfg = tiny_cfg("rcnn", tmp_path)
-    run(cfg)
+    run(tiny_cfg("rcnn", tmp_path))
+    built.clear()
+    run(cfg, resume=True)
     file = torch.load(cfg.TEACHER.MODEL.WEIGHTS, weights_only=True)["model"]
     assert all(torch.equal(value, file[name]) for name, value in built[0].teacher.state_dict().items())
 
@@ -116,7 +127,7 @@ def test_a_teacher_without_weights(tmp_path, tiny):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, tiny):
-    with pytest.raises(FloatingPointError, match=r"infinite|diverged"):
+    with pytest.raises(DivergedError, match=r"(infinite|diverged).* Lower SOLVER.BASE_LR"):
         run(tiny_cfg("rcnn", tmp_path, SOLVER__BASE_LR=1e30, SOLVER__WARMUP_ITERS=0))
     for path in tmp_path.glob("model_*.pth"):
         weights = torch.load(path, weights_only=True)["model"].values()

@@ -1,0 +1,77 @@
+"""SIGTERM: noted when it comes, acted upon where a run can stop and go on."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+
+__all__ = ["Preempted", "Preemption", "WatchedBatches"]
+
+logger = logging.getLogger("detectron2.d2distill")
+
+
+class Preempted(Exception):
+    """The job is to stop, and an evaluation was left for it."""
+
+
+class Preemption:
+    """Whether the scheduler asked this job to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: Any = None
+
+    def install(self) -> None:
+        """Note SIGTERM from now on."""
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+
+    def remove(self) -> None:
+        """Leave SIGTERM to whom it was before."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def any_process(self) -> bool:
+        """Whether any process of the job was asked. All call it."""
+        if comm.get_world_size() == 1:
+            return self.requested
+        # On the CPU group, so that no GPU waits for it.
+        flag = torch.tensor([int(self.requested)])
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=comm._get_global_gloo_group())
+        return bool(flag)
+
+
+class WatchedBatches:
+    """Batches of an evaluation, which ends early where the job is to stop: a scheduler does not wait for it.
+
+    Args:
+        batches: with a length.
+        preemption: what is watched.
+
+    Raises:
+        Preempted: in all processes, after their last batch, where one of them was asked to stop.
+    """
+
+    def __init__(self, batches: Iterable[Any], preemption: Preemption) -> None:
+        self.batches = batches
+        self.preemption = preemption
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if self.preemption.requested:
+                break
+            yield batch
+        if self.preemption.any_process():
+            raise Preempted("SIGTERM during an evaluation")

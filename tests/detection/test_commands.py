@@ -1,0 +1,185 @@
+"""`detection/train_net.py`, as a user types it, and stock Detectron2 with what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.engine.launch import command
+from common.engine.writers import read_metrics
+from detection.train_net import main
+from tests.detection.runs import STEPS, TINY, run, state, tiny_cfg
+from tests.restarts import assert_identical
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def call(*arguments, code=0, processes=1, script="detection/train_net.py", **environment):
+    command = [sys.executable, *([*TORCHRUN, str(processes)] if processes > 1 else []), script, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
+
+
+def write(cfg, path):
+    path.write_text(cfg.dump())
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    """A run with many detections, made by the command."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "DISTILL.REVIEWKD.WEIGHT": 1e-3}
+    config = write(tiny_cfg("rcnn", folder / "run", **settings), folder / "tiny.yaml")
+    call("--config-file", config, "--num-gpus", 0)
+    return folder
+
+
+def predictions(folder):
+    return json.loads(Path(folder, "inference", "tiny_val", "coco_instances_results.json").read_text())
+
+
+STOCK = """
+import json, sys
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.data import build_detection_test_loader
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.modeling import build_model
+
+root, folder, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+register_coco_instances("tiny_val", {}, f"{root}/tiny/annotations/val.json", f"{root}/tiny/val")
+cfg = get_cfg()
+cfg.merge_from_list(settings)
+model = build_model(cfg).eval()
+left = DetectionCheckpointer(model).load(f"{folder}/student_final.pth")
+results = inference_on_dataset(
+    model, build_detection_test_loader(cfg, "tiny_val"), COCOEvaluator("tiny_val", output_dir=f"{folder}/stock")
+)
+ours = [name for name in sys.modules if name.split(".")[0] in ("common", "classification", "detection")]
+print("\\nRESULT", json.dumps([type(model).__name__, ours, results["bbox"]["AP"]]))
+"""
+
+
+@pytest.mark.slow
+def test_stock_detectron2_gives_the_same_detections(trained, tiny, tmp_path):
+    cfg = tiny_cfg("rcnn", trained / "run")
+    keys = ["RESNETS", "FPN", "ANCHOR_GENERATOR", "RPN", "ROI_HEADS", "ROI_BOX_HEAD", "BACKBONE"]
+    nodes = {f"MODEL.{key}": cfg.MODEL[key] for key in keys}
+    settings = [x for name, node in nodes.items() for key, value in node.items() for x in (f"{name}.{key}", value)]
+    settings += ["MODEL.PIXEL_MEAN", cfg.MODEL.PIXEL_MEAN, "MODEL.PIXEL_STD", cfg.MODEL.PIXEL_STD]
+    settings += ["MODEL.DEVICE", "cpu", "INPUT.FORMAT", "RGB", "INPUT.MIN_SIZE_TEST", 96, "MODEL.MASK_ON", False]
+    settings += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "DATALOADER.NUM_WORKERS", 0]
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK)
+    printed = call(tiny, trained / "run", json.dumps(settings), script=str(script), PYTHONPATH="")
+    kind, ours, average_precision = json.loads(printed.split("RESULT")[1])
+    assert kind == "GeneralizedRCNN" and not ours
+    found = json.loads((trained / "run" / "stock" / "coco_instances_results.json").read_text())
+    assert len(found) > 20 and found == predictions(trained / "run")
+    assert average_precision == json.loads((trained / "run" / "results.json").read_text())["bbox/AP"]
+
+
+@pytest.mark.slow
+def test_evaluate_again(trained, tmp_path):
+    before = predictions(trained / "run")
+    final, config = trained / "run" / "student_final.pth", trained / "tiny.yaml"
+    printed = call("--config-file", config, "--eval-only", "MODEL.WEIGHTS", final, "OUTPUT_DIR", tmp_path)
+    results = json.loads((trained / "run" / "results.json").read_text())
+    assert f"bbox/AP {results['bbox/AP']:.2f}, bbox/AP50 {results['bbox/AP50']:.2f}" in printed
+    assert predictions(tmp_path) == before
+    # A run's checkpoint holds the student too; --resume takes the run folder's.
+    checkpoint = trained / "run" / f"model_{STEPS:07d}.pth"
+    call("--config-file", config, "--eval-only", "MODEL.WEIGHTS", checkpoint, "OUTPUT_DIR", tmp_path)
+    assert predictions(tmp_path) == before
+    assert "student_final.pth: bbox/AP" in call("--config-file", config, "--eval-only", "--resume")
+    # Averaged over scales and flips.
+    augmented = call(
+        "--config-file", config, "--eval-only", "MODEL.WEIGHTS", final, "OUTPUT_DIR", tmp_path,
+        "TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(96,)",
+    )  # fmt: skip
+    assert "bbox/AP_TTA" in augmented
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_and_resume(tiny, tmp_path):
+    """On CPUs with gloo; both see the batches of one process, each its half."""
+    settings = {"MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "TEST.EVAL_PERIOD": 0}
+    whole = write(tiny_cfg("rcnn", tmp_path / "whole", **settings), tmp_path / "whole.yaml")
+    call("--config-file", whole, processes=2)
+    parts = write(tiny_cfg("rcnn", tmp_path / "parts", **settings), tmp_path / "parts.yaml")
+    call("--config-file", parts, "SOLVER.CHECKPOINT_KEEP", 9, processes=2)
+    # As if both had been killed after the fourth step.
+    (tmp_path / "parts" / f"model_{STEPS:07d}.pth").unlink()
+    call("--config-file", parts, "--resume", processes=2)
+    assert_identical(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    assert len({record["image_id"] for record in predictions(tmp_path / "whole")}) == 4
+    # Of the same images, so not far from one process's, whose proposals are drawn by other numbers.
+    run(one := tiny_cfg("rcnn", tmp_path / "one", **settings))
+    for a, b in zip(read_metrics(one.OUTPUT_DIR), read_metrics(tmp_path / "whole"), strict=True):
+        assert a["loss_reviewkd"] == pytest.approx(b["loss_reviewkd"], rel=0.2)
+
+
+def test_errors_are_one_line(tiny, tmp_path, monkeypatch, capsys):
+    config = write(tiny_cfg("rcnn", tmp_path / "run"), tmp_path / "tiny.yaml")
+
+    def error(*arguments, file=config):
+        monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(file), *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit, match="2"):
+            command(main)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "no such file" in error(file=tmp_path / "no.yaml")
+    assert "did you mean SOLVER.BASE_LR" in error("SOLVER.BASE_LRR", 1)
+    assert "MODEL.ROI_HEADS.NUM_CLASSES" in error("MODEL.ROI_HEADS.NUM_CLASSES", 11)
+    assert "TEACHER.MODEL.WEIGHTS" in error("TEACHER.MODEL.WEIGHTS", tmp_path / "no.pth")
+    assert "MODEL.WEIGHTS" in error("MODEL.WEIGHTS", tmp_path / "no.pth")
+    assert "did you mean tiny_train" in error("DATASETS.TRAIN", "('tiny_trian',)")
+    assert "has 0 GPUs" in error("--num-gpus", 2) or torch.cuda.device_count() > 1
+    assert "--eval-only needs MODEL.WEIGHTS" in error("--eval-only")
+    assert "student_final.pth" in error("--eval-only", "--resume")
+    assert "TEST.AUG.ENABLED" in error(
+        "--eval-only", "MODEL.WEIGHTS", tiny / "teacher_retinanet.pth", "TEST.AUG.ENABLED", True,
+        file=write(tiny_cfg("retinanet", tmp_path / "r"), tmp_path / "retinanet.yaml"),
+    )  # fmt: skip
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_coco_that_is_not_there(tmp_path):
+    message = call("--config-file", "configs/det/dkd_r101_r18.yaml", "OUTPUT_DIR", tmp_path / "run",
+                   code=2, DETECTRON2_DATASETS=str(tmp_path))  # fmt: skip
+    assert "instances_train2017.json" in message and "cocodataset" in message.lower()
+
+
+@pytest.mark.slow
+def test_own_modules_and_data(tiny, tmp_path):
+    """IMPORTS is relative to the YAML; a backbone, a method and a data set of one's own."""
+    (tmp_path / "mine.py").write_text(
+        "from detectron2.modeling import BACKBONE_REGISTRY\n"
+        "from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone\n"
+        "from common.distillers import DISTILLERS, LogitDistiller\n"
+        "@BACKBONE_REGISTRY.register()\n"
+        "def build_mine(cfg, input_shape):\n"
+        "    return build_resnet_fpn_backbone(cfg, input_shape)\n"
+        "@DISTILLERS.register()\n"
+        "class Squared(LogitDistiller):\n"
+        "    def logit_loss(self, student, teacher, target):\n"
+        "        return (student - teacher).square().sum() / max(len(target), 1)\n"
+    )
+    cfg = tiny_cfg("rcnn", tmp_path / "run", **{"DISTILL.METHODS": [], "TEST.EVAL_PERIOD": 0, "SOLVER.MAX_ITER": 2})
+    content = cfg.dump().replace("IMPORTS: []", "IMPORTS: [mine.py]").replace("METHODS: []", "METHODS: [Squared]")
+    (tmp_path / "tiny.yaml").write_text(content)
+    call("--config-file", tmp_path / "tiny.yaml", "MODEL.BACKBONE.NAME", "build_mine", "DISTILL.SQUARED.WEIGHT", 0.1)
+    assert "loss_squared" in read_metrics(tmp_path / "run")[-1] and set(TINY) == {"train", "val"}

@@ -1,0 +1,154 @@
+"""Every detection config: loaded, built at its real widths, and stepped once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from common.distillers import DISTILLERS
+from common.errors import ConfigError
+from detection.config import CfgNode, add_distill_config, get_cfg, load_cfg, teacher_cfg, validate
+from tests.detection.small import batch, build, step
+
+CONFIGS = sorted(Path("configs/det").glob("*.yaml"))
+# Few proposals and classes: the widths stay.
+FEW = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.ROI_HEADS.NUM_CLASSES": 5,
+    "MODEL.RETINANET.NUM_CLASSES": 5,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 10,
+}
+
+
+def few(path, **settings):
+    opts = {"MODEL.DEVICE": "cpu", **FEW, **{f"TEACHER.{key}": value for key, value in FEW.items()}, **settings}
+    return load_cfg(str(path), [item for pair in opts.items() for item in pair])
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.stem.startswith("base_")], ids=lambda p: p.stem)
+def test_every_config_is_built_and_stepped(path):
+    cfg = few(path)
+    model = build(cfg)
+    losses = step(model, batch(masks=cfg.MODEL.MASK_ON))
+    assert {f"loss_{method.lower()}" for method in cfg.DISTILL.METHODS} <= set(losses)
+    assert all(torch.isfinite(value) for value in losses.values())
+    sum(losses.values()).backward()
+    if cfg.DISTILL.METHODS:
+        # A method that is named teaches something.
+        assert all(losses[f"loss_{method.lower()}"] > 0 for method in cfg.DISTILL.METHODS)
+        teacher = teacher_cfg(cfg)
+        assert teacher.MODEL.MASK_ON == cfg.MODEL.MASK_ON
+    if cfg.INPUT.FORMAT == "RGB":
+        assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.280, 103.530] and cfg.MODEL.PIXEL_STD == [58.395, 57.120, 57.375]
+    else:
+        assert cfg.MODEL.PIXEL_MEAN == [103.530, 116.280, 123.675] and cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
+
+
+def test_the_configs_of_the_published_pairs_are_there():
+    names = {path.stem for path in CONFIGS}
+    pairs = ["r101_r18", "r101_r50", "r50_mv2"]
+    assert {f"{method}_{pair}" for method in ("dkd", "reviewkd", "review_dkd") for pair in pairs} < names
+    assert {f"reviewkd_{pair}_mask" for pair in pairs} | {"kd_r101_r18", "pkd_r101_r50"} < names
+    assert {"r18", "r50", "mv2", "r18_mask", "r50_mask", "mv2_mask", "retinanet_r50"} < names
+    used = {
+        method
+        for path in CONFIGS
+        for method in CfgNode.load_yaml_with_base(str(path)).get("DISTILL", {}).get("METHODS", [])
+    }
+    assert used == {"DKD", "ReviewKD", "KD", "DIST", "NKD", "RLD", "FitNet", "PKD", "CWD", "MGD", "BCKD"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "weight", "with_masks"), [("r101_r18", 1.2, 1.5), ("r101_r50", 1.0, 0.8), ("r50_mv2", 2.0, 1.0)]
+)
+def test_weights_of_the_reference(pair, weight, with_masks):
+    assert load_cfg(f"configs/det/reviewkd_{pair}.yaml").DISTILL.REVIEWKD.WEIGHT == weight
+    assert load_cfg(f"configs/det/reviewkd_{pair}_mask.yaml").DISTILL.REVIEWKD.WEIGHT == with_masks
+    both = load_cfg(f"configs/det/review_dkd_{pair}.yaml")
+    dkd = both.DISTILL.DKD
+    assert (both.DISTILL.REVIEWKD.WEIGHT, dkd.ALPHA, dkd.BETA, dkd.T, dkd.WEIGHT) == (weight, 1.0, 0.25, 1.0, 1.0)
+    solver = both.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (8, 0.01, 180000, (120000, 160000))
+
+
+def test_a_zoo_teacher_comes_with_its_trained_weights():
+    cfg = load_cfg("configs/det/dkd_r101_r18.yaml")
+    assert cfg.TEACHER.MODEL.RESNETS.DEPTH == 101 and cfg.TEACHER.INPUT.FORMAT == "BGR"
+    assert cfg.TEACHER.MODEL.WEIGHTS.endswith("faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl")
+    cfg = load_cfg(
+        "configs/det/dkd_r101_r18.yaml", ["TEACHER.MODEL.WEIGHTS", "mine.pth", "TEACHER.MODEL.MASK_ON", "True"]
+    )
+    assert cfg.TEACHER.MODEL.WEIGHTS == "mine.pth" and cfg.TEACHER.MODEL.MASK_ON
+
+
+def test_a_teachers_file_may_be_one_of_ours_or_a_runs(tmp_path):
+    """Its weights are where its training began: no teacher."""
+    cfg = load_cfg("configs/det/dkd_r101_r18.yaml", ["TEACHER.CONFIG_FILE", "configs/det/r50.yaml"])
+    assert cfg.TEACHER.MODEL.RESNETS.DEPTH == 50 and cfg.TEACHER.MODEL.WEIGHTS == "" and "DISTILL" not in cfg.TEACHER
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = load_cfg("configs/det/dkd_r50_mv2.yaml", ["TEACHER.CONFIG_FILE", str(tmp_path / "config.yaml")])
+    assert again.TEACHER.MODEL.RESNETS.DEPTH == 18 and again.TEACHER.INPUT.FORMAT == "RGB"
+
+
+def test_a_dumped_config_loads_as_it_was(tmp_path):
+    cfg = load_cfg(
+        "configs/det/review_dkd_r50_mv2.yaml", ["TEACHER.MODEL.WEIGHTS", "x.pth", "TEACHER.MODEL.KEYPOINT_ON", "True"]
+    )
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    # As YAML has it: a tuple in a tuple comes back as a list.
+    assert yaml.safe_load(load_cfg(str(tmp_path / "config.yaml")).dump()) == yaml.safe_load(cfg.dump())
+
+
+def test_detectron2s_own_config_node_works_too():
+    from detectron2.config import get_cfg as stock
+
+    cfg = stock()
+    add_distill_config(cfg)
+    cfg.merge_from_list(["TEACHER.CONFIG_FILE", "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"])
+    cfg.merge_from_list(["TEACHER.MODEL.ROI_HEADS.NUM_CLASSES", "7", "MODEL.DEVICE", "cpu"])
+    teacher = teacher_cfg(cfg)
+    assert teacher.MODEL.RESNETS.DEPTH == 50 and teacher.MODEL.ROI_HEADS.NUM_CLASSES == 7
+    assert teacher.MODEL.DEVICE == "cpu" and "R_50_FPN_3x" in teacher.MODEL.WEIGHTS
+    assert cfg.DISTILL.REVIEWKD.FIRST == 0  # of a pyramid all levels
+    assert set(cfg.DISTILL) >= {"METHODS", "DKD"} and len(DISTILLERS._obj_map) + 2 == len(cfg.DISTILL)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.BASE_LRS", "1"], r"unknown config key SOLVER\.BASE_LRS \(did you mean SOLVER\.BASE_LR"),
+        (["TEACHER.MODEL.WEIGHT", "x"], r"TEACHER\.MODEL\.WEIGHT \(did you mean TEACHER\.MODEL\.WEIGHTS"),
+        (["DISTILL.METHODS", "['DKT']"], "no method DKT .*DKD"),
+        (["TEACHER.CONFIG_FILE", "COCO-Detection/faster_rcnn_R_101.yaml"], "neither a file"),
+        (["SEED", "-1"], "SEED is -1"),
+        (["DISTILL.CE_WEIGHT", "0.1"], "CE_WEIGHT"),
+        (["MODEL.DEVICE", "cuda:99"], "cuda:99"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN"),
+        (["TEST.PRECISE_BN.ENABLED", "True"], "PRECISE_BN"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_config(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load_cfg("configs/det/dkd_r101_r18.yaml", opts)
+
+
+def test_a_teachers_file_that_would_run_code_is_refused(tmp_path):
+    file = tmp_path / "teacher.yaml"
+    file.write_text('MODEL: {RESNETS: {DEPTH: !!python/object/apply:eval ["50"]}}\n')
+    with pytest.raises(ConfigError, match="would run code"):
+        load_cfg("configs/det/dkd_r101_r18.yaml", ["TEACHER.CONFIG_FILE", str(file)])
+    with pytest.raises(ConfigError, match="would run code"):
+        load_cfg(str(file))
+    file.write_text("MODEL: {RESNETS: {DEPHT: 50}}\n")
+    with pytest.raises(ConfigError, match=r"TEACHER.CONFIG_FILE .*teacher.yaml: unknown .* MODEL.RESNETS.DEPHT"):
+        load_cfg("configs/det/dkd_r101_r18.yaml", ["TEACHER.CONFIG_FILE", str(file)])
+
+
+def test_the_default_configuration_is_checked():
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("a",), ("b",)
+    validate(cfg)
+    assert cfg.MODEL.DEVICE in ("cpu", "cuda")

@@ -1,0 +1,98 @@
+"""Trainings of other kinds than those that are stopped and resumed: masks, mixed precision, merged files."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
+
+from common.errors import ConfigError
+from detection.config import load_cfg
+from tests.detection.runs import run, tiny_cfg
+from tests.detection.small import SMALL, TEACHER, build, small_cfg
+from tests.restarts import assert_identical
+
+SHORT = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "TEST.EVAL_PERIOD": 0}
+
+
+def test_masks(tiny, tmp_path):
+    masks = {"MODEL.MASK_ON": True, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "DISTILL.METHODS": ["ReviewKD"]}
+    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **masks))
+    assert {"bbox/AP", "segm/AP", "segm/AP50", "best_segm/AP"} <= set(results)
+
+
+def test_mixed_precision(tiny, tmp_path):
+    """bf16 on CPUs, fp16 with loss scaling on GPUs; losses and weights stay fp32."""
+    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True}))
+    student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
+
+
+def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
+    augmented = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (96,), "TEST.AUG.FLIP": False}
+    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **augmented))
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert "bbox/AP_TTA" in results and set(results) < set(written)
+    assert json.dumps(written, allow_nan=False)
+
+
+def test_several_test_sets(tiny, tmp_path):
+    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"DATASETS.TEST": ("tiny_val", "tiny_train")}))
+    assert {"tiny_val/bbox/AP", "tiny_train/bbox/AP", "best_tiny_val/bbox/AP"} <= set(results)
+    assert (tmp_path / "student_best.pth").exists()
+
+
+def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch):
+    if find_spec("cv2") is None:
+        with pytest.raises(ConfigError, match="VIS_PERIOD: Detectron2 draws with OpenCV"):
+            tiny_cfg("rcnn", tmp_path, VIS_PERIOD=1)
+    monkeypatch.setattr("detection.config.find_spec", lambda name: True)
+
+    def picture(self, inputs, proposals):
+        get_event_storage().put_image("proposals", torch.zeros(3, 8, 8, dtype=torch.uint8))
+
+    monkeypatch.setattr(GeneralizedRCNN, "visualize_training", picture)
+    run(tiny_cfg("rcnn", tmp_path, **SHORT, VIS_PERIOD=1, LOG_PERIOD=1))
+    (events,) = tmp_path.glob("events.*")
+    assert events.read_bytes().count(b"proposals") == 2
+
+
+def test_gradient_clipping_of_detectron2(tiny, tmp_path):
+    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.CLIP_GRADIENTS.ENABLED": True}))
+
+
+def test_an_evaluator_that_is_not_known(tiny, tmp_path):
+    cfg = tiny_cfg("rcnn", tmp_path, **SHORT)
+    run(cfg)
+    vars(MetadataCatalog.get("tiny_val"))["evaluator_type"] = "panoptic"
+    try:
+        with pytest.raises(ConfigError, match="tiny_val asks for the evaluator 'panoptic'; known: coco"):
+            run(cfg, resume=True)
+    finally:
+        vars(MetadataCatalog.get("tiny_val"))["evaluator_type"] = "coco"
+
+
+@pytest.mark.parametrize("zoo", [False, True])
+def test_a_merged_file_gives_student_and_teacher(tmp_path, zoo):
+    """Before what the zoo's configuration brings, but not before weights that were asked for."""
+    model = build(small_cfg(), seed=3)
+    teacher = {f"teacher.{key}": value for key, value in model.teacher.state_dict().items()}
+    student = {key: value for key, value in model.state_dict().items() if not key.startswith("distillers.")}
+    torch.save({"model": {**student, **teacher}}, tmp_path / "merged.pth")
+    torch.save({"model": {**model.teacher.state_dict()}}, tmp_path / "teacher.pth")
+    if zoo:
+        opts = {**SMALL, **TEACHER, "TEACHER.MODEL.RESNETS.DEPTH": 18, "TEACHER.MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+        del opts["TEACHER.MODEL.WEIGHTS"]
+        opts["MODEL.WEIGHTS"] = str(tmp_path / "merged.pth")
+        cfg = load_cfg("configs/det/review_dkd_r101_r18.yaml", [item for pair in opts.items() for item in pair])
+        assert cfg.TEACHER.MODEL.WEIGHTS.startswith("https://")
+    else:
+        cfg = small_cfg(**{"MODEL.WEIGHTS": str(tmp_path / "merged.pth")})
+    built = build(cfg, seed=4)
+    assert built.teacher_view.key == "MODEL.WEIGHTS"
+    assert_identical({**built.teacher.state_dict()}, {**model.teacher.state_dict()})
+    cfg.TEACHER.MODEL.WEIGHTS = str(tmp_path / "teacher.pth")
+    assert build(cfg).teacher_view.key == "TEACHER.MODEL.WEIGHTS"
