@@ -82,8 +82,10 @@ def train_all(
         print(file=sys.stderr)
 
 
-def mean_std(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, two decimals each; of one value that value alone."""
+def mean_std(values: Sequence[float | None]) -> str:
+    """Mean and sample standard deviation, two decimals each; of one value that value alone; of undefined ones n/a."""
+    if None in values:
+        return "n/a"
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"

@@ -44,4 +44,4 @@ def test_a_failed_run_is_shown_by_the_end_of_its_log(script, tmp_path):
 
 
 def test_mean_and_deviation():
-    assert mean_std([2.0]) == "2.00" and mean_std([90, 92, 97]) == "93.00 ± 3.61"
+    assert mean_std([2.0]) == "2.00" and mean_std([90, 92, 97]) == "93.00 ± 3.61" and mean_std([1.0, None]) == "n/a"
