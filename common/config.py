@@ -75,6 +75,9 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
     if config_file:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list(list(opts or []))
+    # Other processes, and the run folder's copy of these settings, begin elsewhere.
+    folder = Path(config_file).resolve().parent
+    cfg.IMPORTS = [str(folder / name) if name.endswith(".py") else name for name in cfg.IMPORTS]
     if not cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
     return cfg
@@ -89,7 +92,7 @@ def without_code(name: str) -> Iterator[None]:
         raise ConfigError(f"{name} has YAML that would run code: {error.problem}") from error
 
 
-def import_extensions(names: Iterable[str], folder: Path) -> None:
+def import_extensions(names: Iterable[str], folder: Path = Path()) -> None:
     """Import what a configuration's IMPORTS names: modules, or files relative to `folder`, each once.
 
     Raises:

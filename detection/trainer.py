@@ -142,7 +142,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
-    import_extensions(cfg.IMPORTS, Path(args.config_file).parent)
+    import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
     cfg.DISTILL.METHODS = []
     if args.resume:

@@ -187,13 +187,13 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Args:
         cfg: a checked configuration.
-        args: ``resume`` and ``config_file`` of the command line.
+        args: ``resume`` of the command line.
 
     Raises:
         ConfigError: the folder holds another run, or a batch or device that does not fit the number of processes.
     """
     # Processes that Detectron2 started have imported nothing yet.
-    import_extensions(cfg.IMPORTS, Path(args.config_file).parent)
+    import_extensions(cfg.IMPORTS)
     if not args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"

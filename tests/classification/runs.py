@@ -45,7 +45,7 @@ def small_cfg(folder, workers=0, **settings) -> CfgNode:
 
 
 def run(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
-    return train(cfg, argparse.Namespace(resume=resume, config_file=""))
+    return train(cfg, argparse.Namespace(resume=resume))
 
 
 def state(folder) -> tuple[dict, dict, list]:

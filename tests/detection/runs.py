@@ -69,7 +69,7 @@ def tiny_cfg(name, folder, workers=0, **settings):
 
 
 def run(cfg, resume: bool = False) -> dict[str, float]:
-    return train(cfg, argparse.Namespace(resume=resume, config_file=""))
+    return train(cfg, argparse.Namespace(resume=resume))
 
 
 def state(folder) -> tuple[dict, dict, list]:
