@@ -145,6 +145,12 @@ def validate(cfg: CfgNode) -> None:
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
             f"{name}"
         )
+    needy = [method for method, kind in methods.items() if kind.needs_teacher]
+    if needy and cfg.TEACHER == _teacher_node(type(cfg)):
+        raise ConfigError(
+            f"DISTILL.METHODS {needy} need a teacher: name its configuration in TEACHER.CONFIG_FILE, a YAML or a name "
+            "of Detectron2's zoo, e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
+        )
     if cfg.TEST.AUG.ENABLED:
         # At the end of the training Detectron2 would only assert it.
         if not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):

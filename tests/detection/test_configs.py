@@ -135,6 +135,11 @@ def test_mistakes_in_a_config(opts, message):
         load_cfg("configs/det/dkd_r101_r18.yaml", opts)
 
 
+def test_methods_without_a_teacher():
+    with pytest.raises(ConfigError, match=r"\['DKD'\] need a teacher: name its configuration in TEACHER.CONFIG_FILE"):
+        load_cfg("configs/det/r18.yaml", ["MODEL.META_ARCHITECTURE", "DistillRCNN", "DISTILL.METHODS", "['DKD']"])
+
+
 def test_a_teachers_file_that_would_run_code_is_refused(tmp_path):
     file = tmp_path / "teacher.yaml"
     file.write_text('MODEL: {RESNETS: {DEPTH: !!python/object/apply:eval ["50"]}}\n')
