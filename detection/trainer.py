@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -123,6 +124,8 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
+    # Does nothing unless SOLVER.REFERENCE_WORLD_SIZE is set.
+    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     prepare_run(cfg, args)
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)

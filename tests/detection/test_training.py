@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
@@ -58,6 +59,12 @@ def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch)
     run(tiny_cfg("rcnn", tmp_path, **SHORT, VIS_PERIOD=1, LOG_PERIOD=1))
     (events,) = tmp_path.glob("events.*")
     assert events.read_bytes().count(b"proposals") == 2
+
+
+def test_a_schedule_made_for_another_number_of_processes_is_scaled(tiny, tmp_path):
+    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.IMS_PER_BATCH": 4, "SOLVER.REFERENCE_WORLD_SIZE": 2}))
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())["SOLVER"]
+    assert settings["IMS_PER_BATCH"] == 2 and settings["MAX_ITER"] == 4
 
 
 def test_gradient_clipping_of_detectron2(tiny, tmp_path):
