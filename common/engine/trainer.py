@@ -85,7 +85,10 @@ class StepTrainer(TrainerBase):
         seed_step(self.seed, self.iter)
         # In a storage of its own: the trainer's smooths over a window, which a restart would cut.
         autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
-        with EventStorage(self.iter) as notes, autocast:
+        # TorchScript computes another way from a function's second call on, which after a restart is another step's.
+        # On GPUs, where the last bits are not promised, its speed goes first.
+        scripted = torch.jit.optimized_execution(self.device.type != "cpu")
+        with EventStorage(self.iter) as notes, autocast, scripted:
             try:
                 losses = self.compute_losses(batch)
             except FloatingPointError as error:  # Detectron2's networks look at what they compute
