@@ -6,47 +6,38 @@ from functools import partial
 import pytest
 import torch
 
-from common.distillers import (
-    DISTILLERS,
-    LogitDistiller,
-    bckd_loss,
-    dist_loss,
-    dkd_loss,
-    kd_loss,
-    nkd_loss,
-    rld_loss,
-    wttm_loss,
-)
+from common import distillers
+from common.distillers import DISTILLERS, LogitDistiller
 from tests.common.distillers import formulas
 from tests.goldens.fill import array
 
 
 def kd(student, teacher, target, temperature=4.0):
-    return kd_loss(student, teacher, temperature)
+    return distillers.kd_loss(student, teacher, temperature)
 
 
 def dkd(student, teacher, target, temperature=4.0):
-    return dkd_loss(student, teacher, target, 1.0, 8.0, temperature)
+    return distillers.dkd_loss(student, teacher, target, 1.0, 8.0, temperature)
 
 
 def dist(student, teacher, target, temperature=4.0):
-    return dist_loss(student, teacher, 1.5, 0.5, temperature)
+    return distillers.dist_loss(student, teacher, 1.5, 0.5, temperature)
 
 
 def nkd(student, teacher, target, temperature=3.0):
-    return nkd_loss(student, teacher, target, 3.5, temperature)
+    return distillers.nkd_loss(student, teacher, target, 3.5, temperature)
 
 
 def rld(student, teacher, target, temperature=4.0):
-    return rld_loss(student, teacher, target, 1.5, 8.0, 2.0, temperature)
+    return distillers.rld_loss(student, teacher, target, 1.5, 8.0, 2.0, temperature)
 
 
 def wttm(student, teacher, target, temperature=10.0):
-    return wttm_loss(student, teacher, 1 / temperature)
+    return distillers.wttm_loss(student, teacher, 1 / temperature)
 
 
 def bckd(student, teacher, target, temperature=None):
-    return bckd_loss(student, teacher, target)
+    return distillers.bckd_loss(student, teacher, target)
 
 
 LOSSES = {loss.__name__: loss for loss in (kd, dkd, dist, nkd, rld, wttm, bckd)}
