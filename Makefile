@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Tests run in as many processes, of one thread each.
+JOBS ?= 2
 
 .PHONY: env demo demo-det test test-fast lint format clean
 
@@ -15,10 +17,10 @@ demo-det: env
 	$(RUN) tools/demo_det.py
 
 test: env
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: env
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 lint: env
 	$(RUN) -m ruff check

@@ -10,8 +10,8 @@ import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-# Last digits depend on the number of threads: the same everywhere.
-torch.set_num_threads(2)
+# `make test` runs a process per core. Last digits depend on the number of threads: the same everywhere.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

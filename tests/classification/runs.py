@@ -54,7 +54,7 @@ def state(folder) -> tuple[dict, dict, list]:
 
 
 def _main(folder: str, workers: str, moment: str, step: str) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     cfg = small_cfg(folder, int(workers))
     trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
     disturb(trainer, moment, int(step))

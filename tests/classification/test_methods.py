@@ -28,17 +28,7 @@ from tests.classification.methods import (
 )
 from tests.restarts import assert_identical
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 per_method = pytest.mark.parametrize("name", METHODS)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """The tensors here are tiny: threads that wait for each other cost ten times the work on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_there_are_methods():

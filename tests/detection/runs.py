@@ -77,7 +77,7 @@ def state(folder) -> tuple[dict, dict, list]:
 
 
 def _main(folder: str, name: str, workers: str, moment: str, step: str) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     cfg = tiny_cfg(name, folder, int(workers))
     register_datasets(cfg)
     trainer = DetectionTrainer(cfg, load_training_set(cfg))
