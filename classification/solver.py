@@ -13,25 +13,38 @@ from common.engine.dot import DOT as DistillationOrientedTrainer
 __all__ = ["OPTIMIZERS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
 
 
-def _sgd(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
+def _sgd(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-        parameters, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, weight_decay=solver.WEIGHT_DECAY
+        _trainable(model), solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV, weight_decay=solver.WEIGHT_DECAY
     )
 
 
-def _adamw(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
-    # As transformers are trained: biases, norms and tokens do not decay.
+def _adamw(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
+    exempt = _exempt_from_decay(model)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": solver.WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in _trainable(model) if p not in exempt], "weight_decay": solver.WEIGHT_DECAY},
+        {"params": [p for p in _trainable(model) if p in exempt], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], solver.BASE_LR)
 
 
-def _dot(parameters: list[nn.Parameter], solver: CfgNode) -> torch.optim.Optimizer:
+def _dot(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
     return DistillationOrientedTrainer(
-        parameters, solver.BASE_LR, solver.MOMENTUM, solver.DELTA, weight_decay=solver.WEIGHT_DECAY
+        _trainable(model), solver.BASE_LR, solver.MOMENTUM, solver.DELTA, weight_decay=solver.WEIGHT_DECAY
     )
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _exempt_from_decay(model: nn.Module) -> set[nn.Parameter]:
+    """As transformers are trained: biases, norms, and what a network names in ``no_weight_decay()``, as timm's do."""
+    exempt = {p for p in model.parameters() if p.ndim <= 1}
+    for module in model.modules():
+        names = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
+        exempt |= {p for name, p in module.named_parameters() if name in names}
+    return exempt
 
 
 def _step(solver: CfgNode) -> ParamScheduler:
@@ -45,7 +58,7 @@ def _cosine(solver: CfgNode) -> ParamScheduler:
 
 
 #: Optimisers by SOLVER.OPTIMIZER.
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], CfgNode], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[nn.Module, CfgNode], torch.optim.Optimizer]] = {
     "SGD": _sgd,
     "AdamW": _adamw,
     "DOT": _dot,
@@ -57,9 +70,10 @@ SCHEDULES: dict[str, Callable[[CfgNode], ParamScheduler]] = {"step": _step, "cos
 def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
     """The optimiser SOLVER.OPTIMIZER over all trainable parameters.
 
-    SGD and DOT decay all of them, as the literature on CNNs does; AdamW the matrices and kernels only.
+    SGD and DOT decay all of them, as the literature on CNNs does; AdamW the matrices and kernels only, without
+    tokens, positions and the like (``no_weight_decay()`` of a network).
     """
-    return OPTIMIZERS[solver.OPTIMIZER]([p for p in model.parameters() if p.requires_grad], solver)
+    return OPTIMIZERS[solver.OPTIMIZER](model, solver)
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, solver: CfgNode, epoch_length: int) -> LRMultiplier:

@@ -24,10 +24,18 @@ _NOT_BLOCKS = (
     Permute,
 )
 _HEADS = ("classifier", "fc", "head", "heads")
+# Learned, but no matrices: torchvision's own recipes do not let them decay (--transformer-embedding-decay 0).
+_EMBEDDINGS = ("class_token", "pos_embedding", "relative_position_bias_table")
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
-class TorchvisionModel(LibraryModel):
+class _Torchvision(LibraryModel):
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser for transformers does not let decay, as timm's models name them."""
+        return {name for name, _ in self.named_parameters() if name.endswith(_EMBEDDINGS)}
+
+
+class TorchvisionModel(_Torchvision):
     """torchvision's model with ``outputs``; ``feats`` are the last block's output at each resolution."""
 
     def outputs(self, images: Tensor) -> Outputs:
@@ -38,7 +46,7 @@ class TorchvisionModel(LibraryModel):
         return Outputs(logits, levels.feats(), None, pooled.pooled())
 
 
-class TorchvisionViT(LibraryModel):
+class TorchvisionViT(_Torchvision):
     """torchvision's ViT with ``outputs``; ``feats`` are the patch embedding and four evenly spaced blocks."""
 
     def outputs(self, images: Tensor) -> Outputs:

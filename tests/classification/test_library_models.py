@@ -11,7 +11,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from classification.config import get_cfg
 from classification.models import build_model
+from classification.solver import build_optimizer
 
 # Name, image size, image_size option, (channels, side) of the maps, D of the pooled vector.
 TIMM = [
@@ -209,3 +211,24 @@ def test_timm_is_not_needed_until_asked_for(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_timm)
     with pytest.raises(ImportError, match="pip install timm"):
         build_model("timm:resnet18", 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "exempt"),
+    [
+        ("timm:vit_tiny_patch16_224", {"cls_token", "pos_embed"}),
+        ("torchvision:swin_t", {f"features.{i}" for i in (1, 3, 5, 7)}),
+        ("torchvision:vit_b_32", {"class_token", "encoder.pos_embedding"}),
+        ("torchvision:resnet18", set()),
+    ],
+)
+def test_adamw_does_not_decay_tokens_and_positions(name, exempt):
+    model = build_model(name, 7, image_size=32)
+    solver = get_cfg().SOLVER
+    solver.OPTIMIZER = "AdamW"
+    decays = {p: group["weight_decay"] for group in build_optimizer(model, solver).param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert decays.keys() == set(named.values())
+    spared = {key for key, p in named.items() if p.ndim > 1 and not decays[p]}
+    assert {key if key in exempt else key[:10] for key in spared} == exempt
+    assert not any(decays[p] for p in named.values() if p.ndim <= 1)
