@@ -12,7 +12,7 @@ from classification.data import dataset_info
 from classification.networks import Normalize, build_network, describe
 from common.config import CfgNode, chosen_methods, resolve_device
 from common.distillers import Context
-from common.engine.teacher import leave_teacher_out_of_checkpoints, teaching
+from common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
 from common.errors import ConfigError
 from common.outputs import Outputs
 
@@ -93,21 +93,22 @@ class DistillModel(nn.Module):
         # The sum over an empty batch is 0; its mean would be NaN.
         cross_entropy = F.cross_entropy(student.logits.float(), target, reduction="sum") / max(len(target), 1)
         losses = {"loss_ce": self.ce_weight * cross_entropy}
-        teachers = self._teach(batch["image"])
+        methods = self.distillers.values()
+        teachers = {by_batch: self._teach(batch["image"], by_batch) for by_batch in passes(methods)}
         ctx = Context(epoch, index, contrast_index)
-        for distiller in self.distillers.values():
-            teacher = teachers[distiller.cfg.TEACHER] if distiller.needs_teacher else None
+        for distiller in methods:
+            teacher = None
+            if distiller.needs_teacher:
+                teacher = teachers[distiller.teacher_batch_statistics][distiller.cfg.get("TEACHER", 0)]
             losses.update(distiller(student, teacher, target, ctx))
         return losses
 
     @torch.no_grad()
-    def _teach(self, images: Tensor) -> list[Outputs]:
-        if self.teacher is None:
-            return []
+    def _teach(self, images: Tensor, by_batch: bool) -> list[Outputs]:
         networks = self.teacher if isinstance(self.teacher, nn.ModuleList) else [self.teacher]
         teachers = []
         for network, norm in zip(networks, self.teacher_norms, strict=True):
-            with teaching(network, self.distillers.values()):
+            with teaching(network, by_batch):
                 teachers.append(network.outputs(norm(images)))
         if len(teachers) > 1:
             ensemble = [(share, teacher.logits) for share, teacher in zip(self.shares, teachers, strict=True)]
@@ -153,11 +154,10 @@ def build_distiller(
         student_spec, *teacher_specs = (describe(network, size) for network in (student, *teachers))
     for name, method in methods.items():
         node = cfg.DISTILL[name.upper()]
-        if method.needs_teacher and not 0 <= node.TEACHER < len(teachers):
-            raise ConfigError(
-                f"DISTILL.{name.upper()}.TEACHER is {node.TEACHER}, but there are {len(teachers)} teachers"
-            )
-        teacher_spec = teacher_specs[node.TEACHER] if method.needs_teacher else None
+        number = node.get("TEACHER", 0)
+        if method.needs_teacher and not 0 <= number < len(teachers):
+            raise ConfigError(f"DISTILL.{name.upper()}.TEACHER is {number}, but there are {len(teachers)} teachers")
+        teacher_spec = teacher_specs[number] if method.needs_teacher else None
         try:
             distillers[name.lower()] = method(node, student_spec, teacher_spec, num_samples)
         except ValueError as error:

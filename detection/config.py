@@ -158,7 +158,7 @@ def validate(cfg: CfgNode) -> None:
         if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
             raise ConfigError("TEST.AUG.ENABLED goes with neither MODEL.KEYPOINT_ON nor MODEL.LOAD_PROPOSALS")
     for method in methods:
-        if cfg.DISTILL[method.upper()].TEACHER != 0:
+        if cfg.DISTILL[method.upper()].get("TEACHER", 0) != 0:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError("TEST.PRECISE_BN.ENABLED: it reads batches of its own, after which no run resumes exactly")

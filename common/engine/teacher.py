@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.distillers import Distiller
 
-__all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints", "teaching"]
+__all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints", "passes", "teaching"]
 
 _PREFIX = "teacher."
 
@@ -43,7 +43,14 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
             norm.training, norm.track_running_stats = training, track
 
 
-def teaching(network: nn.Module, distillers: Iterable[Distiller]) -> AbstractContextManager[None]:
-    """The context of a teacher's forward pass, as the methods ask for it."""
-    by_batch = any(distiller.teacher_batch_statistics for distiller in distillers)
+def passes(distillers: Iterable[Distiller]) -> list[bool]:
+    """The forward passes that methods ask of a teacher, each once: whether with the batch's statistics.
+
+    A method that wants those changes nothing for the others, at the price of a second pass where there are others.
+    """
+    return sorted({distiller.teacher_batch_statistics for distiller in distillers if distiller.needs_teacher})
+
+
+def teaching(network: nn.Module, by_batch: bool) -> AbstractContextManager[None]:
+    """The context of such a pass."""
     return batch_statistics(network) if by_batch else nullcontext()

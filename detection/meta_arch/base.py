@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.config import chosen_methods
 from common.distillers import Context, Distiller
-from common.engine.teacher import leave_teacher_out_of_checkpoints, teaching
+from common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
 from common.errors import ConfigError
 from common.outputs import Outputs, OutputSpec
 from detection.teacher import Teacher, build_teacher
@@ -121,22 +121,30 @@ class DistillDetector(nn.Module):
         with recorded(self.watched()) as calls:
             losses = super().forward(batched_inputs)
         logits, target = self.student_scores(calls) if self._looks_at_scores else (None, None)
-        student, teacher = Outputs(logits=logits), None
+        student = Outputs(logits=logits)
         if self._levels:
             student.feats = [calls["backbone"].output[name] for name in self._levels]
-        if self.teacher is not None:
-            with torch.no_grad(), teaching(self.teacher, self.distillers.values()):
-                maps = self.teacher.backbone(self.teacher_view.images(batched_inputs))
-                scores = self.teacher_scores(calls, maps) if self._looks_at_scores else None
-            teacher = Outputs(logits=scores)
-            if self._levels:
-                pairs = [crop(feat, maps[name]) for feat, name in zip(student.feats, self._levels, strict=True)]
-                student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
+        methods = self.distillers.values()
+        teachers = {by_batch: self._teach(batched_inputs, calls, student, by_batch) for by_batch in passes(methods)}
         # Iterations are counted from 0; a warm-up begins with its first part, not with nothing.
         ctx = Context(time=get_event_storage().iter + 1)
-        for distiller in self.distillers.values():
-            losses.update(distiller(student, teacher if distiller.needs_teacher else None, target, ctx))
+        for distiller in methods:
+            teacher = teachers[distiller.teacher_batch_statistics] if distiller.needs_teacher else None
+            losses.update(distiller(student, teacher, target, ctx))
         return losses
+
+    @torch.no_grad()
+    def _teach(
+        self, batched_inputs: list[dict[str, Any]], calls: dict[str, "Call"], student: Outputs, by_batch: bool
+    ) -> Outputs:
+        """The teacher's outputs; what only the student's maps cover is cut off them."""
+        with teaching(self.teacher, by_batch):
+            maps = self.teacher.backbone(self.teacher_view.images(batched_inputs))
+            teacher = Outputs(logits=self.teacher_scores(calls, maps) if self._looks_at_scores else None)
+        if self._levels:
+            pairs = [crop(feat, maps[name]) for feat, name in zip(student.feats, self._levels, strict=True)]
+            student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
+        return teacher
 
 
 class Call:
