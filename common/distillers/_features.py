@@ -7,7 +7,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.distillers._numerics import at_least_float32
+from common.distillers._numerics import at_least_float32, no_autocast
 from common.distillers.base import Context, Distiller
 from common.outputs import Outputs, OutputSpec
 
@@ -54,7 +54,11 @@ class FeatureDistiller(Distiller):
         raise TypeError(f"{self.name} defines no feature_loss()")
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        return {f"loss_{self.name.lower()}": self.feature_loss(*self.stages(student, teacher))}
+        feats_student, feats_teacher = self.stages(student, teacher)
+        # Half precision has no room for squares and sums over whole maps, nor for the gradients of connectors.
+        with no_autocast(feats_student[0]):
+            loss = self.feature_loss(*([at_least_float32(f) for f in maps] for maps in (feats_student, feats_teacher)))
+        return {f"loss_{self.name.lower()}": loss}
 
 
 class BatchNorm(nn.BatchNorm2d):

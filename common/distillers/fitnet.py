@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.distillers._features import BatchNorm, resize
-from common.distillers._numerics import mse
+from common.distillers._numerics import at_least_float32, mse, no_autocast
 from common.distillers.base import DISTILLERS, Context, Distiller
 from common.outputs import Outputs, OutputSpec
 
@@ -84,6 +84,8 @@ class FitNet(Distiller):
         return {"WEIGHT": 100.0, "HINT_LAYER": 2}
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        feat_teacher = teacher.feats[self.cfg.HINT_LAYER]
-        regressed = self.regressor(student.feats[self.cfg.HINT_LAYER], feat_teacher.shape[2:])
-        return {"loss_fitnet": fitnet_loss(regressed, feat_teacher)}
+        feat_student, feat_teacher = (of.feats[self.cfg.HINT_LAYER] for of in (student, teacher))
+        # In half precision large maps have gradients of the regressor that are not finite.
+        with no_autocast(feat_student):
+            regressed = self.regressor(at_least_float32(feat_student), feat_teacher.shape[2:])
+            return {"loss_fitnet": fitnet_loss(regressed, feat_teacher)}
