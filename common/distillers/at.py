@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from common.distillers._features import FeatureDistiller, matched
 from common.distillers._numerics import element_mean, l2_normalize
 from common.distillers.base import DISTILLERS
+from common.outputs import Outputs, OutputSpec
 
 __all__ = ["AT", "at_loss"]
 
@@ -39,11 +41,32 @@ def at_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], p: float =
 
 @DISTILLERS.register()
 class AT(FeatureDistiller):
-    """`at_loss` on the stages."""
+    """`at_loss` on the stages.
+
+    Of networks with different numbers of stages ALIGN "deep" pairs the last ones, which are of one size; "shallow" the
+    first ones, with which results of such pairs were published.
+
+    Raises:
+        ValueError: an unknown ALIGN.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+    ) -> None:
+        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        if cfg.ALIGN not in ("deep", "shallow"):
+            raise ValueError(f'{self.name}: ALIGN is "deep" or "shallow", but was given {cfg.ALIGN!r}')
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        return {"WEIGHT": 1000.0, "P": 2.0}
+        return {"WEIGHT": 1000.0, "P": 2.0, "ALIGN": "deep"}
+
+    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+        if self.cfg.ALIGN == "deep":
+            return super().stages(student, teacher)
+        pairs = zip(student.feats[self.cfg.FIRST :], teacher.feats[self.cfg.FIRST :], strict=False)
+        maps_student, maps_teacher = zip(*pairs, strict=True)
+        return list(maps_student), list(maps_teacher)
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return at_loss(feats_student, feats_teacher, self.cfg.P)

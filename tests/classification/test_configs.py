@@ -10,9 +10,11 @@ import torch
 from classification.config import get_cfg, image_size, load_cfg, validate
 from classification.data import dataset_info
 from classification.modeling import build_distiller
+from classification.models import build_model
+from classification.networks import describe
 from classification.solver import build_lr_scheduler, build_optimizer
 from classification.trainer import train
-from common.config import resolve_device
+from common.config import chosen_methods, resolve_device
 from common.engine.writers import read_metrics
 from common.errors import ConfigError
 from tests.goldens.fill import array
@@ -73,6 +75,22 @@ def test_published_imagenet_pairs(pair, beta):
     solver = dkd.SOLVER
     assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (100, 512, 0.2, 1e-4)
     assert solver.STEPS == [30, 60, 90]
+
+
+def test_stages_of_mobilenetv1_as_published():
+    """ReviewKD takes all four and the pooled vector; AT leaves the first out and pairs from the shallow end."""
+    shapes = {
+        "reviewkd": [(128, 256), (256, 512), (512, 1024), (1024, 2048), (1024, 2048)],
+        "at": [(256, 256), (512, 512), (1024, 1024)],
+    }
+    for name, pairs in shapes.items():
+        cfg = load(CONFIGS[0].parent / f"imagenet_r50_mv1_{name}.yaml")
+        student, teacher = (
+            describe(build_model(f"imagenet/{node.NAME}", 1000), 224) for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER)
+        )
+        (method,) = chosen_methods(cfg).values()
+        stages = method(cfg.DISTILL[name.upper()], student, teacher).stages(student, teacher)
+        assert [(s[0], t[0]) for s, t in zip(*stages, strict=True)] == pairs
 
 
 @pytest.mark.parametrize(
