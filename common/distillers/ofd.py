@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from common.distillers._features import BatchNorm, FeatureDistiller, align, matched
+from common.distillers._features import BatchNorm, FeatureDistiller, align
 from common.distillers._numerics import at_least_float32, batch_mean
 from common.distillers.base import DISTILLERS
 from common.outputs import OutputSpec
@@ -24,8 +25,8 @@ def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: 
         sum over the n maps i of 2^(i + 1 - n) * mean over samples of sum of (s - t')^2 [s > t' or t' > 0],
         t' = max(t, margin)
 
-    so a student that is below a negative target has nothing to learn there. The larger map of a pair is
-    average-pooled to the smaller.
+    so a student that is below a negative target has nothing to learn there. A teacher's map of another size is
+    average-pooled to the student's (one that is smaller is repeated): the sum is over the student's pixels.
 
     Args:
         feats_student: list of (N, C, H, W), after the connectors.
@@ -39,8 +40,10 @@ def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: 
         ValueError: lists of different length.
     """
     total = 0.0
-    pairs = zip(matched(feats_student, feats_teacher), margins, strict=True)
-    for i, ((student, teacher), margin) in enumerate(pairs):
+    for i, (student, teacher, margin) in enumerate(zip(feats_student, feats_teacher, margins, strict=True)):
+        student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
+        if student.shape[2:] != teacher.shape[2:]:
+            teacher = F.adaptive_avg_pool2d(teacher, student.shape[2:])
         teacher = torch.maximum(teacher, at_least_float32(margin).view(1, -1, 1, 1))
         error = (student - teacher).square() * ((student > teacher) | (teacher > 0))
         total = total + batch_mean(error.flatten(1).sum(1)) / 2 ** (len(feats_student) - 1 - i)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 def pooled(x, height, width):
@@ -141,7 +142,7 @@ def rkd(embedding_student, embedding_teacher, distance_weight=25, angle_weight=5
 def ofd(feats_student, feats_teacher, margins):
     total, count = 0.0, len(feats_student)
     for i, (s, t) in enumerate(zip(feats_student, feats_teacher, strict=True)):
-        s, t = same_size(s, t)
+        t = F.adaptive_avg_pool2d(t, s.shape[2:])
         stage = 0.0
         for position in np.ndindex(*s.shape):
             source, target, margin = s[position].item(), t[position].item(), margins[i][position[1]].item()

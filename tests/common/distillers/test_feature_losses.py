@@ -60,6 +60,12 @@ def test_losses_on_equal_channels_equal_the_formula(loss, formula, shapes):
     assert loss(student, teacher).item() == pytest.approx(formula(student, teacher), rel=1e-10)
 
 
+def test_a_smaller_teacher_map_is_repeated_for_every_pixel_of_the_student():
+    student, teacher = array(120, 2, 4, 6, 6).double(), array(130, 2, 4, 3, 2).double()
+    whole = teacher.repeat_interleave(2, 2).repeat_interleave(3, 3)
+    assert ofd([student], [teacher]).item() == pytest.approx(ofd([student], [whole]).item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("p", [1, 3, 4])
 def test_attention_of_other_powers(p):
     student, teacher = ([x - 0.5 for x in maps(seed, SQUARE)] for seed in (100, 110))
