@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.distillers._numerics import at_least_float32, batch_mean
-from common.distillers.base import DISTILLERS, LogitDistiller
+from common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 
 __all__ = ["NKD", "nkd_loss"]
 
@@ -34,19 +34,27 @@ def nkd_loss(
     Raises:
         ValueError: fewer than two classes.
     """
-    if logits_student.shape[1] < 2:
-        raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
+    target_part = _target_part(logits_student, logits_teacher, target)
+    return target_part + gamma * _other_part(logits_student, logits_teacher, target, temperature)
+
+
+def _target_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    p_teacher, log_p_student = F.softmax(teacher, dim=1), F.log_softmax(student, dim=1)
+    return -batch_mean((p_teacher * log_p_student).gather(1, target[:, None])[:, 0])
+
+
+def _other_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    if student.shape[1] < 2:
+        raise ValueError(f"the target is set against other classes, but the logits have {student.shape[1]}")
     label = target[:, None]
-    p_target = F.softmax(teacher, dim=1).gather(1, label)
-    target_part = (p_target * F.log_softmax(student, dim=1).gather(1, label)).sum(1)
     log_q_student, log_q_teacher = (
         # The target's column becomes log 1 and is weighted by q = 0 where 0 * -inf would be NaN.
         F.log_softmax((logits / temperature).scatter(1, label, -torch.inf), dim=1)
         for logits in (student, teacher)
     )
-    other_part = (log_q_teacher.exp() * log_q_student.scatter(1, label, 0.0)).sum(1)
-    return -batch_mean(target_part + gamma * temperature**2 * other_part)
+    return -(temperature**2) * batch_mean((log_q_teacher.exp() * log_q_student.scatter(1, label, 0.0)).sum(1))
 
 
 @DISTILLERS.register()
@@ -59,3 +67,7 @@ class NKD(LogitDistiller):
 
     def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
         return nkd_loss(logits_student, logits_teacher, target, self.cfg.GAMMA, self.cfg.T)
+
+    def ensemble_loss(self, logits_student: Tensor, members: list[tuple[float, Tensor]], target: Tensor) -> Tensor:
+        target_part = _target_part(logits_student, average_softened(members, 1.0), target)
+        return target_part + self.cfg.GAMMA * _other_part(logits_student, self.average(members), target, self.cfg.T)

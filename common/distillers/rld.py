@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from common.distillers.base import DISTILLERS, LogitDistiller
+from common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 
 __all__ = ["RLD", "rld_loss"]
 
@@ -51,17 +51,28 @@ def rld_loss(
     Raises:
         ValueError: fewer than two classes.
     """
-    if logits_student.shape[1] < 2:
-        raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
+    confidence = alpha * _confidence_part(logits_student, logits_teacher, target, alpha_temperature)
+    return confidence + beta * _correlation_part(logits_student, logits_teacher, target, temperature)
+
+
+def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
-    confidence = kl_per_sample(
-        _log_pair(student / alpha_temperature, target), _log_pair(teacher / alpha_temperature, teacher.argmax(1))
+    if student.shape[1] < 2:
+        raise ValueError(f"the target is set against other classes, but the logits have {student.shape[1]}")
+    of_student, of_teacher = (
+        _log_pair(student / temperature, target),
+        _log_pair(teacher / temperature, teacher.argmax(1)),
     )
+    return temperature**2 * batch_mean(kl_per_sample(of_student, of_teacher))
+
+
+def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
+    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
     misleading = teacher >= teacher.gather(1, target[:, None])
-    correlation = kl_per_sample(
-        *(F.log_softmax((part / temperature).masked_fill(misleading, _HIDDEN), dim=1) for part in (student, teacher))
+    of_student, of_teacher = (
+        F.log_softmax((part / temperature).masked_fill(misleading, _HIDDEN), dim=1) for part in (student, teacher)
     )
-    return batch_mean(alpha * alpha_temperature**2 * confidence + beta * temperature**2 * correlation)
+    return temperature**2 * batch_mean(kl_per_sample(of_student, of_teacher))
 
 
 @DISTILLERS.register()
@@ -75,3 +86,8 @@ class RLD(LogitDistiller):
     def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
         cfg = self.cfg
         return rld_loss(logits_student, logits_teacher, target, cfg.ALPHA, cfg.BETA, cfg.ALPHA_T, cfg.T)
+
+    def ensemble_loss(self, logits_student: Tensor, members: list[tuple[float, Tensor]], target: Tensor) -> Tensor:
+        cfg, confident = self.cfg, average_softened(members, self.cfg.ALPHA_T)
+        confidence = cfg.ALPHA * _confidence_part(logits_student, confident, target, cfg.ALPHA_T)
+        return confidence + cfg.BETA * _correlation_part(logits_student, self.average(members), target, cfg.T)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from classification.modeling import build_distiller
-from common.distillers import DISTILLERS, Context, kd_loss, standardize_logits
+from common.distillers import DISTILLERS, Context, kd_loss, nkd_loss, rld_loss, standardize_logits
 from common.errors import ConfigError
 from common.outputs import Outputs
 from tests.classification.methods import (
@@ -76,6 +76,26 @@ def test_every_teacher_counts(name):
     torch.testing.assert_close(mostly, second, rtol=3e-5, atol=1e-6)
     both = loss(TEACHERS)
     assert not torch.isclose(both, first, rtol=2e-4) and not torch.isclose(both, second, rtol=2e-4)
+
+
+def test_each_temperature_has_an_average_of_its_own():
+    """Parts of a loss at another temperature see the average of the probabilities at that one."""
+    student, *logits = (array(seed, 6, CLASSES, scale=5.0) for seed in (1, 2, 3))
+    target, shares = torch.arange(6), (0.3, 0.7)
+    at = {t: sum(s * (z / t).softmax(1) for s, z in zip(shares, logits, strict=True)).log() * t for t in (1, 2, 3, 4)}
+    outputs = Outputs(student), Outputs(logits[0], ensemble=list(zip(shares, logits, strict=True)))
+
+    def loss(name, **settings):
+        opts = [item for setting, value in settings.items() for item in (key(name, setting), value)]
+        distiller = build(name, *opts).distillers[name.lower()]
+        return distiller(*outputs, target, Context(30))[loss_of(name)]
+
+    expected = nkd_loss(student, at[1], target, 0.0, 3.0)
+    expected += nkd_loss(student, at[3], target, 2.0, 3.0) - nkd_loss(student, at[3], target, 0.0, 3.0)
+    torch.testing.assert_close(loss("NKD", GAMMA=2.0, T=3.0), expected)
+    expected = rld_loss(student, at[2], target, 1.5, 0.0, 2.0, 4.0)
+    expected += rld_loss(student, at[4], target, 0.0, 3.0, 2.0, 4.0)
+    torch.testing.assert_close(loss("RLD", ALPHA=1.5, BETA=3.0, ALPHA_T=2.0, T=4.0), expected)
 
 
 @pytest.mark.parametrize("number", [0, 1])
