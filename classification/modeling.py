@@ -67,9 +67,16 @@ class DistillModel(nn.Module):
         return self
 
     def set_labels(self, labels: Tensor) -> None:
-        """Tell the methods the class of every training sample: (num_samples,), in the order of ``index``."""
+        """Tell the methods the class of every training sample: (num_samples,), in the order of ``index``.
+
+        Raises:
+            ConfigError: a method has no use for them.
+        """
         for distiller in self.distillers.values():
-            distiller.set_labels(labels)
+            try:
+                distiller.set_labels(labels)
+            except ValueError as error:
+                raise ConfigError(f"DISTILL.METHODS: {error}") from error
 
     def forward(self, batch: Mapping[str, Tensor], epoch: float = 1) -> dict[str, Tensor] | Tensor:
         """Losses of a batch, or its logits.

@@ -59,8 +59,9 @@ class Distiller(nn.Module):
         num_samples: size of the training set (memory banks), or None if unknown.
 
     Raises:
-        ValueError: a network lacks a part that the method needs, or is missing; for a method on logits also: the
-            class counts differ, or the scores are sigmoids where it takes a softmax, or of different kinds.
+        ValueError: a WEIGHT, WARMUP or temperature that makes no sense; a network lacks a part that the method needs,
+            or is missing; for a method on logits also: the class counts differ, there is one class alone, or the
+            scores are sigmoids where it takes a softmax, or of different kinds.
     """
 
     #: The fields of `Outputs` that the method reads, of both networks.
@@ -81,6 +82,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
+        self._check_settings()
         if self.needs_teacher and teacher_spec is None:
             raise ValueError(f"{self.name} needs a teacher, but there is none")
         sides = {"student": student_spec, "teacher": teacher_spec} if self.needs_teacher else {"student": student_spec}
@@ -92,6 +94,15 @@ class Distiller(nn.Module):
                     raise ValueError(f"{self.name} needs the {part} of {of}, but the {side} gives none")
         if "logits" in self.needs:
             self._check_class_scores(sides)
+
+    def _check_settings(self) -> None:
+        for key, value in self.cfg.items():
+            temperature = key == "T" or key.endswith("_T")
+            # Written so that NaN is refused as well.
+            if temperature and not 0 < value < math.inf:
+                raise ValueError(f"{self.name}: {key} is {value}, but a temperature is above 0")
+            if key in ("WEIGHT", "WARMUP") and not 0 <= value < math.inf:
+                raise ValueError(f"{self.name}: {key} is {value}, but must be 0 or more")
 
     def _check_class_scores(self, sides: dict[str, OutputSpec]) -> None:
         of_sigmoids = [side for side, spec in sides.items() if spec.sigmoid]
@@ -112,6 +123,8 @@ class Distiller(nn.Module):
                 f"{self.name} compares class scores, but the student has {counts[0]} classes and the teacher "
                 f"{counts[1]}"
             )
+        if counts[0] < 2 and not of_sigmoids:
+            raise ValueError(f"{self.name} compares classes with each other, but there is {counts[0]}")
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
@@ -182,8 +195,10 @@ class LogitDistiller(Distiller):
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
+        settings = super().common_defaults()
+        del settings["TEACHER"]
         # A softmax does not see its logits' mean; a sigmoid's zero is a threshold, which standardising would move.
-        return {**super().common_defaults(), **({} if cls.takes_sigmoid else {"STANDARDIZE": False})}
+        return settings if cls.takes_sigmoid else {**settings, "STANDARDIZE": False}
 
     def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
         """The method's term: a 0-d tensor from logits (N, C) and target classes (N,)."""
@@ -196,13 +211,19 @@ class LogitDistiller(Distiller):
         """
         return average_softened(members, self.cfg.get("T", 1.0))
 
+    def ensemble_loss(self, logits_student: Tensor, members: list[tuple[float, Tensor]], target: Tensor) -> Tensor:
+        """The method's term from several teachers. A method with several temperatures needs an average at each."""
+        return self.logit_loss(logits_student, self.average(members), target)
+
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
         prepare = standardize_logits if self.cfg.get("STANDARDIZE", False) else at_least_float32
-        logits_teacher = prepare(teacher.logits)
-        if teacher.ensemble is not None:
+        logits_student = prepare(student.logits)
+        if teacher.ensemble is None:
+            loss = self.logit_loss(logits_student, prepare(teacher.logits), target)
+        else:
             members = [(share, prepare(logits)) for share, logits in teacher.ensemble]
-            logits_teacher = self.average(members)
-        return {f"loss_{self.name.lower()}": self.logit_loss(prepare(student.logits), logits_teacher, target)}
+            loss = self.ensemble_loss(logits_student, members, target)
+        return {f"loss_{self.name.lower()}": loss}
 
 
 def average_softened(members: list[tuple[float, Tensor]], temperature: float) -> Tensor:

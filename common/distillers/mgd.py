@@ -56,7 +56,7 @@ class MGD(LevelDistiller):
     mask channels of the last map alone: WEIGHT 7e-5, LAMBDA 0.15, MASK "channel", FIRST -1.
 
     Raises:
-        ValueError: MASK is neither "space" nor "channel".
+        ValueError: MASK is neither "space" nor "channel"; LAMBDA is not in [0, 1).
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class MGD(LevelDistiller):
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
         if cfg.MASK not in ("space", "channel"):
             raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {cfg.MASK!r}')
+        if not 0 <= cfg.LAMBDA < 1:
+            raise ValueError(f"{self.name}: LAMBDA, the part that is masked, is in [0, 1), but was given {cfg.LAMBDA}")
         channels = [t[0] for t in self.stages(student_spec, teacher_spec)[1]]
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))

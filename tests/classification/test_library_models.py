@@ -226,7 +226,9 @@ def test_adamw_does_not_decay_tokens_and_positions(name, exempt):
     model = build_model(name, 7, image_size=32)
     solver = get_cfg().SOLVER
     solver.OPTIMIZER = "AdamW"
-    decays = {p: group["weight_decay"] for group in build_optimizer(model, solver).param_groups for p in group["params"]}
+    decays = {
+        p: group["weight_decay"] for group in build_optimizer(model, solver).param_groups for p in group["params"]
+    }
     named = dict(model.named_parameters())
     assert decays.keys() == set(named.values())
     spared = {key for key, p in named.items() if p.ndim > 1 and not decays[p]}

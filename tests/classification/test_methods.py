@@ -10,6 +10,7 @@ from torch import nn
 
 from classification.networks import describe
 from common.distillers import DISTILLERS, Context
+from common.errors import ConfigError
 from common.outputs import Outputs
 from tests.classification.methods import (
     CLASSES,
@@ -94,6 +95,23 @@ def test_the_teacher_uses_the_statistics_that_the_method_asks_for(name):
     assert bool(of_batch) is DISTILLERS.get(name).teacher_batch_statistics
 
 
+@pytest.mark.parametrize("name", [name for name in WITH_TEACHER if DISTILLERS.get(name).teacher_batch_statistics])
+def test_a_method_with_batch_statistics_changes_no_other(name):
+    other = next(n for n in WITH_TEACHER if not DISTILLERS.get(n).teacher_batch_statistics)
+    alone = {**seeded_losses(build(other), make_batch(), 5), **seeded_losses(build(name), make_batch(), 5)}
+    assert_identical(seeded_losses(build([other, name]), make_batch(), 5), alone)
+
+
+@per_method
+def test_settings_without_a_meaning(name):
+    nonsense = {"WEIGHT": [-1.0, float("nan")], "WARMUP": [-1], "T": [0.0, -4.0, float("inf")], "ALPHA_T": [0.0]}
+    known = DISTILLERS.get(name).common_defaults() | DISTILLERS.get(name).defaults()
+    for setting in known.keys() & nonsense:
+        for value in nonsense[setting]:
+            with pytest.raises(ConfigError, match=rf"{name}: {setting} is {value}, but"):
+                build(name, key(name, setting), value)
+
+
 @per_method
 def test_a_batch_of_one(name):
     losses = seeded_losses(model := build(name), make_batch(1))
@@ -143,15 +161,17 @@ def large_outputs(spec, scale, seed):
 
 
 @per_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scales", [(1e4, 1e4), (1e4, 1.0), (1.0, 1e4), (1e-4, 1e-4), (0.0, 0.0)])
-def test_outputs_of_any_scale(name, scales):
+def test_outputs_of_any_scale(name, scales, dtype):
     distiller = build(name, key(name, "WARMUP"), 0).distillers[name.lower()]
     student, teacher = (
         large_outputs(describe(network(network_name, 32), 32), scale, seed)
         for seed, (network_name, scale) in enumerate(zip(("resnet8", "resnet14"), scales, strict=True))
     )
     batch = make_batch()
-    losses = distiller(student, teacher, batch["label"], Context(1, batch["index"]))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        losses = distiller(student, teacher, batch["label"], Context(1, batch["index"]))
     assert_finite(*losses.values())
     losses[loss_of(name)].backward()
     leaves = [student.logits, *student.preacts, student.pooled]

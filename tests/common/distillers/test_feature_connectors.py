@@ -290,7 +290,7 @@ def test_one_stage_has_no_neighbour():
     ("name", "settings"),
     [
         ("FitNet", {"WEIGHT": 100.0, "HINT_LAYER": 2}),
-        ("AT", {"WEIGHT": 1000.0, "P": 2.0, "FIRST": 1}),
+        ("AT", {"WEIGHT": 1000.0, "P": 2.0, "ALIGN": "deep", "FIRST": 1}),
         ("NST", {"WEIGHT": 50.0, "FIRST": 1}),
         ("PKT", {"WEIGHT": 30000.0, "EPS": 1e-7}),
         ("KDSVD", {"WEIGHT": 1.0, "K": 1, "FIRST": 1}),

@@ -152,9 +152,9 @@ def test_bckd_averages_the_sigmoids_of_several_teachers():
 
 
 def test_published_defaults():
-    common = {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0, "STANDARDIZE": False}
+    common = {"WEIGHT": 1.0, "WARMUP": 0, "STANDARDIZE": False}
     assert settings("DIST") == {**common, "WEIGHT": 2.0, "BETA": 1.0, "GAMMA": 1.0, "T": 4.0}
     assert settings("NKD") == {**common, "GAMMA": 3.5, "T": 3.0}
     assert settings("RLD") == {**common, "WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
-    assert settings("BCKD") == {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0}
+    assert settings("BCKD") == {"WEIGHT": 1.0, "WARMUP": 0}
     assert settings("WTTM") == {**common, "WEIGHT": 3.0, "GAMMA": 0.1}
