@@ -95,7 +95,7 @@ class OFD(FeatureDistiller):
         if not teacher_spec.bn_before_relu:
             raise ValueError(
                 f"{self.name} takes its margins from the teacher's batch norms before a ReLU "
-                "(OutputSpec.bn_before_relu), but this teacher names none"
+                "(OutputSpec.bn_before_relu), but this teacher names none; models of timm and torchvision never do"
             )
         self.student_maps = "feats" if student_spec.preacts is None else "preacts"
         self.teacher_maps = "feats" if teacher_spec.preacts is None else "preacts"
