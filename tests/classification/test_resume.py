@@ -145,6 +145,21 @@ def test_write_is_all_or_nothing(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    path, events = tmp_path / "file", []
+
+    def fsync(file):
+        name = Path(os.readlink(f"/proc/self/fd/{file}"))
+        events.append((name, name.read_bytes() if name.is_file() else path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path.write_bytes(b"old")
+    write_atomically(path, lambda file: file.write(b"new"))
+    (temporary, content), folder = events
+    assert temporary.parent == tmp_path and temporary != path and content == b"new"
+    assert folder == (tmp_path, b"new")  # the rename as well, once it was made
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpointer = RunCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), keep=2)
     for step in (10000000, 3, 20):
