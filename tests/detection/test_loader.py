@@ -191,6 +191,11 @@ def test_global_generators_are_left_as_they_were(cfg, tmp_path):
     assert images[5, 0] == images[5, 1] != images[6, 0]
 
 
+def test_the_generators_of_gpus_are_left_alone(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("nothing would restore them"))
+    assert take(build_train_loader(cfg, [image(tmp_path, 1)]), 1)
+
+
 def test_images_with_nothing_to_find_flow_through(cfg, tmp_path):
     dicts = [
         image(tmp_path, 0),
