@@ -1,0 +1,149 @@
+"""The parts that a run is made of, each by itself: hooks, means, preemption, writers, files."""
+
+import math
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from common.engine import writers
+from common.engine.checkpoint import RunCheckpointer, save_student
+from common.engine.hooks import CheckpointHook, EvaluationHook
+from common.engine.metrics import MeanMetrics, average_states
+from common.engine.preemption import Preempted, Preemption, WatchedBatches
+from common.engine.trainer import StepTrainer
+from common.errors import DivergedError
+
+NAN = float("nan")
+
+
+def after_each_step(hook, max_iter, **trainer):
+    """Let `hook` see every step of a training that does nothing."""
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(max_iter=max_iter, storage=storage, **trainer)
+        for hook.trainer.iter in range(max_iter):
+            hook.after_step()
+
+
+def test_evaluations_are_periodic_and_last():
+    steps = []
+    hook = EvaluationHook(lambda: {"top1": steps.append(hook.trainer.iter + 1) or 0.0}, 4, "top1", lambda: None)
+    after_each_step(hook, 10)
+    assert steps == [4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "taken"),
+    [
+        ([1.0, 3.0, 2.0], 3.0, [1.0, 3.0]),
+        ([2.0, 2.0, 2.0], 2.0, [2.0]),  # the first of equals
+        ([NAN, 0.0, NAN], 0.0, [0.0]),  # a metric that is not defined on the data loses against any number
+    ],
+)
+def test_the_best_is_above_all_before(values, best, taken):
+    given, kept = iter(values), []
+    hook = EvaluationHook(lambda: {"top1": next(given)}, 1, "top1", lambda: kept.append(hook.last["top1"]))
+    after_each_step(hook, 3)
+    assert hook.best == {"top1": best} and kept == taken
+    last = hook.summary()["top1"]
+    assert last == values[-1] or (math.isnan(last) and math.isnan(values[-1]))
+
+
+def test_a_checkpoint_at_multiples_and_after_the_last_step():
+    names = []
+    checkpointer = SimpleNamespace(save=lambda name, **facts: names.append((name, facts)))
+    hook = CheckpointHook(checkpointer, [4, 6], Preemption(), {"SEED": 3})
+    after_each_step(hook, 9, check_finite=lambda: None, collect_state=lambda: None)
+    assert names == [(f"model_000000{step}", {"SEED": 3}) for step in (4, 6, 8, 9)]
+
+
+def test_means_keep_their_digits_and_count_for_themselves():
+    metrics = MeanMetrics()
+    value = torch.tensor(2.0**24, requires_grad=True)
+    for _ in range(2):
+        metrics.update({"always": value})
+        value = torch.tensor(1.0)
+    metrics.update({"once": 5.0})
+    assert metrics.compute() == {"always": (2**24 + 1) / 2, "once": 5.0}
+    assert not any(total.requires_grad for total in metrics.state_dict()["sums"].values())
+    metrics.update({"once": NAN})
+    with pytest.raises(DivergedError, match="within the last 2 steps"):
+        metrics.compute()
+
+
+def test_one_state_for_several_processes():
+    """Of each mean the average over the processes that have it; a process more makes no step more."""
+    parts = [MeanMetrics() for _ in range(3)]
+    for part, values in zip(parts, ([1.0, 3.0], [5.0, 7.0], []), strict=True):
+        for value in values:
+            part.update({"loss": torch.tensor(value)})
+    parts[2].update({"own": 4.0})
+    merged = MeanMetrics()
+    merged.load_state_dict(average_states([part.state_dict() for part in parts]))
+    assert merged.compute() == {"loss": 4.0, "own": 4.0}
+    merged.update({"loss": 10.0})
+    assert merged.compute()["loss"] == pytest.approx((2 * 4 + 10) / 3)
+
+
+def test_an_evaluation_stops_at_the_next_batch():
+    preemption, seen = Preemption(), []
+    with pytest.raises(Preempted):
+        for batch in WatchedBatches(range(5), preemption):
+            seen.append(batch)
+            preemption.requested = batch == 1
+    assert seen == [0, 1]
+    assert list(WatchedBatches(range(3), Preemption())) == [0, 1, 2]
+
+
+def test_sigterm_is_given_back():
+    before, preemption = signal.getsignal(signal.SIGTERM), Preemption()
+    preemption.install()
+    signal.raise_signal(signal.SIGTERM)
+    assert preemption.any_process()
+    preemption.remove()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("write", ["model_0000001.pth", "student_best.pth"])
+def test_a_save_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch, write):
+    network = torch.nn.Linear(2, 2)
+
+    def save():
+        if write.startswith("student"):
+            save_student(tmp_path / write, network.state_dict())
+        else:
+            RunCheckpointer(network, str(tmp_path)).save("model_0000001")
+
+    def fail(content, file):
+        if isinstance(file, str | Path):
+            Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    save()
+    before = (tmp_path / write).read_bytes()
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save()
+    assert (tmp_path / write).read_bytes() == before
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch, start):
+    given = []
+    monkeypatch.setattr(writers, "JSONWriter", lambda path: None)
+    monkeypatch.setattr(writers, "TensorboardXWriter", lambda folder, **options: given.append(options))
+    writers.build_writers(str(tmp_path), start, 10)
+    assert given == [{"purge_step": start or None}]
+
+
+def test_the_norm_of_all_gradients_is_clipped():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    trainer = StepTrainer(model, optimizer, lambda start: [torch.ones(5, 3)], seed=0, clip=0.5)
+    trainer.compute_losses = lambda batch: {"loss": 100 * model(batch).square().sum()}
+    trainer.train(0, 1)
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert gradients.norm().item() == pytest.approx(0.5, rel=1e-4)
