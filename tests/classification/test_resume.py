@@ -1,5 +1,7 @@
 """A run that was stopped in any way and resumed is the run that never stopped, to the last bit."""
 
+import argparse
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.checkpoint import RunCheckpointer, write_atomically
+from common.engine.run import prepare_run
 from common.engine.writers import read_metrics
 from common.errors import CheckpointError, ConfigError
 from tests.classification.runs import STEPS, run, small_cfg, state
@@ -122,6 +126,42 @@ def test_a_run_is_not_written_over(tmp_path):
         run(small_cfg(tmp_path, SEED=4), resume=True)
     after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "log.txt"}
     assert all(before[path] == content for path, content in after.items())
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    cfg = small_cfg(tmp_path, SOLVER__EPOCHS=1)
+    run(cfg)
+    (path,) = tmp_path.glob("model_*3.pth")
+    saved = torch.load(path, weights_only=True)
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    names = ["SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN_SIZE", "MODEL.STUDENT.NAME", "DISTILL.METHODS", "training samples"]
+    for name in names:
+        for other, was in ({**saved, name: "other"}, "'other'"), ({k: v for k, v in saved.items() if k != name}, None):
+            torch.save(other, path)
+            with pytest.raises(CheckpointError, match=f"{name} was {was}, now"):
+                trainer.resume()
+    torch.save(saved, path)
+    assert trainer.resume() == 3
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path):
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
+    (path,) = tmp_path.glob("model_*3.pth")
+    saved = torch.load(path, weights_only=True)
+    saved["trainer"]["seconds"] = 1000.0
+    torch.save(saved, path)
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=2), resume=True)
+    assert 1000 < json.loads((tmp_path / "results.json").read_text())["seconds"] < 2000
+
+
+def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
+    """One that Detectron2 started has imported nothing yet."""
+    (tmp_path / "own.py").write_text("import os\nos.environ['IMPORTED_HERE'] = 'yes'\n")
+    monkeypatch.setenv("IMPORTED_HERE", "")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cfg = small_cfg(tmp_path / "run", CUDNN_BENCHMARK=True, IMPORTS=[str(tmp_path / "own.py")])
+    prepare_run(cfg, argparse.Namespace(resume=False))
+    assert os.environ["IMPORTED_HERE"] == "yes" and torch.backends.cudnn.benchmark
 
 
 def test_more_epochs_go_on(tmp_path):
