@@ -206,3 +206,5 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
         checkpointer.save(f"model_{step:07d}")
     assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_0000020.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000020.pth"
+    (tmp_path / "model_10000001.pth.77.tmp").write_bytes(b"half")
+    assert checkpointer.resume() == {} and not list(tmp_path.glob("*.tmp"))
