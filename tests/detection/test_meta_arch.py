@@ -98,6 +98,14 @@ def test_boxes_are_those_the_students_head_saw():
     assert torch.equal(step(model, batch())["loss_dkd"], step(other, batch())["loss_dkd"])
 
 
+def test_connectors_begin_alike_with_any_teacher():
+    """And a teacher is in eval mode from the beginning."""
+    one, other = build(small_cfg()), build(small_cfg(**{"TEACHER.MODEL.RESNETS.DEPTH": 34}))
+    begun, same = one.distillers.state_dict(), other.distillers.state_dict()
+    assert begun and begun.keys() == same.keys() and all(torch.equal(begun[name], same[name]) for name in begun)
+    assert not any(module.training for module in one.teacher.modules())
+
+
 def test_the_teachers_head_takes_the_levels_it_was_built_for():
     model = build(small_cfg("dkd_r101_r18", **{"TEACHER.MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"]}))
     with recorded({"pooler": model.teacher.roi_heads.box_pooler}) as calls:
