@@ -154,6 +154,15 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path):
     assert 1000 < json.loads((tmp_path / "results.json").read_text())["seconds"] < 2000
 
 
+def test_epochs_are_counted_from_1(tmp_path):
+    cfg, epochs = small_cfg(tmp_path), []
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    for distiller in trainer.distill_model.distillers.values():
+        distiller.register_forward_pre_hook(lambda module, args: epochs.append(args[3].time))
+    trainer.run()
+    assert epochs == [1] * 6 + [2] * 6 + [3] * 6  # of two methods
+
+
 def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
     """One that Detectron2 started has imported nothing yet."""
     (tmp_path / "own.py").write_text("import os\nos.environ['IMPORTED_HERE'] = 'yes'\n")
