@@ -104,6 +104,16 @@ def test_the_teacher_uses_the_statistics_that_the_method_asks_for(name):
     assert bool(of_batch) is DISTILLERS.get(name).teacher_batch_statistics
 
 
+def test_one_of_several_methods_may_ask_for_batch_statistics():
+    asking = next(name for name in WITH_TEACHER if DISTILLERS.get(name).teacher_batch_statistics)
+    other = next(name for name in WITH_TEACHER if not DISTILLERS.get(name).teacher_batch_statistics)
+    model, seen = build([other, asking]), []
+    hook = model.teacher.bn1.register_forward_hook(lambda module, *_: seen.append(module.training))
+    model(make_batch())
+    hook.remove()
+    assert seen == [True] and not model.teacher.bn1.training
+
+
 @per_method
 def test_a_batch_of_one(name):
     losses = seeded_losses(model := build(name), make_batch(1))
