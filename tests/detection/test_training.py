@@ -12,6 +12,8 @@ from detectron2.utils.events import get_event_storage
 
 from common.errors import ConfigError
 from detection.config import load_cfg
+from detection.data import load_training_set, register_datasets
+from detection.trainer import DetectionTrainer
 from tests.detection.runs import run, tiny_cfg
 from tests.detection.small import SMALL, TEACHER, build, small_cfg
 from tests.restarts import assert_identical
@@ -27,7 +29,11 @@ def test_masks(tiny, tmp_path):
 
 def test_mixed_precision(tiny, tmp_path):
     """bf16 on CPUs, fp16 with loss scaling on GPUs; losses and weights stay fp32."""
-    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True}))
+    cfg = tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True})
+    register_datasets(cfg)
+    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    assert trainer.precision is torch.bfloat16
+    trainer.run()
     student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
 
