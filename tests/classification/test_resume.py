@@ -211,9 +211,9 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpointer = RunCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), keep=2)
-    for step in (10000000, 3, 20):
+    for step in (10000000, 3, 9999999):
         checkpointer.save(f"model_{step:07d}")
-    assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_0000020.pth"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000020.pth"
+    assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_9999999.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_9999999.pth"
     (tmp_path / "model_10000001.pth.77.tmp").write_bytes(b"half")
     assert checkpointer.resume() == {} and not list(tmp_path.glob("*.tmp"))

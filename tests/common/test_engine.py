@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from common.engine import writers
 from common.engine.checkpoint import RunCheckpointer, save_student
-from common.engine.hooks import CheckpointHook, EvaluationHook
+from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.metrics import MeanMetrics, average_states
 from common.engine.preemption import Preempted, Preemption, WatchedBatches
 from common.engine.trainer import StepTrainer
@@ -58,6 +58,20 @@ def test_a_checkpoint_at_multiples_and_after_the_last_step():
     hook = CheckpointHook(checkpointer, [4, 6], Preemption(), {"SEED": 3})
     after_each_step(hook, 9, check_finite=lambda: None, collect_state=lambda: None)
     assert names == [(f"model_000000{step}", {"SEED": 3}) for step in (4, 6, 8, 9)]
+
+
+@pytest.mark.parametrize(("epoch_length", "expected"), [(3, [3, 4, 6, 8, 9, 10]), (0, [4, 8, 10])])
+def test_a_line_at_multiples_at_ends_of_epochs_and_after_the_last_step(epoch_length, expected):
+    lines = []
+
+    def write():
+        epoch = hook.trainer.storage.latest().get("epoch", (None,))[0]
+        lines.append((hook.trainer.iter + 1, epoch))
+
+    hook = WriterHook([], 4, epoch_length)
+    hook._writers = [SimpleNamespace(write=write)]
+    after_each_step(hook, 10, log_metrics=lambda: None)
+    assert lines == [(step, step / epoch_length if epoch_length else None) for step in expected]
 
 
 def test_means_keep_their_digits_and_count_for_themselves():
