@@ -177,4 +177,6 @@ def test_networks_and_methods_that_do_not_fit():
 
 
 def test_cost():
-    assert model_cost(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False)), 5) == {"parameters": 108, "flops": 972}
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False))
+    assert model_cost(network, 5) == {"parameters": 108, "flops": 972}
+    assert all(module.training for module in network.modules())  # a copy was looked at
