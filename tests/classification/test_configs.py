@@ -11,7 +11,7 @@ from classification.config import get_cfg, image_size, load_cfg, validate
 from classification.data import dataset_info
 from classification.modeling import build_distiller
 from classification.solver import build_lr_scheduler, build_optimizer
-from classification.trainer import train
+from classification.trainer import load_datasets, train
 from common.config import resolve_device
 from common.engine.writers import read_metrics
 from common.errors import ConfigError
@@ -134,6 +134,16 @@ def test_impossible_settings(opts, message):
     cfg.merge_from_list(["MODEL.STUDENT.NAME", "resnet8", *opts])
     with pytest.raises(ConfigError, match=message):
         validate(cfg)
+
+
+@pytest.mark.parametrize(("size", "left"), [(0, 1297), (1297, 1297), (40, 40)])
+def test_as_many_samples_as_were_asked_for(size, left):
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATASETS.NAME", "digits", "DATASETS.TRAIN_SIZE", size])
+    assert len(load_datasets(cfg)[0]) == left and cfg.MODEL.NUM_CLASSES == 10
+    cfg.DATASETS.TRAIN_SIZE = 1298
+    with pytest.raises(ConfigError, match="TRAIN_SIZE is 1298, but there are 1297 samples"):
+        load_datasets(cfg)
 
 
 def test_device_auto():

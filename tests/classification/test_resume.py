@@ -163,6 +163,13 @@ def test_epochs_are_counted_from_1(tmp_path):
     assert epochs == [1] * 6 + [2] * 6 + [3] * 6  # of two methods
 
 
+def test_methods_are_told_the_class_of_every_sample(tmp_path):
+    cfg = small_cfg(tmp_path, DISTILL__METHODS=["CRD"], DISTILL__CRD__K=8)
+    train_set, test_set = load_datasets(cfg)
+    method = ClassificationTrainer(cfg, train_set, test_set).distill_model.distillers["crd"]
+    assert torch.equal(method.labels, train_set.labels) and method.all_known
+
+
 def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
     """One that Detectron2 started has imported nothing yet."""
     (tmp_path / "own.py").write_text("import os\nos.environ['IMPORTED_HERE'] = 'yes'\n")

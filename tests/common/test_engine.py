@@ -1,10 +1,12 @@
 """The parts that a run is made of, each by itself: hooks, means, preemption, writers, files."""
 
 import math
+import random
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -144,6 +146,14 @@ def test_a_save_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch, writ
     assert (tmp_path / write).read_bytes() == before
 
 
+def test_a_log_keeps_what_was_done_before_the_step_that_is_done_again(tmp_path):
+    path = tmp_path / writers.METRICS
+    path.write_text("".join(f'{{"iteration": {step}}}\n' for step in range(4)) + '{"iterat')
+    assert [line["iteration"] for line in writers.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    writers.drop_lines_from(path, 2)
+    assert path.read_text() == '{"iteration": 0}\n{"iteration": 1}\n'
+
+
 @pytest.mark.parametrize("start", [0, 7])
 def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch, start):
     given = []
@@ -151,6 +161,29 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch
     monkeypatch.setattr(writers, "TensorboardXWriter", lambda folder, **options: given.append(options))
     writers.build_writers(str(tmp_path), start, 10)
     assert given == [{"purge_step": start or None}]
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone():
+    model = torch.nn.Linear(1, 1)
+
+    def drawn(start, seed=0):
+        draws = []
+
+        def losses(batch):
+            # On CPUs, where TorchScript must compute a function's first call as it does the others.
+            assert not torch._C._get_graph_executor_optimize()
+            draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+            return {"loss": model.weight.sum()}
+
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = StepTrainer(model, optimizer, lambda start: range(start, 4), seed)
+        trainer.compute_losses = losses
+        trainer.train(start, 4)
+        return draws
+
+    whole = drawn(0)
+    assert drawn(2) == whole[2:] and drawn(0, seed=1) != whole
+    assert len({value for draws in whole for value in draws}) == 12
 
 
 def test_the_norm_of_all_gradients_is_clipped():
