@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 
 from common.engine import writers
 from common.engine.checkpoint import RunCheckpointer, save_student
@@ -184,6 +184,38 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone():
     whole = drawn(0)
     assert drawn(2) == whole[2:] and drawn(0, seed=1) != whole
     assert len({value for draws in whole for value in draws}) == 12
+
+
+def test_what_a_network_notes_is_logged_as_its_mean_since_the_last_line():
+    """Of a resumed run too, whatever a part of it did."""
+    model = torch.nn.Linear(1, 1)
+
+    def train(start, end, state=None):
+        trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.0), lambda start: range(start, 9), seed=0)
+
+        def losses(batch):
+            get_event_storage().put_scalar("noted", batch)
+            return {"loss": 0 * model.weight.sum() + batch}
+
+        trainer.compute_losses, lines = losses, []
+        hook = WriterHook([], 2)
+
+        def write():
+            latest = trainer.storage.latest()
+            lines.append((latest["loss"][0], latest["noted"][0]))
+
+        hook._writers = [SimpleNamespace(write=write, close=lambda: None)]
+        trainer.register_hooks([hook])
+        if state is not None:
+            trainer.load_state_dict(state)
+        trainer.train(start, end)
+        return lines, trainer
+
+    assert train(0, 6)[0] == [(0.5, 0.5), (2.5, 2.5), (4.5, 4.5)]
+    trainer = train(0, 2)[1]
+    trainer.metrics.update({"loss": 2.0})
+    trainer.noted.update({"noted": 2.0})
+    assert train(3, 6, trainer.state_dict())[0] == [(2.5, 2.5), (4.5, 4.5)]
 
 
 def test_the_norm_of_all_gradients_is_clipped():

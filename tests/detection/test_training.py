@@ -38,6 +38,17 @@ def test_mixed_precision(tiny, tmp_path):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
 
 
+def test_every_process_evaluates_with_the_main_ones_statistics(tiny, tmp_path, monkeypatch):
+    cfg, sent = tiny_cfg("rcnn", tmp_path), []
+    register_datasets(cfg)
+    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    monkeypatch.setattr("detection.trainer.broadcast_buffers", sent.append)
+    monkeypatch.setattr("detection.trainer.evaluate_detector", lambda *_, **__: {"sent": list(sent)})
+    assert trainer.test() == {"sent": []}
+    monkeypatch.setattr("detection.trainer.comm.get_world_size", lambda: 2)
+    assert trainer.test() == {"sent": [trainer.detector]}
+
+
 def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
     augmented = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (96,), "TEST.AUG.FLIP": False}
     results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **augmented))
