@@ -95,7 +95,7 @@ class Samples(Dataset):
             index,
             epoch=epoch,
             seed=self.seed,
-            augmentation=self.augmentation or "none",
+            augmentation=self.augmentation,
             size=self.size,
             train=bool(self.augmentation),
         )

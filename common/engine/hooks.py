@@ -52,14 +52,13 @@ class EvaluationHook(HookBase):
         comm.synchronize()
         if not results:
             return
-        improved = results[self._select] > self.best.get(self._select, -float("inf"))
-        self.last = results
+        before, self.last = self.best.get(self._select), results
         # NaN, of a metric that is not defined on this data, loses against any number.
         self.best = {name: _larger(value, self.best.get(name, value)) for name, value in results.items()}
         self.trainer.storage.put_scalars(**self.summary(), smoothing_hint=False)
         facts = ", ".join(f"{name} {value:.2f} (best {self.best[name]:.2f})" for name, value in results.items())
         logger.info(f"Evaluation after {done} steps: {facts}")
-        if improved:
+        if results[self._select] == self.best[self._select] != before:
             self._on_best()
 
     def state_dict(self) -> dict[str, Any]:

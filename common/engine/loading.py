@@ -46,7 +46,6 @@ class WorkerLoader(DataLoader):
 def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    torch.set_num_threads(1)
 
 
 @atexit.register

@@ -179,10 +179,11 @@ def test_eval_transform_is_the_identity_at_size(make):
 
 @pytest.mark.parametrize("make", [tensor_image, pil_image])
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300), (100, 100), (256, 256)])
-def test_eval_transform_is_the_imagenet_protocol(make, shape):
+@pytest.mark.parametrize(("size", "short_side"), [(224, 256), (32, 37)])  # 36.6
+def test_eval_transform_is_the_imagenet_protocol(make, shape, size, short_side):
     image = make(*shape)
-    protocol = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), v2.ToImage()])
-    assert torch.equal(eval_transform(image, 224), protocol(image).as_subclass(torch.Tensor))
+    protocol = v2.Compose([v2.Resize(short_side, antialias=True), v2.CenterCrop(size), v2.ToImage()])
+    assert torch.equal(eval_transform(image, size), protocol(image).as_subclass(torch.Tensor))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,7 +13,7 @@ from classification.modeling import build_distiller
 from classification.models import build_model
 from classification.networks import describe
 from classification.solver import build_lr_scheduler, build_optimizer
-from classification.trainer import train
+from classification.trainer import load_datasets, train
 from common.config import chosen_methods, resolve_device
 from common.engine.writers import read_metrics
 from common.errors import ConfigError
@@ -94,6 +94,34 @@ def test_stages_of_mobilenetv1_as_published():
 
 
 @pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("cifar100_r8x4", (240, 64, 0.05, 5e-4, [150, 180, 210])),
+        ("imagenet_r18", (100, 512, 0.2, 1e-4, [30, 60, 90])),
+        ("imagenet_r34_r18_ofd", (100, 128, 0.05, 1e-4, [30, 60, 90])),
+        ("imagenet_r34_r18_crd", (100, 256, 0.1, 1e-4, [30, 60, 90])),
+        ("imagenet_r34_r18_reviewkd", (100, 256, 0.1, 1e-4, [30, 60, 90])),
+        ("tiny_imagenet_r18", (200, 256, 0.2, 5e-4, [60, 120, 160])),
+    ],
+)
+def test_published_recipes(name, recipe):
+    solver = load(CONFIGS[0].parent / f"{name}.yaml").SOLVER
+    assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY, solver.STEPS) == recipe
+    assert (solver.OPTIMIZER, solver.MOMENTUM, solver.LR_SCHEDULE, solver.GAMMA) == ("SGD", 0.9, "step", 0.1)
+    assert name != "cifar100_r8x4" or solver == get_cfg().SOLVER
+
+
+def test_published_settings_on_imagenet():
+    def method(name, node):
+        return load(CONFIGS[0].parent / f"imagenet_{name}.yaml").DISTILL[node]
+
+    r18, mv1 = (method(f"{pair}_reviewkd", "REVIEWKD") for pair in ("r34_r18", "r50_mv1"))
+    assert (r18.WEIGHT, r18.STUDENT_PREACT, mv1.WEIGHT) == (1.0, True, 8.0)
+    dots = {path.stem: load(path).SOLVER.DELTA for path in RUNNABLE if path.stem.endswith("_dot")}
+    assert dots == {name: 0.09 if name.startswith("imagenet") else 0.075 for name in dots} and len(dots) > 3
+
+
+@pytest.mark.parametrize(
     ("opts", "message"),
     [
         (["DISTILL.METHODS", ["DKT"]], r"no method DKT \(did you mean .*DKD"),
@@ -126,6 +154,16 @@ def test_impossible_settings(opts, message):
         validate(cfg)
 
 
+@pytest.mark.parametrize(("size", "left"), [(0, 1297), (1297, 1297), (40, 40)])
+def test_as_many_samples_as_were_asked_for(size, left):
+    cfg = get_cfg()
+    cfg.merge_from_list(["DATASETS.NAME", "digits", "DATASETS.TRAIN_SIZE", size])
+    assert len(load_datasets(cfg)[0]) == left and cfg.MODEL.NUM_CLASSES == 10
+    cfg.DATASETS.TRAIN_SIZE = 1298
+    with pytest.raises(ConfigError, match="TRAIN_SIZE is 1298, but there are 1297 samples"):
+        load_datasets(cfg)
+
+
 def test_device_auto():
     assert resolve_device(get_cfg()).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -151,6 +189,28 @@ def test_learning_rates(settings, factors):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(factors, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("SGD", {"NESTEROV": True, "MOMENTUM": 0.8}, {"nesterov": True, "momentum": 0.8, "weight_decay": 0.3}),
+        ("DOT", {"DELTA": 0.05, "MOMENTUM": 0.8}, {"delta": 0.05, "momentum": 0.8, "weight_decay": 0.3}),
+        ("AdamW", {}, {"weight_decay": 0.3}),
+    ],
+)
+def test_optimisers_take_their_settings(name, settings, expected):
+    solver = get_cfg().SOLVER
+    for key, value in {"OPTIMIZER": name, "BASE_LR": 0.02, "WEIGHT_DECAY": 0.3, **settings}.items():
+        solver[key] = value
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).requires_grad_()
+    model[0].bias.requires_grad_(False)
+    groups = build_optimizer(model, solver).param_groups
+    assert {"lr": 0.02, **expected}.items() <= groups[0].items()
+    assert sum(len(group["params"]) for group in groups) == 3  # the frozen one is left out
+    if name == "AdamW":  # only matrices and kernels decay
+        assert [[p.ndim for p in group["params"]] for group in groups] == [[4], [1, 1]]
+        assert groups[1]["weight_decay"] == 0
 
 
 @pytest.mark.slow

@@ -64,6 +64,15 @@ def test_info_values():
     np.testing.assert_allclose(info.pixel_mean, np.array([0.5071, 0.4867, 0.4408]) * 255)
     np.testing.assert_allclose(info.pixel_std, np.array([0.2675, 0.2565, 0.2761]) * 255)
     np.testing.assert_allclose(dataset_info("tiny_imagenet").pixel_mean, np.array([0.4802, 0.4481, 0.3975]) * 255)
+    np.testing.assert_allclose(dataset_info("tiny_imagenet").pixel_std, np.array([0.2302, 0.2265, 0.2262]) * 255)
+    for name in ("imagenet", "folder"):
+        np.testing.assert_allclose(dataset_info(name).pixel_mean, np.array([0.485, 0.456, 0.406]) * 255)
+        np.testing.assert_allclose(dataset_info(name).pixel_std, np.array([0.229, 0.224, 0.225]) * 255)
+    # Fashion-MNIST's published 0.28604 and 0.35302, with a border of zeros.
+    mean, square, inside = 0.28604 * 255, (0.28604**2 + 0.35302**2) * 255**2, 28**2 / 32**2
+    info = dataset_info("fashion_mnist")
+    np.testing.assert_allclose(info.pixel_mean, [mean * inside] * 3, atol=0.01)
+    np.testing.assert_allclose(info.pixel_std, [(square * inside - (mean * inside) ** 2) ** 0.5] * 3, atol=0.01)
     assert [dataset_info(name).image_size for name in BUILT_IN] == [32, 32, 32, 32, 224, 224, 64]
 
 
@@ -208,8 +217,8 @@ def test_truncated_pickle(tmp_path, keep):
     ("change", "message"),
     [
         ({b"fine_labels": [0] * 3}, "4 images but 3 labels"),
-        ({b"fine_labels": [0, 1, 2, 100]}, r"0\.\.99, found 0\.\.100"),
-        ({b"fine_labels": [0, 1, 2, -1]}, r"found -1\.\.2"),
+        ({b"fine_labels": [0, 1, 2, 100]}, r"train: fine_labels must lie in 0\.\.99, found 0\.\.100"),
+        ({b"fine_labels": [0, 1, 2, -1]}, r"train: fine_labels must lie in 0\.\.99, found -1\.\.2"),
         ({b"fine_labels": [0, 1, 2, 0.5]}, "whole numbers"),
         ({b"fine_labels": [0, 1, 2, [3]]}, "whole numbers"),
         ({b"data": np.zeros((4, 3071), np.uint8)}, r"uint8 \(n, 3072\), found uint8 \(4, 3071\)"),
@@ -471,6 +480,12 @@ def test_image_modes(tmp_path, mode):
     assert read.mode == "RGB" and read.size == (6, 4)
     expected = (255,) * 3 if mode == "1" else (204,) * 3
     assert all(abs(a - b) <= 3 for a, b in zip(read.getpixel((5, 3)), expected, strict=True))
+
+
+def test_sixteen_bits_end_where_eight_do(tmp_path):
+    values = np.array([[0, 256, 257, 65534, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.asarray(read_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 0, 1, 254, 255]
 
 
 def test_palette_with_transparency_reads_without_a_warning(tmp_path):

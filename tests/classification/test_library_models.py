@@ -13,6 +13,7 @@ from torch import nn
 
 from classification.config import get_cfg
 from classification.models import build_model
+from classification.models.library import last_classifier, tokens_to_map
 from classification.solver import build_optimizer
 
 # Name, image size, image_size option, (channels, side) of the maps, D of the pooled vector.
@@ -146,6 +147,20 @@ def test_tokens_become_maps(name):
         with torch.no_grad():
             blocks = model.forward_intermediates(images, indices=[2, 5, 8, 11], intermediates_only=True)
         assert all(torch.equal(a, b) for a, b in zip(before.feats[1:], blocks, strict=True))
+
+
+def test_class_tokens_come_first_and_are_dropped():
+    tokens = torch.arange(8).view(1, 8, 1).expand(2, 8, 3)
+    maps = tokens_to_map(tokens, 2, 3)
+    assert maps.shape == (2, 3, 2, 3) and maps[1, 2].tolist() == [[2, 3, 4], [5, 6, 7]]
+
+
+def test_the_classifier_is_the_last_linear_layer_of_its_width():
+    layers = {"conv": nn.Conv2d(3, 7, 1), "first": nn.Linear(3, 7), "last": nn.Linear(7, 7), "map": nn.Conv2d(7, 7, 1)}
+    assert last_classifier(nn.ModuleDict(layers), 7) == "last"
+    assert last_classifier(nn.ModuleDict({"conv": layers["conv"], "other": nn.Linear(7, 8)}), 7) == "conv"
+    with pytest.raises(ValueError, match="no layer with 9 outputs"):
+        last_classifier(nn.ModuleDict(layers), 9)
 
 
 def test_channels_last_maps_become_maps():

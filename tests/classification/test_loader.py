@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from classification.data import build_dataset
+from classification.data import build_dataset, sample_rng
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
 
@@ -47,6 +47,24 @@ def test_processes_share_a_batch_out(monkeypatch):
     assert [len(a) for a in parts[0]] == [len(b) for b in parts[1]]
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "expected"), [(6, [(1, 1), (1, 1)]), (7, [(1, 1), (4 / 3, 2 / 3)]), (5, [(1, 1), (2, 0)])]
+)
+def test_means_over_own_samples_average_to_that_over_the_batch(monkeypatch, num_samples, expected):
+    sampler = EpochBatchSampler(num_samples, 4, 2, 5)
+    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        shares.append([sampler.share(step) for step in range(4)])
+    np.testing.assert_allclose(list(zip(*shares, strict=True)), 2 * expected)
+
+
+def test_order_and_augmentation_are_drawn_apart():
+    order = [index for _, index in next(iter(EpochBatchSampler(40, 40, 1, seed=5)))]
+    assert not np.array_equal(order, sample_rng(5, 1, 0).permutation(40))
+
+
 @pytest.fixture(scope="module")
 def digits():
     return build_dataset("digits", split="train")
@@ -68,6 +86,20 @@ def test_batches_are_the_same_whatever_the_workers_and_the_start(digits, workers
         assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "index"))
         assert torch.equal(b["label"], digits.labels[b["index"]])
     assert not torch.equal(whole[0]["image"], whole[3]["image"])
+
+
+def test_the_augmentation_follows_the_seed(digits):
+    def first(seed):
+        sampler = EpochBatchSampler(50, 50, 1, seed)
+        batch = next(iter(build_train_loader(digits, sampler, 32, "crop", 0)))
+        return batch["image"][batch["index"].argsort()]
+
+    assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
+
+
+def test_not_more_workers_than_cores(digits, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    assert build_test_loader(digits, 400, 32, 9).num_workers == 1
 
 
 def test_the_test_loader_gives_every_image_once_as_it_is(digits):

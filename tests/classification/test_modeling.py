@@ -117,6 +117,8 @@ def test_given_networks_are_taken():
     student, teacher = build_model("resnet8", 100), build_model("resnet20", 100)
     model = build_distiller(make_cfg(*KD_AND_DKD), student, teacher)
     assert model.student is student and model.teacher is teacher and set(model.distillers) == {"kd", "dkd"}
+    # They were looked at in eval mode.
+    assert all(m.training for m in student.modules()) and not any(m.training for m in teacher.modules())
 
 
 def test_empty_batch():
@@ -175,4 +177,6 @@ def test_networks_and_methods_that_do_not_fit():
 
 
 def test_cost():
-    assert model_cost(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False)), 5) == {"parameters": 108, "flops": 972}
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False))
+    assert model_cost(network, 5) == {"parameters": 108, "flops": 972}
+    assert all(module.training for module in network.modules())  # a copy was looked at

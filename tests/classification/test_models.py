@@ -263,6 +263,13 @@ def test_kaiming_initialisation_is_fan_out():
     assert conv.weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize(("name", "layer"), [("cifar/vgg8", "classifier"), ("cifar/MobileNetV2", "classifier.0")])
+def test_classifiers_that_begin_small(name, layer):
+    torch.manual_seed(0)
+    linear = build(name).get_submodule(layer)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.02) and not linear.bias.any()
+
+
 def test_bare_names_follow_the_zoo():
     def first_conv(model):
         return tuple(model.conv1.weight.shape)

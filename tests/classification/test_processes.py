@@ -11,6 +11,7 @@ import torch
 from detectron2.layers import NaiveSyncBatchNorm
 from timm.layers import BatchNormAct2d
 
+from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.distributed import synchronize_batch_norms
 from common.engine.trainer import StepTrainer, seed_step
 from common.engine.writers import read_metrics
@@ -110,6 +111,16 @@ def test_steps_differ_between_processes_and_starts_do_not(monkeypatch):
     alone = draw(3, 0)
     monkeypatch.setattr("common.engine.trainer.comm.get_rank", lambda: 1)
     assert draw(3, 0) != alone and draw(3, 0, rank=0) == alone
+
+
+def test_every_process_evaluates_with_the_main_ones_statistics(tmp_path, monkeypatch):
+    cfg, sent = small_cfg(tmp_path), []
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    monkeypatch.setattr("classification.trainer.broadcast_buffers", sent.append)
+    monkeypatch.setattr("classification.trainer.inference_on_dataset", lambda *_: {"sent": list(sent)})
+    assert trainer.test() == {"sent": []}
+    monkeypatch.setattr("classification.trainer.comm.get_world_size", lambda: 2)
+    assert trainer.test() == {"sent": [trainer.distill_model.student]}
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):

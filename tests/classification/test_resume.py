@@ -1,5 +1,7 @@
 """A run that was stopped in any way and resumed is the run that never stopped, to the last bit."""
 
+import argparse
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.checkpoint import RunCheckpointer, write_atomically
+from common.engine.run import prepare_run
 from common.engine.writers import read_metrics
 from common.errors import CheckpointError, ConfigError
 from tests.classification.runs import STEPS, run, small_cfg, state
@@ -124,6 +128,58 @@ def test_a_run_is_not_written_over(tmp_path):
     assert all(before[path] == content for path, content in after.items())
 
 
+def test_another_run_is_not_resumed(tmp_path):
+    cfg = small_cfg(tmp_path, SOLVER__EPOCHS=1)
+    run(cfg)
+    (path,) = tmp_path.glob("model_*3.pth")
+    saved = torch.load(path, weights_only=True)
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    names = ["SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN_SIZE", "MODEL.STUDENT.NAME", "DISTILL.METHODS", "training samples"]
+    for name in names:
+        for other, was in ({**saved, name: "other"}, "'other'"), ({k: v for k, v in saved.items() if k != name}, None):
+            torch.save(other, path)
+            with pytest.raises(CheckpointError, match=f"{name} was {was}, now"):
+                trainer.resume()
+    torch.save(saved, path)
+    assert trainer.resume() == 3
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path):
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
+    (path,) = tmp_path.glob("model_*3.pth")
+    saved = torch.load(path, weights_only=True)
+    saved["trainer"]["seconds"] = 1000.0
+    torch.save(saved, path)
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=2), resume=True)
+    assert 1000 < json.loads((tmp_path / "results.json").read_text())["seconds"] < 2000
+
+
+def test_epochs_are_counted_from_1(tmp_path):
+    cfg, epochs = small_cfg(tmp_path), []
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    for distiller in trainer.distill_model.distillers.values():
+        distiller.register_forward_pre_hook(lambda module, args: epochs.append(args[3].time))
+    trainer.run()
+    assert epochs == [1] * 6 + [2] * 6 + [3] * 6  # of two methods
+
+
+def test_methods_are_told_the_class_of_every_sample(tmp_path):
+    cfg = small_cfg(tmp_path, DISTILL__METHODS=["CRD"], DISTILL__CRD__K=8)
+    train_set, test_set = load_datasets(cfg)
+    method = ClassificationTrainer(cfg, train_set, test_set).distill_model.distillers["crd"]
+    assert torch.equal(method.labels, train_set.labels) and method.all_known
+
+
+def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
+    """One that Detectron2 started has imported nothing yet."""
+    (tmp_path / "own.py").write_text("import os\nos.environ['IMPORTED_HERE'] = 'yes'\n")
+    monkeypatch.setenv("IMPORTED_HERE", "")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    cfg = small_cfg(tmp_path / "run", CUDNN_BENCHMARK=True, IMPORTS=[str(tmp_path / "own.py")])
+    prepare_run(cfg, argparse.Namespace(resume=False))
+    assert os.environ["IMPORTED_HERE"] == "yes" and torch.backends.cudnn.benchmark
+
+
 def test_more_epochs_go_on(tmp_path):
     run(small_cfg(tmp_path))
     run(small_cfg(tmp_path, SOLVER__EPOCHS=4), resume=True)
@@ -145,9 +201,26 @@ def test_write_is_all_or_nothing(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    path, events = tmp_path / "file", []
+
+    def fsync(file):
+        name = Path(os.readlink(f"/proc/self/fd/{file}"))
+        events.append((name, name.read_bytes() if name.is_file() else path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path.write_bytes(b"old")
+    write_atomically(path, lambda file: file.write(b"new"))
+    (temporary, content), folder = events
+    assert temporary.parent == tmp_path and temporary != path and content == b"new"
+    assert folder == (tmp_path, b"new")  # the rename as well, once it was made
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpointer = RunCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), keep=2)
-    for step in (10000000, 3, 20):
+    for step in (10000000, 3, 9999999):
         checkpointer.save(f"model_{step:07d}")
-    assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_0000020.pth"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000020.pth"
+    assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_9999999.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_9999999.pth"
+    (tmp_path / "model_10000001.pth.77.tmp").write_bytes(b"half")
+    assert checkpointer.resume() == {} and not list(tmp_path.glob("*.tmp"))

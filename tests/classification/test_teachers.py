@@ -112,6 +112,12 @@ def test_a_method_on_features_looks_at_one(name, number):
     assert not any(n.startswith("teacher") for n in both.state_dict())
 
 
+@pytest.mark.parametrize("name", ON_FEATURES)
+def test_connectors_fit_the_one_that_is_looked_at(name):
+    model = build(name, key(name, "TEACHER"), 1, teacher=("resnet14", "wrn_16_2"))
+    assert seeded_losses(model, make_batch())[loss_of(name)].isfinite()
+
+
 def test_a_teacher_that_is_not_there():
     name = ON_FEATURES[0]
     for number in (2, -1):

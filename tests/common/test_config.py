@@ -1,8 +1,10 @@
 """The DISTILL node and checked merging."""
 
+import os
+
 import pytest
 
-from common.config import CfgNode, add_distill_defaults
+from common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
 from common.distillers import DISTILLERS, LogitDistiller
 from common.errors import ConfigError
 
@@ -82,3 +84,26 @@ def test_yaml_runs_no_code(cfg, tmp_path):
     with pytest.raises(Exception, match="could not determine a constructor"):
         cfg.merge_from_file(str(tmp_path / "c.yaml"))
     assert not (tmp_path / "made").exists()
+
+
+def test_an_own_file_is_run_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", "")
+    (tmp_path / "own.py").write_text("import os\nos.environ['RUNS'] += 'x'\n")
+    for name in ("own.py", str(tmp_path / "own.py")):
+        import_extensions([name], tmp_path)
+    assert os.environ["RUNS"] == "x"
+
+
+def test_an_own_file_that_failed_is_run_again(tmp_path):
+    (tmp_path / "own.py").write_text("raise ValueError('half written')\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="half written"):
+            import_extensions(["own.py"], tmp_path)
+
+
+def test_own_files_are_found_from_anywhere(tmp_path):
+    """A run folder's copy of the settings, and other processes, begin elsewhere."""
+    (tmp_path / "own.py").write_text("")
+    (tmp_path / "c.yaml").write_text("IMPORTS: [own.py, json]\n")
+    cfg = read_cfg(lambda: CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""}), str(tmp_path / "c.yaml"), [])
+    assert cfg.OUTPUT_DIR == "output/c" and cfg.IMPORTS == [str(tmp_path / "own.py"), "json"]

@@ -38,6 +38,12 @@ def test_a_gpu_for_each_process(monkeypatch, device, processes, here, gpus):
     check(monkeypatch, device, processes, here, gpus=gpus)
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 0), ("cuda:0", 0), ("cuda:4", 4)])
+def test_a_gpu_that_is_not_there(monkeypatch, device, gpus):
+    with pytest.raises(ConfigError, match=f"MODEL.DEVICE is {device}, but this machine has {gpus} GPUs"):
+        check(monkeypatch, device, 1, 1, gpus=gpus)
+
+
 def test_batches_are_shared_out_evenly(monkeypatch):
     with pytest.raises(ConfigError, match="IMS_PER_BATCH 8 cannot be shared out evenly over 3 processes"):
         check(monkeypatch, "cpu", 3, 3)

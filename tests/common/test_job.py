@@ -20,12 +20,23 @@ def test_torchrun_goes_before_slurm():
     assert Job.of({**SRUN, **TORCHRUN}) == Job(5, 8, 1, 4, 1, "a", 29500)
 
 
+def test_processes_of_a_node_agree_on_its_number_without_being_told():
+    alone = {name: value for name, value in TORCHRUN.items() if name != "GROUP_RANK"}
+    nodes = [Job.of({**alone, "RANK": str(4 + local), "LOCAL_RANK": str(local)}).node for local in range(4)]
+    assert nodes == [1, 1, 1, 1]
+    # After a node with two processes.
+    nodes = {Job.of({**alone, "RANK": str(2 + local), "LOCAL_RANK": str(local)}).node for local in range(4)}
+    assert len(nodes) == 1
+
+
 def test_slurm():
     job = Job.of(SRUN)
     assert (job.rank, job.world_size, job.local_rank, job.local_size, job.node) == (6, 7, 0, 1, 3)
     # srun may have been typed on a login node: task 0 is on the first of the list.
     assert job.address == "gpu003" and 20000 <= job.port < 30000
     assert job.port != Job.of({**SRUN, "SLURM_STEP_ID": "3"}).port
+    # Jobs that are submitted one after another share nodes.
+    assert job.port != Job.of({**SRUN, "SLURM_JOB_ID": "1234568", "SLURM_STEP_ID": "1"}).port
     first = Job.of({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
     assert (first.local_size, first.address, first.port) == (2, job.address, job.port)
 
@@ -88,6 +99,7 @@ def test_slurm_errors(change, message):
 def test_gpus():
     job = Job.of({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
     assert job.device_index(2, {}) == 1 and job.device_index(8, {}) == 1
+    assert Job.of(TORCHRUN).device_index(8, {}) == 1  # of the node's, whatever the rank over all nodes
     assert job.device_index(1, {"SLURM_GPUS_ON_NODE": "2"}) == 0  # each task sees its own
     with pytest.raises(ConfigError, match="2 processes on this node, but it has 1 GPU:"):
         job.device_index(1, {"SLURM_GPUS_ON_NODE": "1"})

@@ -190,6 +190,17 @@ def test_images_without_annotations_are_filtered(root):
     cfg = own_cfg()
     assert [d["image_id"] for d in load_training_set(cfg)] == [2]
     assert [d["image_id"] for d in load_test_set(cfg, "pets")] == [1, 2]
+    assert not any("annotations" in d for d in load_test_set(cfg, "pets"))  # most of a large set's memory
+
+
+def test_images_with_few_key_points_are_filtered(root):
+    seen, hidden = [2, 2, 2, 3, 3, 1], [2, 2, 0, 3, 3, 1]
+    write(root, "pets", coco(annotations=[annotation(1, 1, keypoints=seen), annotation(2, 2, keypoints=hidden)]))
+    cfg = own_cfg()
+    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = 2
+    assert [d["image_id"] for d in load_training_set(cfg)] == [1, 2]
+    cfg.MODEL.KEYPOINT_ON = True
+    assert [d["image_id"] for d in load_training_set(cfg)] == [1]
 
 
 def test_the_number_of_classes(root):
@@ -231,6 +242,11 @@ def test_annotations_that_the_mapper_cannot_use(root):
     with pytest.raises(ConfigError, match=r"INPUT.MASK_FORMAT is polygon, but coded has run-length"):
         load_training_set(cfg)
     cfg.INPUT.MASK_FORMAT = "bitmask"
+    load_training_set(cfg)
+    # COCO's crowds are run-length encoded, and no mask is made of them.
+    write(root, "crowd", coco(annotations=[annotation(1, 1), annotation(2, 1, iscrowd=1, segmentation=rle)]))
+    cfg = own_cfg(["crowd"])
+    cfg.MODEL.MASK_ON = True
     load_training_set(cfg)
     write(root, "short", coco(annotations=[annotation(1, 1, bbox=[1, 2, 3])]))
     with pytest.raises(DataError, match=r"short: an annotation of .*1.png has the bbox \[1, 2, 3\]"):

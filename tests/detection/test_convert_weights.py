@@ -126,6 +126,14 @@ def test_safe(tmp_path, student, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_of_a_view_only_what_is_seen_is_written(tmp_path, suffix):
+    whole = torch.zeros(1000, 1000)
+    torch.save({"model": {"roi_heads.a": whole[0], "roi_heads.b": whole.T[:2]}}, tmp_path / "in.pth")
+    copy_safely(str(tmp_path / "in.pth"), tmp_path / f"out{suffix}")
+    assert (tmp_path / f"out{suffix}").stat().st_size < 20000 < (tmp_path / "in.pth").stat().st_size
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_the_heuristics_need_stays(tmp_path, student, suffix):
     prefix = "backbone.bottom_up."
     short = {n.removeprefix(prefix): v for n, v in student.items() if n.startswith(prefix)}

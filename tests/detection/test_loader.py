@@ -12,11 +12,12 @@ from detectron2.data import DatasetMapper
 from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 
+from common.engine.trainer import seed_step
 from common.errors import ConfigError, DataError
 from detection.config import get_cfg
 from detection.data import build_test_loader, build_train_loader, load_training_set
 from detection.data.loader import MappedImages
-from detection.data.sampling import TrainBatchSampler, build_batch_sampler
+from detection.data.sampling import TrainBatchSampler, build_batch_sampler, build_sampler
 
 SHAPES = [(8, 6), (6, 8), (7, 7), (9, 5), (5, 9), (8, 6), (8, 7)]
 
@@ -87,8 +88,22 @@ def test_the_order_is_detectron2s(cfg):
 def test_a_subset_keeps_to_it(cfg):
     cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.3
-    batches = take(build_batch_sampler(cfg, [{"width": 1, "height": 1}] * 10), 30)
-    assert len({i for batch in batches for _, i in batch}) == 3
+
+    def subset():
+        batches = take(build_batch_sampler(cfg, [{"width": 1, "height": 1}] * 10), 30)
+        return frozenset(i for batch in batches for _, i in batch)
+
+    first = subset()
+    assert len(first) == 3 and subset() == first
+    cfg.SEED = 1
+    assert subset() != first
+
+
+def test_images_with_rare_classes_are_repeated_as_much_as_was_asked(cfg):
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.9
+    dicts = [{"annotations": [{"category_id": int(i == 0)}]} for i in range(10)]
+    repeats = build_sampler(cfg, dicts)._int_part + build_sampler(cfg, dicts)._frac_part
+    assert repeats.tolist() == pytest.approx([3.0] + [1.0] * 9)  # (0.9 / 0.1)^0.5
 
 
 def test_processes_share_the_same_global_batches(cfg, monkeypatch):
@@ -189,6 +204,17 @@ def test_global_generators_are_left_as_they_were(cfg, tmp_path):
     assert draws.shape == (12, 3) and len(np.unique(draws)) == 36
     images = MappedImages(dicts, draw, seed=0)
     assert images[5, 0] == images[5, 1] != images[6, 0]
+    assert MappedImages(dicts, draw, seed=1)[5, 0] != images[5, 0]
+    cfg.SEED = 1
+    assert take(build_train_loader(cfg, dicts[:1], mapper=draw), 1)[0][0]["draws"] != batches[0][0]["draws"]
+    # Nor are the numbers those of a step.
+    seed_step(0, 5)
+    assert torch.rand(()).item() != images[5, 0]["draws"][2]
+
+
+def test_the_generators_of_gpus_are_left_alone(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("nothing would restore them"))
+    assert take(build_train_loader(cfg, [image(tmp_path, 1)]), 1)
 
 
 def test_images_with_nothing_to_find_flow_through(cfg, tmp_path):

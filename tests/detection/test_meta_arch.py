@@ -1,7 +1,10 @@
 """Students with a teacher at their side: what is computed, how often, and from what."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -9,7 +12,7 @@ from torch import nn
 from common.distillers import DISTILLERS, Context, dkd_loss
 from common.errors import ConfigError
 from common.outputs import Outputs
-from detection.meta_arch.base import crop, recorded
+from detection.meta_arch.base import crop, levels, recorded
 from tests.detection.small import batch, build, image, plain, small_cfg, step
 
 ARCHITECTURES = ["review_dkd_r101_r18", "retinanet_bckd_r101_r50"]
@@ -95,6 +98,22 @@ def test_boxes_are_those_the_students_head_saw():
     assert torch.equal(step(model, batch())["loss_dkd"], step(other, batch())["loss_dkd"])
 
 
+def test_connectors_begin_alike_with_any_teacher():
+    """And a teacher is in eval mode from the beginning."""
+    one, other = build(small_cfg()), build(small_cfg(**{"TEACHER.MODEL.RESNETS.DEPTH": 34}))
+    begun, same = one.distillers.state_dict(), other.distillers.state_dict()
+    assert begun and begun.keys() == same.keys() and all(torch.equal(begun[name], same[name]) for name in begun)
+    assert not any(module.training for module in one.teacher.modules())
+
+
+def test_the_teachers_head_takes_the_levels_it_was_built_for():
+    model = build(small_cfg("dkd_r101_r18", **{"TEACHER.MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"]}))
+    with recorded({"pooler": model.teacher.roi_heads.box_pooler}) as calls:
+        step(model, batch())
+    maps, _ = calls["pooler"].args
+    assert [max(feat.shape[2:]) for feat in maps] == [16, 8, 4]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_part_runs_once_a_step(name):
     model, counts = build(small(name)), {}
@@ -119,6 +138,35 @@ def test_gradients_reach_student_and_connectors_but_not_the_teacher(name):
     assert any(p.grad.abs().sum() > 0 for p in model.backbone.parameters() if p.requires_grad)
     assert not model.teacher.training and not any(module.training for module in model.teacher.modules())
     assert all(torch.equal(before[key], value) for key, value in model.teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_teacher_uses_the_statistics_that_a_method_asks_for(monkeypatch, asked):
+    monkeypatch.setattr(DISTILLERS.get("PKD"), "teacher_batch_statistics", asked)
+    model, seen = build(small_cfg("pkd_r101_r50", **{"TEACHER.MODEL.RESNETS.NORM": "BN"})), []
+    norm = model.teacher.backbone.bottom_up.res5[-1].conv1.norm  # the first stages are frozen
+    norm.register_forward_hook(lambda module, *_: seen.append(module.training))
+    before = norm.running_mean.clone()
+    step(model, batch())
+    assert seen == [asked] and not norm.training and torch.equal(norm.running_mean, before)
+
+
+def test_a_method_without_a_teacher_is_given_none():
+    class Alone(nn.Module):
+        needs_teacher = teacher_batch_statistics = False
+
+        def forward(self, student, teacher, target, ctx):
+            return {"loss_alone": torch.tensor(float(teacher is None))}
+
+    model = build(small_cfg("pkd_r101_r50"))
+    model.distillers["alone"] = Alone()
+    losses = step(model, batch())
+    assert losses["loss_alone"] == 1 and losses["loss_pkd"] > 0
+
+
+def test_levels_go_from_fine_to_coarse_whatever_their_names():
+    shapes = {"p10": ShapeSpec(stride=8), "p9": ShapeSpec(stride=4), "a": ShapeSpec(stride=16)}
+    assert list(levels(SimpleNamespace(output_shape=lambda: shapes)).items()) == [("p9", 4), ("p10", 8), ("a", 16)]
 
 
 def test_the_state_dict_is_plain_detectron2s_beside_the_methods():
@@ -238,6 +286,17 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
 def test_what_does_not_fit_is_told_before_training(name, settings, message):
     with pytest.raises(ConfigError, match=message):
         build(small(name, **settings))
+
+
+def test_anchors_are_the_same_only_in_retinanets_that_pad_alike():
+    model = build(small("retinanet_bckd_r101_r50"))
+    parts = vars(model) | model._modules
+    model.check_scores(model.teacher_view.cfg, parts, model.teacher_view, "BCKD")
+    model.teacher.backbone._size_divisibility = 128
+    with pytest.raises(ConfigError, match="classes of anchors, but the teacher is a Linear"):
+        model.check_scores(model.teacher_view.cfg, parts, SimpleNamespace(network=nn.Linear(1, 1)), "BCKD")
+    with pytest.raises(ConfigError, match=r"differ in their padding \(32, .*\) and \(128, "):
+        model.check_scores(model.teacher_view.cfg, parts, model.teacher_view, "BCKD")
 
 
 def test_sigmoid_classes_of_an_rcnn_have_no_background_column():

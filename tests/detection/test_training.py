@@ -12,6 +12,8 @@ from detectron2.utils.events import get_event_storage
 
 from common.errors import ConfigError
 from detection.config import load_cfg
+from detection.data import load_training_set, register_datasets
+from detection.trainer import DetectionTrainer
 from tests.detection.runs import run, tiny_cfg
 from tests.detection.small import SMALL, TEACHER, build, small_cfg
 from tests.restarts import assert_identical
@@ -27,9 +29,24 @@ def test_masks(tiny, tmp_path):
 
 def test_mixed_precision(tiny, tmp_path):
     """bf16 on CPUs, fp16 with loss scaling on GPUs; losses and weights stay fp32."""
-    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True}))
+    cfg = tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True})
+    register_datasets(cfg)
+    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    assert trainer.precision is torch.bfloat16
+    trainer.run()
     student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
+
+
+def test_every_process_evaluates_with_the_main_ones_statistics(tiny, tmp_path, monkeypatch):
+    cfg, sent = tiny_cfg("rcnn", tmp_path), []
+    register_datasets(cfg)
+    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    monkeypatch.setattr("detection.trainer.broadcast_buffers", sent.append)
+    monkeypatch.setattr("detection.trainer.evaluate_detector", lambda *_, **__: {"sent": list(sent)})
+    assert trainer.test() == {"sent": []}
+    monkeypatch.setattr("detection.trainer.comm.get_world_size", lambda: 2)
+    assert trainer.test() == {"sent": [trainer.detector]}
 
 
 def test_over_scales_and_flips_at_the_end(tiny, tmp_path):

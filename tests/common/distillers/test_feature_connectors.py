@@ -223,6 +223,35 @@ def test_margins_come_from_the_teachers_batch_norms():
         DISTILLERS.get("OFD")(node, student.spec(), replace(spec, bn_before_relu=(plain, plain)))
 
 
+def test_ofd_alone_has_its_teacher_normalise_by_the_batch():
+    assert [name for name, method in DISTILLERS if method.teacher_batch_statistics] == ["OFD"]
+
+
+def test_the_mean_is_regressed_by_three_convolutions():
+    student, teacher = outputs(1, PAIRS["equal"][0]), outputs(60, PAIRS["equal"][1])
+    regressor = build("VID", student, teacher).regressors[0]
+    x, weights = student.feats[1], list(regressor.parameters())
+    assert [tuple(weight.shape) for weight in weights] == [(6, 4, 1, 1), (6, 6, 1, 1), (6, 6, 1, 1)]
+    expected = F.conv2d(F.conv2d(F.conv2d(x, weights[0]).relu(), weights[1]).relu(), weights[2])
+    torch.testing.assert_close(regressor(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "deviation"),
+    [
+        ("ReviewKD", ["fusions.0.reduce.0", "fusions.0.expand.0"], lambda w: w[0].numel() ** -0.5),
+        ("OFD", ["connectors.0.0"], lambda w: (2 / len(w)) ** 0.5),
+    ],
+)
+def test_connectors_begin_as_published(name, parts, deviation):
+    shapes = [(3, 4, 4), (60, 4, 4), (90, 2, 2)]
+    student, teacher = outputs(1, shapes), outputs(60, [*shapes[:1], (120, 4, 4), (90, 2, 2)])
+    method = build(name, student, teacher)
+    for part in parts:
+        weight = method.get_parameter(f"{part}.weight")
+        assert weight.std().item() == pytest.approx(deviation(weight), rel=0.05)
+
+
 def test_variances_are_learned_and_saved():
     student, teacher = trainable(outputs(1, PAIRS["equal"][0])), outputs(60, PAIRS["equal"][1])
     method = build("VID", student, teacher)
@@ -231,6 +260,8 @@ def test_variances_are_learned_and_saved():
     assert {f"log_scales.{i}" for i in range(3)} <= set(method.state_dict())
     variances = [F.softplus(scale) + 1e-5 for scale in method.log_scales]
     assert all(torch.allclose(v, torch.tensor(5.0)) for v in variances)
+    begun = build("VID", student, teacher, INIT_VAR=2.0, EPS=0.5).log_scales  # EPS is part of the variance
+    assert all(torch.allclose(F.softplus(scale) + 0.5, torch.tensor(2.0)) for scale in begun)
     value = step(method, student, teacher)
     assert all(scale.grad.abs().min() > 0 for scale in method.log_scales)
     terms = zip(method.regressors, student.feats[1:], teacher.feats[1:], variances, strict=True)

@@ -52,7 +52,8 @@ def test_finite_with_finite_gradients(logits, dtype):
     z = standardize_logits(logits)
     (z * torch.arange(logits.shape[1])).sum().backward()
     assert z.dtype == torch.float32 and z.isfinite().all() and logits.grad.isfinite().all()
-    assert logits.shape[1] > 1 or not z.any()
+    if torch.equal(logits, logits[:, :1].expand_as(logits)):
+        assert not z.any() and not logits.grad.any()  # nor is there a direction in what rounding leaves
 
 
 @pytest.mark.parametrize("name", SWITCHED)

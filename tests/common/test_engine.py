@@ -1,0 +1,228 @@
+"""The parts that a run is made of, each by itself: hooks, means, preemption, writers, files."""
+
+import math
+import random
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage, get_event_storage
+
+from common.engine import writers
+from common.engine.checkpoint import RunCheckpointer, save_student
+from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from common.engine.metrics import MeanMetrics, average_states
+from common.engine.preemption import Preempted, Preemption, WatchedBatches
+from common.engine.trainer import StepTrainer
+from common.errors import DivergedError
+
+NAN = float("nan")
+
+
+def after_each_step(hook, max_iter, **trainer):
+    """Let `hook` see every step of a training that does nothing."""
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(max_iter=max_iter, storage=storage, **trainer)
+        for hook.trainer.iter in range(max_iter):
+            hook.after_step()
+
+
+def test_evaluations_are_periodic_and_last():
+    steps = []
+    hook = EvaluationHook(lambda: {"top1": steps.append(hook.trainer.iter + 1) or 0.0}, 4, "top1", lambda: None)
+    after_each_step(hook, 10)
+    assert steps == [4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "taken"),
+    [
+        ([1.0, 3.0, 2.0], 3.0, [1.0, 3.0]),
+        ([2.0, 2.0, 2.0], 2.0, [2.0]),  # the first of equals
+        ([NAN, 0.0, NAN], 0.0, [0.0]),  # a metric that is not defined on the data loses against any number
+    ],
+)
+def test_the_best_is_above_all_before(values, best, taken):
+    given, kept = iter(values), []
+    hook = EvaluationHook(lambda: {"top1": next(given)}, 1, "top1", lambda: kept.append(hook.last["top1"]))
+    after_each_step(hook, 3)
+    assert hook.best == {"top1": best} and kept == taken
+    last = hook.summary()["top1"]
+    assert last == values[-1] or (math.isnan(last) and math.isnan(values[-1]))
+
+
+def test_a_checkpoint_at_multiples_and_after_the_last_step():
+    names = []
+    checkpointer = SimpleNamespace(save=lambda name, **facts: names.append((name, facts)))
+    hook = CheckpointHook(checkpointer, [4, 6], Preemption(), {"SEED": 3})
+    after_each_step(hook, 9, check_finite=lambda: None, collect_state=lambda: None)
+    assert names == [(f"model_000000{step}", {"SEED": 3}) for step in (4, 6, 8, 9)]
+
+
+@pytest.mark.parametrize(("epoch_length", "expected"), [(3, [3, 4, 6, 8, 9, 10]), (0, [4, 8, 10])])
+def test_a_line_at_multiples_at_ends_of_epochs_and_after_the_last_step(epoch_length, expected):
+    lines = []
+
+    def write():
+        epoch = hook.trainer.storage.latest().get("epoch", (None,))[0]
+        lines.append((hook.trainer.iter + 1, epoch))
+
+    hook = WriterHook([], 4, epoch_length)
+    hook._writers = [SimpleNamespace(write=write)]
+    after_each_step(hook, 10, log_metrics=lambda: None)
+    assert lines == [(step, step / epoch_length if epoch_length else None) for step in expected]
+
+
+def test_means_keep_their_digits_and_count_for_themselves():
+    metrics = MeanMetrics()
+    value = torch.tensor(2.0**24, requires_grad=True)
+    for _ in range(2):
+        metrics.update({"always": value})
+        value = torch.tensor(1.0)
+    metrics.update({"once": 5.0})
+    assert metrics.compute() == {"always": (2**24 + 1) / 2, "once": 5.0}
+    assert not any(total.requires_grad for total in metrics.state_dict()["sums"].values())
+    metrics.update({"once": NAN})
+    with pytest.raises(DivergedError, match="within the last 2 steps"):
+        metrics.compute()
+
+
+def test_one_state_for_several_processes():
+    """Of each mean the average over the processes that have it; a process more makes no step more."""
+    parts = [MeanMetrics() for _ in range(3)]
+    for part, values in zip(parts, ([1.0, 3.0], [5.0, 7.0], []), strict=True):
+        for value in values:
+            part.update({"loss": torch.tensor(value)})
+    parts[2].update({"own": 4.0})
+    merged = MeanMetrics()
+    merged.load_state_dict(average_states([part.state_dict() for part in parts]))
+    assert merged.compute() == {"loss": 4.0, "own": 4.0}
+    merged.update({"loss": 10.0})
+    assert merged.compute()["loss"] == pytest.approx((2 * 4 + 10) / 3)
+
+
+def test_an_evaluation_stops_at_the_next_batch():
+    preemption, seen = Preemption(), []
+    with pytest.raises(Preempted):
+        for batch in WatchedBatches(range(5), preemption):
+            seen.append(batch)
+            preemption.requested = batch == 1
+    assert seen == [0, 1]
+    assert list(WatchedBatches(range(3), Preemption())) == [0, 1, 2]
+
+
+def test_sigterm_is_given_back():
+    before, preemption = signal.getsignal(signal.SIGTERM), Preemption()
+    preemption.install()
+    signal.raise_signal(signal.SIGTERM)
+    assert preemption.any_process()
+    preemption.remove()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("write", ["model_0000001.pth", "student_best.pth"])
+def test_a_save_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch, write):
+    network = torch.nn.Linear(2, 2)
+
+    def save():
+        if write.startswith("student"):
+            save_student(tmp_path / write, network.state_dict())
+        else:
+            RunCheckpointer(network, str(tmp_path)).save("model_0000001")
+
+    def fail(content, file):
+        if isinstance(file, str | Path):
+            Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    save()
+    before = (tmp_path / write).read_bytes()
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save()
+    assert (tmp_path / write).read_bytes() == before
+
+
+def test_a_log_keeps_what_was_done_before_the_step_that_is_done_again(tmp_path):
+    path = tmp_path / writers.METRICS
+    path.write_text("".join(f'{{"iteration": {step}}}\n' for step in range(4)) + '{"iterat')
+    assert [line["iteration"] for line in writers.read_metrics(tmp_path)] == [0, 1, 2, 3]
+    writers.drop_lines_from(path, 2)
+    assert path.read_text() == '{"iteration": 0}\n{"iteration": 1}\n'
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch, start):
+    given = []
+    monkeypatch.setattr(writers, "JSONWriter", lambda path: None)
+    monkeypatch.setattr(writers, "TensorboardXWriter", lambda folder, **options: given.append(options))
+    writers.build_writers(str(tmp_path), start, 10)
+    assert given == [{"purge_step": start or None}]
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone():
+    model = torch.nn.Linear(1, 1)
+
+    def drawn(start, seed=0):
+        draws = []
+
+        def losses(batch):
+            # On CPUs, where TorchScript must compute a function's first call as it does the others.
+            assert not torch._C._get_graph_executor_optimize()
+            draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+            return {"loss": model.weight.sum()}
+
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = StepTrainer(model, optimizer, lambda start: range(start, 4), seed)
+        trainer.compute_losses = losses
+        trainer.train(start, 4)
+        return draws
+
+    whole = drawn(0)
+    assert drawn(2) == whole[2:] and drawn(0, seed=1) != whole
+    assert len({value for draws in whole for value in draws}) == 12
+
+
+def test_what_a_network_notes_is_logged_as_its_mean_since_the_last_line():
+    """Of a resumed run too, whatever a part of it did."""
+    model = torch.nn.Linear(1, 1)
+
+    def train(start, end, state=None):
+        trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.0), lambda start: range(start, 9), seed=0)
+
+        def losses(batch):
+            get_event_storage().put_scalar("noted", batch)
+            return {"loss": 0 * model.weight.sum() + batch}
+
+        trainer.compute_losses, lines = losses, []
+        hook = WriterHook([], 2)
+
+        def write():
+            latest = trainer.storage.latest()
+            lines.append((latest["loss"][0], latest["noted"][0]))
+
+        hook._writers = [SimpleNamespace(write=write, close=lambda: None)]
+        trainer.register_hooks([hook])
+        if state is not None:
+            trainer.load_state_dict(state)
+        trainer.train(start, end)
+        return lines, trainer
+
+    assert train(0, 6)[0] == [(0.5, 0.5), (2.5, 2.5), (4.5, 4.5)]
+    trainer = train(0, 2)[1]
+    trainer.metrics.update({"loss": 2.0})
+    trainer.noted.update({"noted": 2.0})
+    assert train(3, 6, trainer.state_dict())[0] == [(2.5, 2.5), (4.5, 4.5)]
+
+
+def test_the_norm_of_all_gradients_is_clipped():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    trainer = StepTrainer(model, optimizer, lambda start: [torch.ones(5, 3)], seed=0, clip=0.5)
+    trainer.compute_losses = lambda batch: {"loss": 100 * model(batch).square().sum()}
+    trainer.train(0, 1)
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert gradients.norm().item() == pytest.approx(0.5, rel=1e-4)
