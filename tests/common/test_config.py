@@ -25,11 +25,10 @@ def test_every_method_has_its_node(cfg):
 
 def test_published_defaults(cfg):
     assert cfg.DISTILL.METHODS == [] and cfg.DISTILL.CE_WEIGHT == 1.0
-    assert cfg.DISTILL.KD == {"WEIGHT": 0.9, "WARMUP": 0, "TEACHER": 0, "STANDARDIZE": False, "T": 4.0}
+    assert cfg.DISTILL.KD == {"WEIGHT": 0.9, "WARMUP": 0, "STANDARDIZE": False, "T": 4.0}
     assert cfg.DISTILL.DKD == {
         "WEIGHT": 1.0,
         "WARMUP": 20,
-        "TEACHER": 0,
         "STANDARDIZE": False,
         "ALPHA": 1.0,
         "BETA": 8.0,

@@ -278,7 +278,7 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
         ("dkd_r101_r18", {"DISTILL.METHODS": ["OFD"]}, "OFD takes its margins"),
         ("dkd_r101_r18", {"DISTILL.METHODS": ["CRD"]}, "CRD needs the pooled"),
         ("dkd_r101_r18", {"DISTILL.METHODS": ["USKD"]}, "USKD needs a feature for each row"),
-        ("dkd_r101_r18", {"DISTILL.DKD.TEACHER": 1}, "one teacher"),
+        ("reviewkd_r101_r18", {"DISTILL.REVIEWKD.TEACHER": 1}, "one teacher"),
         ("dkd_r101_r18", {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN"}, "need MODEL.META_ARCHITECTURE DistillRCNN"),
         ("dkd_r101_r18", {"MODEL.META_ARCHITECTURE": "DistilRCNN"}, "did you mean DistillRCNN"),
     ],
