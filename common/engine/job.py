@@ -19,7 +19,7 @@ class Job:
     Attributes:
         rank, world_size: over all nodes.
         local_rank, local_size: on this node; nodes may differ in their size.
-        node: number of this node.
+        node: a number that this node's processes share, and no others.
         address, port: where process 0 listens.
         starter: what started it, for messages.
     """
@@ -44,7 +44,8 @@ class Job:
         """
         if all(name in environ for name in _TORCHRUN):
             rank, world_size, local_rank, local_size = (int(environ[name]) for name in _TORCHRUN[:4])
-            node = int(environ.get("GROUP_RANK", (rank - local_rank) // local_size))
+            # The rank of a node's first process is as good a number, and no other node's, whatever their sizes.
+            node = int(environ.get("GROUP_RANK", rank - local_rank))
             return cls(
                 rank, world_size, local_rank, local_size, node, environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
             )

@@ -22,11 +22,12 @@ def test_torchrun_goes_before_slurm():
 
 def test_processes_of_a_node_agree_on_its_number_without_being_told():
     alone = {name: value for name, value in TORCHRUN.items() if name != "GROUP_RANK"}
-    nodes = [Job.of({**alone, "RANK": str(4 + local), "LOCAL_RANK": str(local)}).node for local in range(4)]
-    assert nodes == [1, 1, 1, 1]
-    # After a node with two processes.
-    nodes = {Job.of({**alone, "RANK": str(2 + local), "LOCAL_RANK": str(local)}).node for local in range(4)}
-    assert len(nodes) == 1
+    numbers, first = [], 0
+    for size in (1, 4, 2, 1):
+        places = [{"RANK": f"{first + i}", "LOCAL_RANK": f"{i}", "LOCAL_WORLD_SIZE": f"{size}"} for i in range(size)]
+        numbers.append({Job.of({**alone, **place}).node for place in places})
+        first += size
+    assert [len(of_node) for of_node in numbers] == [1, 1, 1, 1] and len(set.union(*numbers)) == 4
 
 
 def test_slurm():
