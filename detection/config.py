@@ -11,8 +11,9 @@ from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device, without_code
+from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from common.errors import ConfigError, nearest
+from common.settings import as_kind
 
 __all__ = [
     "CfgNode",
@@ -38,6 +39,7 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         # Of every _BASE_ file as well: only here it is known which file names the teacher's.
         loaded = super().load_yaml_with_base(filename, allow_unsafe)
+        _check_version(filename, loaded)
         teacher = loaded.get("TEACHER")
         if isinstance(teacher, dict) and isinstance(teacher.get("CONFIG_FILE"), str):
             beside = os.path.join(os.path.dirname(filename), teacher["CONFIG_FILE"])
@@ -45,13 +47,11 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
                 teacher["CONFIG_FILE"] = beside
         return loaded
 
-    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
-        super().merge_from_file(cfg_filename, allow_unsafe)
-
     def merge_from_other_cfg(self, cfg_other: Detectron2CfgNode) -> None:
         teacher = cfg_other.get("TEACHER")
-        if isinstance(teacher, dict) and teacher.get("CONFIG_FILE") and "TEACHER" in self:
-            self.TEACHER = _teacher_node(type(self), teacher["CONFIG_FILE"])
+        file = as_kind(teacher.get("CONFIG_FILE"), (str,)) if isinstance(teacher, dict) else None
+        if file and "TEACHER" in self:
+            self.TEACHER = _teacher_node(type(self), file)
         super().merge_from_other_cfg(cfg_other)
 
 
@@ -199,10 +199,9 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
         log = logging.getLogger("fvcore.common.config")
         try:
             log.disabled = trusted  # it would warn of it
-            with without_code(f"TEACHER.CONFIG_FILE {config_file}"):
-                full.merge_from_file(path, allow_unsafe=trusted)
+            full.merge_from_file(path, allow_unsafe=trusted)
         except ConfigError as error:
-            raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
+            raise ConfigError(f"TEACHER.CONFIG_FILE {error}") from error  # which begins with the file
         finally:
             log.disabled = False
         _take(node, full)
@@ -211,6 +210,17 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
     node.CONFIG_FILE = config_file
     node.MODEL.WEIGHTS = weights
     return node
+
+
+def _check_version(filename: str, loaded: dict[str, Any]) -> None:
+    """Check what Detectron2 looks at, before anything is merged, to tell the version of a file."""
+    version = loaded.get("VERSION", 2)
+    if version not in (1, 2):
+        raise ConfigError(f"{filename}: VERSION is {version!r}, but must be 1 or 2, Detectron2's; leave it out")
+    for key in ("MODEL", "TEST"):
+        if not isinstance(loaded.get(key, {}), dict):
+            given = "nothing" if loaded[key] is None else repr(loaded[key])
+            raise ConfigError(f"{filename}: config key {key} is a node with keys below it, but was given {given}")
 
 
 def _of_zoo(name: str) -> tuple[str, str]:

@@ -99,6 +99,8 @@ def test_published_imagenet_pairs(pair, beta):
         (["SOLVER.OPTIMIZER", "AdamW", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; AdamW has no"),
         (["MODEL.DEVICE", "cuda:99"], "GPU"),
         (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
+        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE meta"),
+        (["DISTILL.METHODS", [1]], "DISTILL.METHODS is .* a list of names"),
     ],
 )
 def test_impossible_settings(opts, message):
@@ -106,6 +108,35 @@ def test_impossible_settings(opts, message):
     cfg.merge_from_list(["MODEL.STUDENT.NAME", "resnet8", *opts])
     with pytest.raises(ConfigError, match=message):
         validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("IMPORTS: foo.py\n", [], r"IMPORTS takes a list, but was given foo\.py; write \[foo\.py\]"),
+        ("IMPORTS: [5]\n", [], "IMPORTS is .* a list of names"),
+        ("IMPORTS: [.a]\n", [], "IMPORTS: '.a' is neither"),
+        ("", ["IMPORTS", "[foo.py]"], "IMPORTS: there is no file .*foo.py"),
+    ],
+)
+def test_imports_that_name_nothing(tmp_path, text, opts, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_cfg(str(tmp_path / "c.yaml"), opts)
+
+
+def test_imports_on_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "touch.py").write_text("open('touched', 'w').close()\n")
+    cfg = load_cfg("", ["IMPORTS", "[touch.py]", "MODEL.STUDENT.NAME", "resnet8"])
+    assert (tmp_path / "touched").exists() and cfg.IMPORTS == [str(tmp_path / "touch.py")]
+
+
+def test_a_config_file_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config-file .* is a folder"):
+        load_cfg(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"--config-file .*no such file"):
+        load_cfg(str(tmp_path / "c.yaml"))
 
 
 def test_device_auto():
