@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
 from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from common.errors import ConfigError, nearest
+from common.rules import FRACTION, MOMENTUM, NUMBERS, RISING, TEXTS, Rule, above, at_least, check_rules, refuse_nan
 from common.settings import as_kind
 
 __all__ = [
@@ -25,6 +26,43 @@ __all__ = [
     "validate",
     "zoo_weights",
 ]
+
+_SIZES = Rule("a list of numbers above 0", lambda value: NUMBERS.holds(value) and all(size > 0 for size in value))
+#: What single settings must be, whatever the others are. The methods check their own.
+_RULES = {
+    "SEED": at_least(0),
+    "LOG_PERIOD": at_least(1),
+    "DATASETS.TRAIN": TEXTS,
+    "DATASETS.TEST": TEXTS,
+    "MODEL.PIXEL_MEAN": NUMBERS,
+    "MODEL.PIXEL_STD": _SIZES,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": at_least(1),
+    "MODEL.RPN.POSITIVE_FRACTION": FRACTION,
+    "MODEL.RPN.NMS_THRESH": at_least(0),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": at_least(1),
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": FRACTION,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": at_least(0),
+    "INPUT.MIN_SIZE_TRAIN": _SIZES,
+    "INPUT.MAX_SIZE_TRAIN": at_least(1),
+    "INPUT.MIN_SIZE_TEST": at_least(0),
+    "INPUT.MAX_SIZE_TEST": at_least(1),
+    "SOLVER.MAX_ITER": at_least(1),
+    "SOLVER.IMS_PER_BATCH": at_least(1),
+    "SOLVER.BASE_LR": above(0),
+    "SOLVER.MOMENTUM": MOMENTUM,
+    "SOLVER.WEIGHT_DECAY": at_least(0),
+    "SOLVER.WEIGHT_DECAY_NORM": at_least(0),
+    "SOLVER.STEPS": RISING,
+    "SOLVER.GAMMA": above(0),
+    "SOLVER.WARMUP_ITERS": at_least(0),
+    "SOLVER.WARMUP_FACTOR": FRACTION,
+    "SOLVER.REFERENCE_WORLD_SIZE": at_least(0),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0),
+    "SOLVER.CHECKPOINT_PERIOD": at_least(1),
+    "SOLVER.CHECKPOINT_KEEP": at_least(1),
+    "DATALOADER.NUM_WORKERS": at_least(0),
+    "TEST.EVAL_PERIOD": at_least(0),
+}
 
 
 class CfgNode(CheckedMerge, Detectron2CfgNode):
@@ -136,6 +174,8 @@ def validate(cfg: CfgNode) -> None:
     from detection.meta_arch import DistillDetector
 
     methods, name = chosen_methods(cfg), cfg.MODEL.META_ARCHITECTURE
+    check_rules(cfg, {**_RULES, num_classes(cfg)[0]: at_least(1)})
+    refuse_nan(cfg)
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE {name}: there is no such one{nearest(name, dict(META_ARCH_REGISTRY))}"
@@ -168,19 +208,6 @@ def validate(cfg: CfgNode) -> None:
         )
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
-    for key, value, floor in (
-        ("SEED", cfg.SEED, 0),
-        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
-        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
-        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
-        ("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP, 1),
-        (*num_classes(cfg), 1),
-    ):
-        if value < floor:
-            raise ConfigError(f"{key} is {value}, but must be at least {floor}")
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST must each name a data set")
     cfg.MODEL.DEVICE = str(resolve_device(cfg))

@@ -24,6 +24,11 @@ DKD_BETAS = {
     "vgg13_mv2": 6, "r32x4_shuv1": 8, "r32x4_shuv2": 8, "wrn40_2_shuv1": 8, "r50_mv2": 8,
 }  # fmt: skip
 
+NEVER_NEGATIVE = (
+    "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "SOLVER.WEIGHT_DECAY", "SOLVER.WARMUP_EPOCHS", "SOLVER.CLIP_GRAD_NORM",
+    "DISTILL.CE_WEIGHT", "DATALOADER.NUM_WORKERS",
+)  # fmt: skip
+
 
 def load(path, *opts):
     return load_cfg(str(path), ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.WEIGHTS", "", *opts])
@@ -101,6 +106,21 @@ def test_published_imagenet_pairs(pair, beta):
         (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
         (["MODEL.DEVICE", "meta"], "MODEL.DEVICE meta"),
         (["DISTILL.METHODS", [1]], "DISTILL.METHODS is .* a list of names"),
+        (["MODEL.TEACHER.NAME", [1, 2]], "a name, or a list of names"),
+        (["MODEL.TEACHER.WEIGHTS", [1]], "a name, or a list of names"),
+        (["MODEL.TEACHER.SHARES", ["a"]], "a list of numbers"),
+        (["MODEL.STUDENT.PIXEL_MEAN", ["a", "b", "c"]], r"takes 3 numbers .* but is \['a', 'b', 'c'\]"),
+        (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.PIXEL_STD", [[1, 2, 3], 5]], "takes 3 .* but is 5"),
+        (["SOLVER.STEPS", ["a"]], "SOLVER.STEPS is .* a list of numbers from 1 on"),
+        (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0.0, but must be above 0"),
+        (["SOLVER.BASE_LR", "1e400"], "BASE_LR is inf, but must be a finite number"),
+        (["SOLVER.MOMENTUM", -1], "at least 0 and below 1"),
+        (["SOLVER.MOMENTUM", 1.5], "at least 0 and below 1"),
+        (["SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0], "NESTEROV needs a momentum"),
+        (["SOLVER.GAMMA", -1], "SOLVER.GAMMA"),
+        (["SOLVER.EPOCHS", 10**30], "at most"),
+        (["DISTILL.DKD.BETA", math.nan], "DISTILL.DKD.BETA is nan"),
+        *(([key, -1], f"{key} is -1.*, but must be at least 0") for key in NEVER_NEGATIVE),
     ],
 )
 def test_impossible_settings(opts, message):

@@ -129,6 +129,13 @@ def test_detectron2s_own_config_node_works_too():
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN"),
         (["TEST.PRECISE_BN.ENABLED", "True"], "PRECISE_BN"),
         (["DISTILL.METHODS", "KD"], r"takes a list, but was given KD; write \[KD\]"),
+        (["DATASETS.TRAIN", "[1]"], "a list of names"),
+        (["SOLVER.BASE_LR", "0"], "SOLVER.BASE_LR is 0.0, but must be above 0"),
+        (["SOLVER.STEPS", "[3, 2]"], "SOLVER.STEPS is .* in order"),
+        (["SOLVER.WARMUP_FACTOR", "2"], "from 0 to 1"),
+        (["SOLVER.WEIGHT_DECAY", "-1"], "SOLVER.WEIGHT_DECAY is -1"),
+        (["MODEL.PIXEL_STD", "[0, 1, 1]"], "MODEL.PIXEL_STD is .* above 0"),
+        (["INPUT.MIN_SIZE_TRAIN", "[a]"], "INPUT.MIN_SIZE_TRAIN"),
         (["TEACHER.MODEL.RPN.NMS_THRESH", ".nan"], "takes a number"),
     ],
 )  # fmt: skip
