@@ -59,7 +59,8 @@ def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
 def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[Any] | None) -> _CfgNode:
     """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs; OUTPUT_DIR is after the file.
 
-    The files of IMPORTS become absolute: other processes, and the run folder's copy of these settings, begin elsewhere.
+    OUTPUT_DIR and the files of IMPORTS become absolute: other processes, and the run folder's copy of these settings,
+    begin elsewhere.
 
     Args:
         get_cfg: the defaults, with nodes of :class:`CheckedMerge`.
@@ -78,8 +79,8 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
         cfg.merge_from_file(config_file)
     cfg.merge_from_list(opts)
     cfg.IMPORTS = [str(folder / name) if name.endswith(".py") else name for name in cfg.IMPORTS]
-    if not cfg.OUTPUT_DIR:
-        cfg.OUTPUT_DIR = str(Path("output", Path(config_file).stem or "run"))
+    output = cfg.OUTPUT_DIR or os.path.join("output", Path(config_file).stem or "run")
+    cfg.OUTPUT_DIR = os.path.abspath(os.path.expanduser(output))
     return cfg
 
 

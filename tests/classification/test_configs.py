@@ -37,7 +37,7 @@ def load(path, *opts):
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_config_is_built_and_stepped(path):
     cfg = load(path)
-    assert cfg.OUTPUT_DIR == f"output/{path.stem}"
+    assert cfg.OUTPUT_DIR == str(Path("output", path.stem).resolve())
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=50)
     optimizer = build_optimizer(model, cfg.SOLVER)
@@ -157,6 +157,20 @@ def test_a_config_file_that_is_none(tmp_path):
         load_cfg(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"--config-file .*no such file"):
         load_cfg(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("", "output/c"), ("run", "run"), ("~/run", "home/run"), ("2024", "2024"), ("/x", "/x")]
+)
+def test_the_run_folders_settings_name_it_from_anywhere(tmp_path, monkeypatch, given, found):
+    (tmp_path / "c.yaml").write_text("MODEL: {STUDENT: {NAME: resnet8}}\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    cfg = load_cfg("c.yaml", ["OUTPUT_DIR", given])
+    assert cfg.OUTPUT_DIR == str(tmp_path / found)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    monkeypatch.chdir("/")
+    assert load_cfg(str(tmp_path / "config.yaml")) == cfg
 
 
 def test_device_auto():
