@@ -1,11 +1,24 @@
 """Settings of the classification trainer: all defaults, reading, and every check that needs no data."""
 
+from typing import Any
+
 import torch
 
 from classification.data import dataset_info
 from classification.solver import OPTIMIZERS, SCHEDULES
 from common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from common.errors import ConfigError, nearest
+from common.rules import (
+    MOMENTUM,
+    NUMBERS,
+    RISING,
+    TEXT_OR_TEXTS,
+    above,
+    at_least,
+    check_rules,
+    is_number,
+    refuse_nan,
+)
 
 __all__ = [
     "PRECISIONS",
@@ -18,6 +31,33 @@ __all__ = [
 
 #: Precisions of autocast by SOLVER.AMP.
 PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: What single settings must be, whatever the others are. The methods check their own.
+_RULES = {
+    "SEED": at_least(0),
+    "LOG_PERIOD": at_least(1),
+    "MODEL.NUM_CLASSES": at_least(0),
+    "MODEL.TEACHER.NAME": TEXT_OR_TEXTS,
+    "MODEL.TEACHER.WEIGHTS": TEXT_OR_TEXTS,
+    "MODEL.TEACHER.SHARES": NUMBERS,
+    "DISTILL.CE_WEIGHT": at_least(0),
+    "DATASETS.TRAIN_SIZE": at_least(0),
+    "INPUT.SIZE": at_least(0),
+    "SOLVER.EPOCHS": at_least(1, most=10**9),
+    "SOLVER.IMS_PER_BATCH": at_least(1),
+    "SOLVER.BASE_LR": above(0),
+    "SOLVER.MOMENTUM": MOMENTUM,
+    "SOLVER.WEIGHT_DECAY": at_least(0),
+    "SOLVER.STEPS": RISING,
+    "SOLVER.GAMMA": above(0),
+    "SOLVER.WARMUP_EPOCHS": at_least(0),
+    "SOLVER.CLIP_GRAD_NORM": at_least(0),
+    "SOLVER.CHECKPOINT_PERIOD": at_least(1),
+    "SOLVER.CHECKPOINT_STEPS": at_least(0),
+    "SOLVER.CHECKPOINT_KEEP": at_least(1),
+    "DATALOADER.NUM_WORKERS": at_least(0),
+    "TEST.EVAL_PERIOD": at_least(1),
+    "TEST.IMS_PER_BATCH": at_least(1, most=10**9),
+}
 
 
 class _CfgNode(CfgNode):
@@ -169,6 +209,10 @@ def _names(cfg: CfgNode) -> list[str]:
     return [name for name in ([names] if isinstance(names, str) else names) if name]
 
 
+def _is_colour(values: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) in (0, 3) and all(map(is_number, values))
+
+
 def validate(cfg: CfgNode) -> None:
     """Check what can be checked before data and weights are touched.
 
@@ -176,6 +220,8 @@ def validate(cfg: CfgNode) -> None:
         ConfigError: with the key, its value, and what would be right.
     """
     methods = chosen_methods(cfg)
+    check_rules(cfg, _RULES)
+    refuse_nan(cfg)
     if not cfg.MODEL.STUDENT.NAME:
         raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
     needy = [name for name, method in methods.items() if method.needs_teacher]
@@ -185,37 +231,24 @@ def validate(cfg: CfgNode) -> None:
         dataset_info(cfg.DATASETS.NAME)
     except ValueError as error:
         raise ConfigError(f"DATASETS.NAME: {error}") from None
-    for key in ("EPOCHS", "IMS_PER_BATCH", "CHECKPOINT_PERIOD", "CHECKPOINT_KEEP"):
-        if cfg.SOLVER[key] < 1:
-            raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}, but must be at least 1")
-    for key, value, floor in (
-        ("SEED", cfg.SEED, 0),
-        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
-        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 1),
-        ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-        ("SOLVER.CHECKPOINT_STEPS", cfg.SOLVER.CHECKPOINT_STEPS, 0),
-        ("MODEL.NUM_CLASSES", cfg.MODEL.NUM_CLASSES, 0),
-    ):
-        if value < floor:
-            raise ConfigError(f"{key} is {value}, but must be at least {floor}")
     for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES)):
         if cfg.SOLVER[key] not in known:
             value = cfg.SOLVER[key]
             raise ConfigError(f"SOLVER.{key} {value} is none of {', '.join(known)}{nearest(value, known)}")
-    steps = list(cfg.SOLVER.STEPS)
-    if steps != sorted(set(steps)) or any(step < 1 for step in steps):
-        raise ConfigError(f"SOLVER.STEPS are epochs from 1 on, each once and in order, but are {steps}")
     for key, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teacher_nodes(cfg))]:
         for name in ("PIXEL_MEAN", "PIXEL_STD"):
-            if len(node[name]) not in (0, 3):
-                raise ConfigError(f"MODEL.{key}.{name} takes 3 numbers in RGB order, or none for the data set's")
+            if not _is_colour(node[name]):
+                raise ConfigError(
+                    f"MODEL.{key}.{name} takes 3 numbers in RGB order, or none for the data set's, but is {node[name]}"
+                )
         if any(value <= 0 for value in node.PIXEL_STD):
             raise ConfigError(f"MODEL.{key}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
     if cfg.SOLVER.AMP not in PRECISIONS:
         raise ConfigError(f"SOLVER.AMP {cfg.SOLVER.AMP} is none of {', '.join(map(repr, PRECISIONS))}")
     if cfg.SOLVER.NESTEROV and cfg.SOLVER.OPTIMIZER != "SGD":
         raise ConfigError(f"SOLVER.NESTEROV is SGD's; {cfg.SOLVER.OPTIMIZER} has no such momentum")
+    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+        raise ConfigError("SOLVER.NESTEROV needs a momentum, but SOLVER.MOMENTUM is 0")
     if cfg.SOLVER.OPTIMIZER == "DOT":
         if not 0 <= cfg.SOLVER.DELTA < min(cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {cfg.SOLVER.DELTA} must be below MOMENTUM and 1 - MOMENTUM")

@@ -11,8 +11,10 @@ from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device, without_code
+from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from common.errors import ConfigError, nearest
+from common.rules import FRACTION, MOMENTUM, NUMBERS, RISING, TEXTS, Rule, above, at_least, check_rules, refuse_nan
+from common.settings import as_kind
 
 __all__ = [
     "CfgNode",
@@ -24,6 +26,43 @@ __all__ = [
     "validate",
     "zoo_weights",
 ]
+
+_SIZES = Rule("a list of numbers above 0", lambda value: NUMBERS.holds(value) and all(size > 0 for size in value))
+#: What single settings must be, whatever the others are. The methods check their own.
+_RULES = {
+    "SEED": at_least(0),
+    "LOG_PERIOD": at_least(1),
+    "DATASETS.TRAIN": TEXTS,
+    "DATASETS.TEST": TEXTS,
+    "MODEL.PIXEL_MEAN": NUMBERS,
+    "MODEL.PIXEL_STD": _SIZES,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": at_least(1),
+    "MODEL.RPN.POSITIVE_FRACTION": FRACTION,
+    "MODEL.RPN.NMS_THRESH": at_least(0),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": at_least(1),
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": FRACTION,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": at_least(0),
+    "INPUT.MIN_SIZE_TRAIN": _SIZES,
+    "INPUT.MAX_SIZE_TRAIN": at_least(1),
+    "INPUT.MIN_SIZE_TEST": at_least(0),
+    "INPUT.MAX_SIZE_TEST": at_least(1),
+    "SOLVER.MAX_ITER": at_least(1),
+    "SOLVER.IMS_PER_BATCH": at_least(1),
+    "SOLVER.BASE_LR": above(0),
+    "SOLVER.MOMENTUM": MOMENTUM,
+    "SOLVER.WEIGHT_DECAY": at_least(0),
+    "SOLVER.WEIGHT_DECAY_NORM": at_least(0),
+    "SOLVER.STEPS": RISING,
+    "SOLVER.GAMMA": above(0),
+    "SOLVER.WARMUP_ITERS": at_least(0),
+    "SOLVER.WARMUP_FACTOR": FRACTION,
+    "SOLVER.REFERENCE_WORLD_SIZE": at_least(0),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0),
+    "SOLVER.CHECKPOINT_PERIOD": at_least(1),
+    "SOLVER.CHECKPOINT_KEEP": at_least(1),
+    "DATALOADER.NUM_WORKERS": at_least(0),
+    "TEST.EVAL_PERIOD": at_least(0),
+}
 
 
 class CfgNode(CheckedMerge, Detectron2CfgNode):
@@ -38,6 +77,7 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         # Of every _BASE_ file as well: only here it is known which file names the teacher's.
         loaded = super().load_yaml_with_base(filename, allow_unsafe)
+        _check_version(filename, loaded)
         teacher = loaded.get("TEACHER")
         if isinstance(teacher, dict) and isinstance(teacher.get("CONFIG_FILE"), str):
             beside = os.path.join(os.path.dirname(filename), teacher["CONFIG_FILE"])
@@ -45,13 +85,11 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
                 teacher["CONFIG_FILE"] = beside
         return loaded
 
-    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
-        super().merge_from_file(cfg_filename, allow_unsafe)
-
     def merge_from_other_cfg(self, cfg_other: Detectron2CfgNode) -> None:
         teacher = cfg_other.get("TEACHER")
-        if isinstance(teacher, dict) and teacher.get("CONFIG_FILE") and "TEACHER" in self:
-            self.TEACHER = _teacher_node(type(self), teacher["CONFIG_FILE"])
+        file = as_kind(teacher.get("CONFIG_FILE"), (str,)) if isinstance(teacher, dict) else None
+        if file and "TEACHER" in self:
+            self.TEACHER = _teacher_node(type(self), file)
         super().merge_from_other_cfg(cfg_other)
 
 
@@ -136,6 +174,8 @@ def validate(cfg: CfgNode) -> None:
     from detection.meta_arch import DistillDetector
 
     methods, name = chosen_methods(cfg), cfg.MODEL.META_ARCHITECTURE
+    check_rules(cfg, {**_RULES, num_classes(cfg)[0]: at_least(1)})
+    refuse_nan(cfg)
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(
             f"MODEL.META_ARCHITECTURE {name}: there is no such one{nearest(name, dict(META_ARCH_REGISTRY))}"
@@ -168,19 +208,6 @@ def validate(cfg: CfgNode) -> None:
         )
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
-    for key, value, floor in (
-        ("SEED", cfg.SEED, 0),
-        ("LOG_PERIOD", cfg.LOG_PERIOD, 1),
-        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
-        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
-        ("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP, 1),
-        (*num_classes(cfg), 1),
-    ):
-        if value < floor:
-            raise ConfigError(f"{key} is {value}, but must be at least {floor}")
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST must each name a data set")
     cfg.MODEL.DEVICE = str(resolve_device(cfg))
@@ -199,10 +226,9 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
         log = logging.getLogger("fvcore.common.config")
         try:
             log.disabled = trusted  # it would warn of it
-            with without_code(f"TEACHER.CONFIG_FILE {config_file}"):
-                full.merge_from_file(path, allow_unsafe=trusted)
+            full.merge_from_file(path, allow_unsafe=trusted)
         except ConfigError as error:
-            raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
+            raise ConfigError(f"TEACHER.CONFIG_FILE {error}") from error  # which begins with the file
         finally:
             log.disabled = False
         _take(node, full)
@@ -211,6 +237,17 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
     node.CONFIG_FILE = config_file
     node.MODEL.WEIGHTS = weights
     return node
+
+
+def _check_version(filename: str, loaded: dict[str, Any]) -> None:
+    """Check what Detectron2 looks at, before anything is merged, to tell the version of a file."""
+    version = loaded.get("VERSION", 2)
+    if version not in (1, 2):
+        raise ConfigError(f"{filename}: VERSION is {version!r}, but must be 1 or 2, Detectron2's; leave it out")
+    for key in ("MODEL", "TEST"):
+        if not isinstance(loaded.get(key, {}), dict):
+            given = "nothing" if loaded[key] is None else repr(loaded[key])
+            raise ConfigError(f"{filename}: config key {key} is a node with keys below it, but was given {given}")
 
 
 def _of_zoo(name: str) -> tuple[str, str]:

@@ -79,7 +79,7 @@ def test_detectors(detectors):
     for name in ("my_teacher", "my_student"):
         assert len(FILES[f"{name}.yaml"].splitlines()) <= 15
         cfg = load_det_cfg(f"{name}.yaml", [item for pair in few.items() for item in pair])
-        assert cfg.OUTPUT_DIR == f"output/{name}"
+        assert cfg.OUTPUT_DIR == str(Path("output", name).resolve())
         results = train_detector(cfg, argparse.Namespace(resume=False))
         assert 0 <= results["bbox/AP"] <= 100
     assert cfg.TEACHER.MODEL.RESNETS.DEPTH == 50 and cfg.TEACHER.MODEL.FPN.OUT_CHANNELS == 16

@@ -26,6 +26,11 @@ DKD_BETAS = {
     "vgg13_mv2": 6, "r32x4_shuv1": 8, "r32x4_shuv2": 8, "wrn40_2_shuv1": 8, "r50_mv2": 8,
 }  # fmt: skip
 
+NEVER_NEGATIVE = (
+    "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "SOLVER.WEIGHT_DECAY", "SOLVER.WARMUP_EPOCHS", "SOLVER.CLIP_GRAD_NORM",
+    "DISTILL.CE_WEIGHT", "DATALOADER.NUM_WORKERS",
+)  # fmt: skip
+
 
 def load(path, *opts):
     return load_cfg(str(path), ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.WEIGHTS", "", *opts])
@@ -34,7 +39,7 @@ def load(path, *opts):
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_config_is_built_and_stepped(path):
     cfg = load(path)
-    assert cfg.OUTPUT_DIR == f"output/{path.stem}"
+    assert cfg.OUTPUT_DIR == str(Path("output", path.stem).resolve())
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=50)
     optimizer = build_optimizer(model, cfg.SOLVER)
@@ -145,6 +150,23 @@ def test_published_settings_on_imagenet():
         (["SOLVER.OPTIMIZER", "AdamW", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; AdamW has no"),
         (["MODEL.DEVICE", "cuda:99"], "GPU"),
         (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
+        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE meta"),
+        (["DISTILL.METHODS", [1]], "DISTILL.METHODS is .* a list of names"),
+        (["MODEL.TEACHER.NAME", [1, 2]], "a name, or a list of names"),
+        (["MODEL.TEACHER.WEIGHTS", [1]], "a name, or a list of names"),
+        (["MODEL.TEACHER.SHARES", ["a"]], "a list of numbers"),
+        (["MODEL.STUDENT.PIXEL_MEAN", ["a", "b", "c"]], r"takes 3 numbers .* but is \['a', 'b', 'c'\]"),
+        (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.PIXEL_STD", [[1, 2, 3], 5]], "takes 3 .* but is 5"),
+        (["SOLVER.STEPS", ["a"]], "SOLVER.STEPS is .* a list of numbers from 1 on"),
+        (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0.0, but must be above 0"),
+        (["SOLVER.BASE_LR", "1e400"], "BASE_LR is inf, but must be a finite number"),
+        (["SOLVER.MOMENTUM", -1], "at least 0 and below 1"),
+        (["SOLVER.MOMENTUM", 1.5], "at least 0 and below 1"),
+        (["SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0], "NESTEROV needs a momentum"),
+        (["SOLVER.GAMMA", -1], "SOLVER.GAMMA"),
+        (["SOLVER.EPOCHS", 10**30], "at most"),
+        (["DISTILL.DKD.BETA", math.nan], "DISTILL.DKD.BETA is nan"),
+        *(([key, -1], f"{key} is -1.*, but must be at least 0") for key in NEVER_NEGATIVE),
     ],
 )
 def test_impossible_settings(opts, message):
@@ -162,6 +184,49 @@ def test_as_many_samples_as_were_asked_for(size, left):
     cfg.DATASETS.TRAIN_SIZE = 1298
     with pytest.raises(ConfigError, match="TRAIN_SIZE is 1298, but there are 1297 samples"):
         load_datasets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("IMPORTS: foo.py\n", [], r"IMPORTS takes a list, but was given foo\.py; write \[foo\.py\]"),
+        ("IMPORTS: [5]\n", [], "IMPORTS is .* a list of names"),
+        ("IMPORTS: [.a]\n", [], "IMPORTS: '.a' is neither"),
+        ("", ["IMPORTS", "[foo.py]"], "IMPORTS: there is no file .*foo.py"),
+    ],
+)
+def test_imports_that_name_nothing(tmp_path, text, opts, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_cfg(str(tmp_path / "c.yaml"), opts)
+
+
+def test_imports_on_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "touch.py").write_text("open('touched', 'w').close()\n")
+    cfg = load_cfg("", ["IMPORTS", "[touch.py]", "MODEL.STUDENT.NAME", "resnet8"])
+    assert (tmp_path / "touched").exists() and cfg.IMPORTS == [str(tmp_path / "touch.py")]
+
+
+def test_a_config_file_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config-file .* is a folder"):
+        load_cfg(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"--config-file .*no such file"):
+        load_cfg(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("", "output/c"), ("run", "run"), ("~/run", "home/run"), ("2024", "2024"), ("/x", "/x")]
+)
+def test_the_run_folders_settings_name_it_from_anywhere(tmp_path, monkeypatch, given, found):
+    (tmp_path / "c.yaml").write_text("MODEL: {STUDENT: {NAME: resnet8}}\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    cfg = load_cfg("c.yaml", ["OUTPUT_DIR", given])
+    assert cfg.OUTPUT_DIR == str(tmp_path / found)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    monkeypatch.chdir("/")
+    assert load_cfg(str(tmp_path / "config.yaml")) == cfg
 
 
 def test_device_auto():

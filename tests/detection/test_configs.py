@@ -128,11 +128,41 @@ def test_detectron2s_own_config_node_works_too():
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER is 0"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN"),
         (["TEST.PRECISE_BN.ENABLED", "True"], "PRECISE_BN"),
+        (["DISTILL.METHODS", "KD"], r"takes a list, but was given KD; write \[KD\]"),
+        (["DATASETS.TRAIN", "[1]"], "a list of names"),
+        (["SOLVER.BASE_LR", "0"], "SOLVER.BASE_LR is 0.0, but must be above 0"),
+        (["SOLVER.STEPS", "[3, 2]"], "SOLVER.STEPS is .* in order"),
+        (["SOLVER.WARMUP_FACTOR", "2"], "from 0 to 1"),
+        (["SOLVER.WEIGHT_DECAY", "-1"], "SOLVER.WEIGHT_DECAY is -1"),
+        (["MODEL.PIXEL_STD", "[0, 1, 1]"], "MODEL.PIXEL_STD is .* above 0"),
+        (["INPUT.MIN_SIZE_TRAIN", "[a]"], "INPUT.MIN_SIZE_TRAIN"),
+        (["TEACHER.MODEL.RPN.NMS_THRESH", ".nan"], "takes a number"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_config(opts, message):
     with pytest.raises(ConfigError, match=message):
         load_cfg("configs/det/dkd_r101_r18.yaml", opts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL:\n", ": config key MODEL is a node with keys below it, but was given nothing"),
+        ("TEST: 5\n", ": config key TEST is a node .* given 5"),
+        ("VERSION: 3\n", ": VERSION is 3, but must be 1 or 2"),
+        ("TEACHER: 5\n", ": config key TEACHER is a node"),
+        ("TEACHER: {CONFIG_FILE: 5}\n", r": TEACHER\.CONFIG_FILE takes text"),
+        ("SOLVER: {MAX_ITER: 1}\nSOLVER: {BASE_LR: 1}\n", ", line 2: SOLVER is there twice, first in line 1"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    """The student's or the teacher's."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{file}{message}"):
+        load_cfg(str(file))
+    with pytest.raises(ConfigError, match=rf"^TEACHER\.CONFIG_FILE {file}{message}"):
+        load_cfg("configs/det/dkd_r101_r18.yaml", ["TEACHER.CONFIG_FILE", str(file)])
 
 
 def test_methods_without_a_teacher():
