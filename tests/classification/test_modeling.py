@@ -12,6 +12,7 @@ from classification.models import build_model
 from classification.networks import model_cost
 from common.distillers import kd_loss
 from common.engine.checkpoint import save_student
+from common.engine.weights import read_weights
 from common.errors import CheckpointError, ConfigError
 from tests.goldens.fill import array, fill_by_name
 
@@ -127,7 +128,7 @@ def test_empty_batch():
     sum(losses.values()).backward()
 
 
-def test_published_checkpoint_forms_load(tmp_path):
+def test_published_checkpoint_forms_load(tmp_path, monkeypatch):
     teacher = fill_by_name(build_model("vgg8", 100))
     weights = teacher.state_dict()
     forms = {
@@ -135,6 +136,8 @@ def test_published_checkpoint_forms_load(tmp_path):
         "bare": weights,
         "module": {"state_dict": {f"module.{k}": v for k, v in weights.items()}},
         "run": {"model": {f"student.{k}": v for k, v in weights.items()} | {"distillers.x": torch.zeros(1)}},
+        "compiled": {"model_state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
+        "wrapped": {"net": {f"student.module.{k}": v for k, v in weights.items()}},
         "old": {"model": {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}},
     }
     for name, content in forms.items():
@@ -143,24 +146,31 @@ def test_published_checkpoint_forms_load(tmp_path):
     for path in tmp_path.iterdir():
         model = build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(path)))
         assert all(torch.equal(weights[k], v) for k, v in model.teacher.state_dict().items()), path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_weights("~/bare.pth").keys() == weights.keys()
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     cases = {
         "other": (build_model("vgg13", 100).state_dict(), "of another network than VGG"),
-        "classes": (build_model("vgg8", 10).state_dict(), "has 10 classes, but the network is built for 100"),
+        "classes": (
+            build_model("vgg8", 10).state_dict(),
+            r"has 10 classes, but the data set has 100: .*DISTILL\.METHODS \[\]",
+        ),
         "nothing": ({"epoch": 3}, "holds no state dict"),
-        "code": ({"model": {}, "x": torch.nn.Linear}, "holds more than weights: .*Linear"),
+        "code": ({"model": {}, "x": torch.nn.Linear}, r"more than weights: a pickled .*Linear.* save .*state_dict\(\)"),
     }
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / name)
         with pytest.raises(CheckpointError, match=f"MODEL.TEACHER.WEIGHTS: .*{message}"):
             build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(tmp_path / name)))
-    (tmp_path / "text").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match="text"):
-        build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(tmp_path / "text")))
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*/missing"):
-        build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(tmp_path / "missing")))
+    for start in ("", "hello", "import torch", "not a checkpoint", "<!DOCTYPE html>", "version https://git-lfs"):
+        (tmp_path / "text").write_text(start)
+        with pytest.raises(CheckpointError, match="/text is no checkpoint: it does not begin"):
+            read_weights(str(tmp_path / "text"))
+    for name, message in (("missing", "there is no checkpoint at .*/missing"), ("", f"{tmp_path} is a directory")):
+        with pytest.raises(CheckpointError, match=message):
+            read_weights(str(tmp_path / name))
 
 
 def test_networks_and_methods_that_do_not_fit():
