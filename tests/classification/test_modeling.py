@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from classification.config import get_cfg
 from classification.modeling import build_distiller
 from classification.models import build_model
-from classification.networks import model_cost
+from classification.networks import build_network, model_cost
 from common.distillers import kd_loss
 from common.engine.checkpoint import save_student
 from common.engine.weights import read_weights
 from common.errors import CheckpointError, ConfigError
+from common.outputs import Outputs
 from tests.goldens.fill import array, fill_by_name
 
 
@@ -182,6 +184,46 @@ def test_networks_and_methods_that_do_not_fit():
         build_distiller(make_cfg(*KD_AND_DKD), teacher=build_model("vgg8", 10))
     with pytest.raises(ConfigError, match="no fixed number of classes"):
         build_distiller(make_cfg("DATASETS.NAME", "folder", "MODEL.STUDENT.NAME", "resnet8"))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "size", "message"),
+    [
+        ("MODEL.STUDENT", "vgg8", 1, "INPUT.SIZE 1: Given input size: .*; INPUT.SIZE 32 works"),
+        ("MODEL.STUDENT", "torchvision:vit_b_32", 50, "INPUT.SIZE 50: Input shape indivisible .*; INPUT.SIZE 64 works"),
+        ("MODEL.TEACHER", "torchvision:alexnet", 32, "INPUT.SIZE 32: .* INPUT.SIZE 64 works"),
+    ],
+)
+def test_networks_that_do_not_take_the_images(key, name, size, message):
+    with pytest.raises(ConfigError, match=rf"^{key}\.NAME {name} does not take images of {message}$"):
+        build_distiller(make_cfg(*KD_AND_DKD, f"{key}.NAME", name, "INPUT.SIZE", size))
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def outputs(self, images):
+        raise RuntimeError("a fault of its own")
+
+
+class Noisy(Broken):
+    def outputs(self, images):
+        return Outputs(torch.rand(len(images), 100) * self.weight)
+
+
+def test_the_trial_of_a_network_leaves_no_trace(monkeypatch):
+    for network, name in ((build_model("resnet8", 100), "resnet8"), (Noisy(), "own")):
+        monkeypatch.setattr("classification.networks.build_model", lambda *_, network=network, **__: network)
+        before, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+        cfg = make_cfg("MODEL.STUDENT.NAME", name)
+        assert build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100) is network and network.training
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    monkeypatch.setattr("classification.networks.build_model", lambda *_, **__: Broken())
+    with pytest.raises(RuntimeError, match=r"^a fault of its own"):
+        build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100)
 
 
 def test_cost():
