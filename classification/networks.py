@@ -16,7 +16,7 @@ from common.engine.weights import load_weights
 from common.errors import ConfigError
 from common.outputs import OutputSpec
 
-__all__ = ["Normalize", "build_network", "describe", "model_cost"]
+__all__ = ["Normalize", "build_network", "describe", "model_cost", "why_not_one_sample"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -137,3 +137,25 @@ def model_cost(network: nn.Module, size: int) -> dict[str, int]:
         flops = FlopCountAnalysis(plain, torch.zeros(1, 3, size, size))
         flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return {"parameters": sum(p.numel() for p in network.parameters()), "flops": int(flops.total())}
+
+
+@torch.no_grad()
+def why_not_one_sample(model: nn.Module, size: int) -> str:
+    """Why a batch of one image of `size` x `size` cannot be trained on; empty where it can.
+
+    A batch norm, the student's or a method's, has no variance over one image's map of 1 x 1.
+
+    Args:
+        model: a :class:`.modeling.DistillModel`; it and the generators stay as they are.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
+    label = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
+        try:
+            copy.deepcopy(model).train()({"image": image, "label": label, "index": label})
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            return _first_line(error)
+    return ""

@@ -14,7 +14,7 @@ from classification.data import ImageDataset, build_augmentation, build_dataset
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
 from classification.modeling import build_distiller
-from classification.networks import build_network, model_cost
+from classification.networks import build_network, model_cost, why_not_one_sample
 from classification.solver import build_lr_scheduler, build_optimizer
 from common.config import CfgNode, resolve_device
 from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
@@ -33,6 +33,10 @@ class ClassificationTrainer(RunTrainer):
     Args:
         cfg: a checked configuration whose MODEL.NUM_CLASSES is set.
         train_set, test_set: the two splits.
+
+    Raises:
+        ConfigError: a network or method that does not fit, or that cannot train on an epoch's last batch.
+        CheckpointError: weights that are missing or of another network.
     """
 
     fixed = (
@@ -52,16 +56,17 @@ class ClassificationTrainer(RunTrainer):
         student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
         self.distill_model = build_distiller(cfg, student=student, num_samples=len(train_set))
         self.distill_model.set_labels(train_set.labels.to(resolve_device(cfg)))
-        self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
 
         def sampler(start: int) -> EpochBatchSampler:
             return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
 
+        self.sampler = sampler(0)
+        self._check_smallest_batch(cfg)
+        self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
         augmentation = cfg.INPUT.AUGMENTATION or train_set.info.augmentation
         optimizer = build_optimizer(self.distill_model, solver)
         # An optimiser with a backward of its own averages the gradients over the processes itself.
         self._own_backward = getattr(optimizer, "backward", None)
-        self.sampler = sampler(0)
         self.epoch_length = self.sampler.epoch_length
         self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
         super().__init__(
@@ -78,6 +83,21 @@ class ClassificationTrainer(RunTrainer):
             precision=PRECISIONS[solver.AMP],
             clip=solver.CLIP_GRAD_NORM,
         )
+
+    def _check_smallest_batch(self, cfg: CfgNode) -> None:
+        """Refuse a batch size under which the first epoch would end in an error.
+
+        Most networks train on a single sample; a trial shows whether this one does.
+        """
+        whole, samples = cfg.MODEL.SYNC_BN, self.sampler.num_samples
+        reason = self.sampler.smallest(whole=whole) == 1 and why_not_one_sample(self.distill_model, image_size(cfg))
+        if reason:
+            fitting = self.sampler.without_single_samples(whole)
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} gives a process a single sample in the last batch of "
+                f"an epoch of {samples}, and over one a batch norm here has no variance ({reason}); "
+                + (f"SOLVER.IMS_PER_BATCH {fitting} works" if fitting else "train on more samples")
+            )
 
     def compute_losses(self, batch: Any) -> dict[str, Tensor]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only

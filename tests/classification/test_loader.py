@@ -47,6 +47,30 @@ def test_processes_share_a_batch_out(monkeypatch):
     assert [len(a) for a in parts[0]] == [len(b) for b in parts[1]]
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch", "processes", "smallest", "whole", "fitting"),
+    [
+        (65, 16, 1, 1, 1, 15),
+        (50000, 64, 1, 16, 16, 63),
+        (66, 16, 2, 1, 2, 14),
+        (64, 16, 2, 8, 16, 14),
+        (65, 16, 4, 1, 1, 24),
+        (65, 1, 1, 1, 1, 3),
+        (3, 4, 2, 1, 3, 0),
+        (1, 4, 1, 1, 1, 0),
+    ],
+)
+def test_single_samples(monkeypatch, samples, batch, processes, smallest, whole, fitting):
+    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: processes)
+    sampler = EpochBatchSampler(samples, batch, 1, 0)
+    given = []
+    for rank in range(processes):
+        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        given += [len(part) for part in sampler]
+    assert sampler.smallest() == min(given) == smallest and sampler.smallest(whole=True) == whole
+    assert sampler.without_single_samples() == fitting
+
+
 @pytest.fixture(scope="module")
 def digits():
     return build_dataset("digits", split="train")
