@@ -9,6 +9,7 @@ import torch
 from classification.data import build_dataset
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
+from common.errors import DivergedError
 
 
 def test_every_epoch_is_a_permutation():
@@ -139,3 +140,13 @@ def test_accuracy_with_few_classes():
     evaluator.reset()
     evaluator.process({"label": torch.tensor([0, 1, 1])}, torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]))
     assert evaluator.evaluate() == {"top1": pytest.approx(200 / 3), "top5": 100.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_accuracy_of_logits_that_are_not_finite(value):
+    evaluator = AccuracyEvaluator()
+    evaluator.reset()
+    evaluator.process({"label": torch.tensor([0, 1])}, torch.tensor([[1.0, 0], [1.0, value]]))
+    evaluator.process({"label": torch.tensor([0])}, torch.tensor([[1.0, 0]]))
+    with pytest.raises(DivergedError, match="logits of 1 of 3 test images are not finite"):
+        evaluator.evaluate()
