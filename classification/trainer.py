@@ -20,7 +20,7 @@ from common.config import CfgNode, resolve_device
 from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from common.engine.run import RunTrainer, prepare_run, start_logs
 from common.engine.trainer import seed_step
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError, DivergedError
 
 __all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
 
@@ -149,17 +149,21 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
         except ValueError as error:
             raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
     train_set, test_set = (build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split) for split in ("train", "val"))
-    if cfg.MODEL.NUM_CLASSES not in (0, train_set.num_classes):
-        raise ConfigError(
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but data set {cfg.DATASETS.NAME} has "
-            f"{train_set.num_classes} classes; leave it at 0 to take the data set's"
-        )
-    cfg.MODEL.NUM_CLASSES = train_set.num_classes
+    _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
         train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
+
+
+def _take_classes(cfg: CfgNode, dataset: ImageDataset) -> None:
+    if cfg.MODEL.NUM_CLASSES not in (0, dataset.num_classes):
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but data set {cfg.DATASETS.NAME} has "
+            f"{dataset.num_classes} classes; leave it at 0 to take the data set's"
+        )
+    cfg.MODEL.NUM_CLASSES = dataset.num_classes
 
 
 def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
@@ -172,8 +176,9 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
     prepare_run(cfg, args)
-    train_set, test_set = load_datasets(cfg)
+    # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
+    train_set, test_set = load_datasets(cfg)
     trainer = ClassificationTrainer(cfg, train_set, test_set)
     start = trainer.resume() if args.resume else 0
     results = trainer.run(start)
@@ -189,9 +194,23 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
     if not cfg.MODEL.STUDENT.WEIGHTS:
-        cfg.MODEL.STUDENT.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "student_best.pth"))
-    _, test_set = load_datasets(cfg)
+        best = Path(cfg.OUTPUT_DIR, "student_best.pth")
+        if not best.is_file():
+            raise CheckpointError(
+                f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no {best.name}: name the folder of a run that has been evaluated at "
+                "least once, or set MODEL.STUDENT.WEIGHTS"
+            )
+        cfg.MODEL.STUDENT.WEIGHTS = str(best)
+    # The training images are not needed, and need not be there.
+    test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
+    _take_classes(cfg, test_set)
     cfg.DISTILL.METHODS = []
     model = build_distiller(cfg)
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
-    return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
+    try:
+        return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
+    except DivergedError as error:
+        raise CheckpointError(
+            f"MODEL.STUDENT.WEIGHTS {cfg.MODEL.STUDENT.WEIGHTS}: {error.what} Its training diverged, or the file is "
+            "damaged"
+        ) from error
