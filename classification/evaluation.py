@@ -7,6 +7,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
 
+from common.errors import DivergedError
+
 __all__ = ["AccuracyEvaluator"]
 
 
@@ -19,7 +21,8 @@ class AccuracyEvaluator(DatasetEvaluator):
     TOPK = (1, 5)
 
     def reset(self) -> None:
-        self._correct: Tensor | float = 0.0
+        # Hits for each k, then images with a logit that is not finite.
+        self._counts: Tensor | float = 0.0
         self._total = 0
 
     def process(self, inputs: Mapping[str, Tensor], outputs: Tensor) -> None:
@@ -27,14 +30,22 @@ class AccuracyEvaluator(DatasetEvaluator):
         target = inputs["label"].to(outputs.device)
         ranked = outputs.topk(min(max(self.TOPK), outputs.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
-        self._correct = self._correct + torch.stack([hits[:, :k].any(1).sum() for k in self.TOPK]).double()
+        broken = ~outputs.isfinite().all(1)
+        counts = [*(hits[:, :k].any(1).sum() for k in self.TOPK), broken.sum()]
+        self._counts = self._counts + torch.stack(counts).double()
         self._total += len(target)
 
     def evaluate(self) -> dict[str, float] | None:
-        """``{"top1": ..., "top5": ...}`` in percent on the main process, None elsewhere."""
-        gathered = comm.gather((torch.as_tensor(self._correct).cpu(), self._total))
+        """``{"top1": ..., "top5": ...}`` in percent on the main process, None elsewhere.
+
+        Raises:
+            DivergedError: in all processes, where logits are not finite: an accuracy of them means nothing.
+        """
+        gathered = comm.all_gather((torch.as_tensor(self._counts).cpu(), self._total))
+        total = sum(count for _, count in gathered)
+        *correct, broken = sum(counts for counts, _ in gathered).tolist()
+        if broken:
+            raise DivergedError(f"The student's logits of {int(broken)} of {total} test images are not finite.")
         if not comm.is_main_process():
             return None
-        total = sum(count for _, count in gathered)
-        correct = sum(hits for hits, _ in gathered)
-        return {f"top{k}": 100.0 * value / total for k, value in zip(self.TOPK, correct.tolist(), strict=True)}
+        return {f"top{k}": 100.0 * value / total for k, value in zip(self.TOPK, correct, strict=True)}

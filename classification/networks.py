@@ -16,9 +16,14 @@ from common.engine.weights import load_weights
 from common.errors import ConfigError
 from common.outputs import OutputSpec
 
-__all__ = ["Normalize", "build_network", "describe", "model_cost"]
+__all__ = ["Normalize", "build_network", "describe", "model_cost", "why_not_one_sample"]
 
 logger = logging.getLogger("detectron2.d2distill")
+
+# What networks raise that cannot take images of a size: patches that do not divide it, maps that vanish.
+_SIZE_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)
+# Proposed in their place, the nearest one that works.
+_USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 240, 256, 299, 384, 448, 512)
 
 
 class Normalize(nn.Module):
@@ -48,12 +53,16 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
         num_classes: of its classifier.
 
     Raises:
-        ConfigError: unknown model name.
+        ConfigError: unknown model name, or a network that does not take images of the configured size.
         CheckpointError: weights that are missing or of another network.
     """
     try:
-        zoo = dataset_info(cfg.DATASETS.NAME).zoo
-        network = build_model(node.NAME, num_classes, zoo=zoo, image_size=image_size(cfg))
+        network = _build_for_size(cfg, node.NAME, num_classes, image_size(cfg))
+    except _SizeError as error:
+        proposal = _proposal(cfg, node.NAME, num_classes)
+        if not proposal:
+            raise error.__cause__ from None  # a fault of the network, not of the size
+        raise ConfigError(f"{key}.NAME {node.NAME} {error}; INPUT.SIZE {proposal} works") from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{key}.NAME: {error}") from error
     if node.WEIGHTS:
@@ -63,12 +72,59 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
     return network
 
 
+class _SizeError(Exception):
+    """A network and a size of images that do not go together."""
+
+    def __init__(self, size: int, error: Exception) -> None:
+        super().__init__(f"does not take images of INPUT.SIZE {size}: {_first_line(error)}")
+
+
+def _build_for_size(cfg: CfgNode, name: str, num_classes: int, size: int) -> nn.Module:
+    """A network with random weights, tried on one image.
+
+    Raises:
+        _SizeError: it does not take images of `size` x `size`.
+        ValueError, ImportError: as :func:`classification.models.build_model`.
+    """
+    zoo = dataset_info(cfg.DATASETS.NAME).zoo
+    try:
+        network = build_model(name, num_classes, zoo=zoo, image_size=size)
+    except _SIZE_ERRORS as error:
+        try:
+            build_model(name, num_classes, zoo=zoo)
+        except Exception:
+            raise error from None  # not because of the size
+        raise _SizeError(size, error) from error
+    try:
+        describe(network, size)
+    except _SIZE_ERRORS as error:
+        raise _SizeError(size, error) from error
+    return network
+
+
+def _proposal(cfg: CfgNode, name: str, num_classes: int) -> int:
+    """The usual size nearest to the configured one that a network takes; 0 where it takes none."""
+    wrong = image_size(cfg)
+    for size in sorted(_USUAL_SIZES, key=lambda size: abs(size - wrong)):
+        try:
+            _build_for_size(cfg, name, num_classes, size)
+        except _SizeError:
+            continue
+        return size
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @torch.no_grad()
 def describe(network: nn.Module, size: int) -> OutputSpec:
-    """Shapes of a network's outputs, from one forward pass of one image."""
+    """Shapes of a network's outputs, from one forward pass of one image. Network and generators stay as they are."""
     was_training = network.training
     parameter = next(network.parameters())
-    spec = network.eval().outputs(torch.zeros(1, 3, size, size, device=parameter.device)).spec()
+    with torch.random.fork_rng(devices=[]):
+        spec = network.eval().outputs(torch.zeros(1, 3, size, size, device=parameter.device)).spec()
     network.train(was_training)
     norms = getattr(network, "bn_before_relu", None)
     return replace(spec, bn_before_relu=None if norms is None else tuple(norms))
@@ -81,3 +137,25 @@ def model_cost(network: nn.Module, size: int) -> dict[str, int]:
         flops = FlopCountAnalysis(plain, torch.zeros(1, 3, size, size))
         flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return {"parameters": sum(p.numel() for p in network.parameters()), "flops": int(flops.total())}
+
+
+@torch.no_grad()
+def why_not_one_sample(model: nn.Module, size: int) -> str:
+    """Why a batch of one image of `size` x `size` cannot be trained on; empty where it can.
+
+    A batch norm, the student's or a method's, has no variance over one image's map of 1 x 1.
+
+    Args:
+        model: a :class:`.modeling.DistillModel`; it and the generators stay as they are.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
+    label = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
+        try:
+            copy.deepcopy(model).train()({"image": image, "label": label, "index": label})
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            return _first_line(error)
+    return ""

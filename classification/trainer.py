@@ -14,13 +14,13 @@ from classification.data import ImageDataset, build_augmentation, build_dataset
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
 from classification.modeling import build_distiller
-from classification.networks import build_network, model_cost
+from classification.networks import build_network, model_cost, why_not_one_sample
 from classification.solver import build_lr_scheduler, build_optimizer
 from common.config import CfgNode, resolve_device
 from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from common.engine.run import RunTrainer, prepare_run, start_logs
 from common.engine.trainer import seed_step
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError, DivergedError
 
 __all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
 
@@ -33,6 +33,10 @@ class ClassificationTrainer(RunTrainer):
     Args:
         cfg: a checked configuration whose MODEL.NUM_CLASSES is set.
         train_set, test_set: the two splits.
+
+    Raises:
+        ConfigError: a network or method that does not fit, or that cannot train on an epoch's last batch.
+        CheckpointError: weights that are missing or of another network.
     """
 
     fixed = (
@@ -52,16 +56,17 @@ class ClassificationTrainer(RunTrainer):
         student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
         self.distill_model = build_distiller(cfg, student=student, num_samples=len(train_set))
         self.distill_model.set_labels(train_set.labels.to(resolve_device(cfg)))
-        self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
 
         def sampler(start: int) -> EpochBatchSampler:
             return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
 
+        self.sampler = sampler(0)
+        self._check_smallest_batch(cfg)
+        self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
         augmentation = cfg.INPUT.AUGMENTATION or train_set.info.augmentation
         optimizer = build_optimizer(self.distill_model, solver)
         # An optimiser with a backward of its own averages the gradients over the processes itself.
         self._own_backward = getattr(optimizer, "backward", None)
-        self.sampler = sampler(0)
         self.epoch_length = self.sampler.epoch_length
         self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
         super().__init__(
@@ -78,6 +83,21 @@ class ClassificationTrainer(RunTrainer):
             precision=PRECISIONS[solver.AMP],
             clip=solver.CLIP_GRAD_NORM,
         )
+
+    def _check_smallest_batch(self, cfg: CfgNode) -> None:
+        """Refuse a batch size under which the first epoch would end in an error.
+
+        Most networks train on a single sample; a trial shows whether this one does.
+        """
+        whole, samples = cfg.MODEL.SYNC_BN, self.sampler.num_samples
+        reason = self.sampler.smallest(whole=whole) == 1 and why_not_one_sample(self.distill_model, image_size(cfg))
+        if reason:
+            fitting = self.sampler.without_single_samples(whole)
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} gives a process a single sample in the last batch of "
+                f"an epoch of {samples}, and over one a batch norm here has no variance ({reason}); "
+                + (f"SOLVER.IMS_PER_BATCH {fitting} works" if fitting else "train on more samples")
+            )
 
     def compute_losses(self, batch: Any) -> dict[str, Tensor]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
@@ -129,17 +149,21 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
         except ValueError as error:
             raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
     train_set, test_set = (build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split) for split in ("train", "val"))
-    if cfg.MODEL.NUM_CLASSES not in (0, train_set.num_classes):
-        raise ConfigError(
-            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but data set {cfg.DATASETS.NAME} has "
-            f"{train_set.num_classes} classes; leave it at 0 to take the data set's"
-        )
-    cfg.MODEL.NUM_CLASSES = train_set.num_classes
+    _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
         train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
+
+
+def _take_classes(cfg: CfgNode, dataset: ImageDataset) -> None:
+    if cfg.MODEL.NUM_CLASSES not in (0, dataset.num_classes):
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but data set {cfg.DATASETS.NAME} has "
+            f"{dataset.num_classes} classes; leave it at 0 to take the data set's"
+        )
+    cfg.MODEL.NUM_CLASSES = dataset.num_classes
 
 
 def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
@@ -152,8 +176,9 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
     prepare_run(cfg, args)
-    train_set, test_set = load_datasets(cfg)
+    # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
+    train_set, test_set = load_datasets(cfg)
     trainer = ClassificationTrainer(cfg, train_set, test_set)
     start = trainer.resume() if args.resume else 0
     results = trainer.run(start)
@@ -169,9 +194,23 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
     if not cfg.MODEL.STUDENT.WEIGHTS:
-        cfg.MODEL.STUDENT.WEIGHTS = str(Path(cfg.OUTPUT_DIR, "student_best.pth"))
-    _, test_set = load_datasets(cfg)
+        best = Path(cfg.OUTPUT_DIR, "student_best.pth")
+        if not best.is_file():
+            raise CheckpointError(
+                f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no {best.name}: name the folder of a run that has been evaluated at "
+                "least once, or set MODEL.STUDENT.WEIGHTS"
+            )
+        cfg.MODEL.STUDENT.WEIGHTS = str(best)
+    # The training images are not needed, and need not be there.
+    test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
+    _take_classes(cfg, test_set)
     cfg.DISTILL.METHODS = []
     model = build_distiller(cfg)
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
-    return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
+    try:
+        return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
+    except DivergedError as error:
+        raise CheckpointError(
+            f"MODEL.STUDENT.WEIGHTS {cfg.MODEL.STUDENT.WEIGHTS}: {error.what} Its training diverged, or the file is "
+            "damaged"
+        ) from error

@@ -17,7 +17,7 @@ from common.errors import DataError
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 from .locate import find_folder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("detectron2.d2distill")
 
 
 def _download(cls: str) -> str:

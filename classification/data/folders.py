@@ -15,7 +15,7 @@ from common.errors import DataError
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, FileDataset, register_dataset
 from .locate import find_folder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("detectron2.d2distill")
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
@@ -68,29 +68,32 @@ def list_images(folder: Path, names: Sequence[str], classes: Sequence[str]) -> t
 
 
 def _find(info: DatasetInfo, root: str, folders: Sequence[str], split: str) -> Path:
-    needed = ("train",) if split == "train" else ("train", "val")
+    # Labels are those of the training images wherever there are some; to evaluate, val alone does.
+    trained = any(Path(root, folder, "train").is_dir() for folder in folders)
+    needed = ("train",) if split == "train" else ("train", "val") if trained else ("val",)
     return find_folder(info, root, folders, lambda folder: [name for name in needed if not (folder / name).is_dir()])
 
 
-def _train_classes(info: DatasetInfo, folder: Path) -> tuple[DatasetInfo, list[str]]:
-    """The class folders of the training images, and `info` with their number."""
-    classes = class_folders(folder / "train")
-    if info.num_classes not in (None, len(classes)):
+def _with_classes(info: DatasetInfo, classes: Sequence[str], folder: Path) -> DatasetInfo:
+    """`info` with the number of classes that were found in `folder`."""
+    # The other split has the same classes: once is enough.
+    if folder.name == "train" and info.num_classes not in (None, len(classes)):
         logger.warning(
-            "%s has %d class folders, but %s as published has %d: networks get %d classes, and a checkpoint trained "
-            "on all of them does not fit",
-            folder / "train",
-            len(classes),
-            info.name,
-            info.num_classes,
-            len(classes),
+            f"{folder} has {len(classes)} class folders, but {info.name} as published has {info.num_classes}: networks "
+            f"get {len(classes)} classes, and a checkpoint trained on all of them does not fit"
         )
-    return replace(info, num_classes=len(classes)), classes
+    return replace(info, num_classes=len(classes))
 
 
-def _image_folder(info: DatasetInfo, folder: Path, split: str) -> FileDataset:
-    info, classes = _train_classes(info, folder)
-    names = classes if split == "train" else class_folders(folder / "val")
+def _train_classes(folder: Path) -> list[str]:
+    """The class folders of the training images; none where there are no training images."""
+    return class_folders(folder / "train") if (folder / "train").is_dir() else []
+
+
+def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: Sequence[str] = ()) -> FileDataset:
+    names = class_folders(folder / split, skip)
+    classes = _train_classes(folder) or names
+    info = _with_classes(info, classes, folder / split)
     return FileDataset(info, folder / split, *list_images(folder / split, names, classes), classes)
 
 
@@ -109,7 +112,7 @@ def _image_folder(info: DatasetInfo, folder: Path, split: str) -> FileDataset:
     )
 )
 def build_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """ImageNet-1k from ROOT/imagenet/{train,val}/<wnid>/."""
+    """ImageNet-1k from ROOT/imagenet/{train,val}/<wnid>/; to evaluate, val alone does."""
     return _image_folder(info, _find(info, root, ["imagenet", ""], split), split)
 
 
@@ -126,29 +129,38 @@ def build_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
     )
 )
 def build_folder(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train, sorted."""
+    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train, sorted.
+
+    Without ROOT/train they are those of ROOT/val: enough to evaluate.
+    """
     return _image_folder(info, _find(info, root, [""], split), split)
 
 
-def _annotated_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Tiny-ImageNet's validation images by val_annotations.txt: file, wnid and a box, separated by tabs."""
-    index = {name: label for label, name in enumerate(classes)}
+def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
+    """Class by file of Tiny-ImageNet's validation images: val_annotations.txt has file, wnid and a box, by tabs.
+
+    `classes` are those of the training images; without any, every class is one.
+    """
     annotations = folder / "val_annotations.txt"
-    labels = {}
+    wnids: dict[str, str] = {}
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         file, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
-        if wnid not in index:
+        if not wnid:
+            raise DataError(f"{annotations}, line {number}: no class; file, class and box must be separated by tabs")
+        if classes and wnid not in classes:
             raise DataError(f"{annotations}, line {number}: class {wnid!r} is not among the training classes")
-        labels[os.path.join("images", file)] = index[wnid]
+        path = os.path.join("images", file)
+        if wnids.setdefault(path, wnid) != wnid:
+            raise DataError(f"{annotations}, line {number}: {file} is of class {wnid!r}, but was of {wnids[path]!r}")
     present = {os.path.join("images", name) for name in os.listdir(folder / "images") if _is_image(name)}
-    if absent := sorted(labels.keys() - present):
+    if absent := sorted(wnids.keys() - present):
         raise FileNotFoundError(f"{annotations} names files that are not there: {_some(absent)}")
-    if extra := sorted(present - labels.keys()):
+    if extra := sorted(present - wnids.keys()):
         raise DataError(f"{annotations} has no class for {_some(extra)}")
-    return list(labels), list(labels.values())
+    return wnids
 
 
 @register_dataset(
@@ -166,15 +178,17 @@ def _annotated_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], 
 def build_tiny_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
     """Tiny-ImageNet from ROOT/tiny-imagenet-200, as published or with its validation images sorted by class.
 
-    Labels number the wnids of the training folder in sorted order.
+    Labels number the wnids of the training folder, or of the validation images where there is none, in sorted order.
     """
     folder = _find(info, root, ["tiny-imagenet-200", ""], split)
-    info, classes = _train_classes(info, folder)
-    if split == "train":
-        return FileDataset(info, folder / "train", *list_images(folder / "train", classes, classes), classes)
     val = folder / "val"
     # Scripts that sort the images by class leave val_annotations.txt, and often an empty val/images, behind.
     original = (val / "val_annotations.txt").is_file() and (val / "images").is_dir()
-    if original and any(_is_image(name) for name in os.listdir(val / "images")):
-        return FileDataset(info, val, *_annotated_images(val, classes), classes)
-    return FileDataset(info, val, *list_images(val, class_folders(val, skip=("images",)), classes), classes)
+    if split == "train" or not (original and any(_is_image(name) for name in os.listdir(val / "images"))):
+        return _image_folder(info, folder, split, skip=() if split == "train" else ("images",))
+    classes = _train_classes(folder)
+    wnids = _annotations(val, classes)
+    classes = classes or sorted(set(wnids.values()))
+    index = {name: label for label, name in enumerate(classes)}
+    info = _with_classes(info, classes, val)
+    return FileDataset(info, val, list(wnids), [index[wnid] for wnid in wnids.values()], classes)

@@ -63,6 +63,24 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         own = len(range(comm.get_rank(), size, comm.get_world_size()))
         return own * comm.get_world_size() / size
 
+    def smallest(self, batch_size: int = 0, whole: bool = False) -> int:
+        """Fewest samples that a process is given in a step, at least 1.
+
+        Args:
+            batch_size: another one than this sampler's.
+            whole: count those of all processes together.
+        """
+        batch_size = batch_size or self.batch_size
+        last = self.num_samples % batch_size or batch_size
+        return last if whole else max(last // comm.get_world_size(), 1)
+
+    def without_single_samples(self, whole: bool = False) -> int:
+        """The batch size nearest to this one with which :meth:`smallest` is more than 1; 0 if there is none."""
+        processes = comm.get_world_size()
+        steps = range(processes, self.batch_size + self.num_samples, processes)
+        near = (size for step in steps for size in (self.batch_size - step, self.batch_size + step) if size > 0)
+        return next((size for size in near if self.smallest(size, whole) > 1), 0)
+
 
 class Subset(ImageDataset):
     """The first `size` samples of a fixed shuffle of a data set, with all its classes."""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pickle import UnpicklingError
@@ -19,6 +20,10 @@ __all__ = ["differences", "load_weights", "read_content", "read_weights", "state
 # How files of torch.save begin, the present form and the one before torch 1.6, whatever their names end with.
 _OF_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
+# Where public checkpoints have their weights, and what torch's wrappers and a run of ours put before the names.
+_ENTRIES = ("model", "state_dict", "model_state_dict", "net")
+_PREFIXES = ("module.", "_orig_mod.", "student.")
+
 # What public checkpoints hold beside tensors: RepDistiller's options, numpy accuracies. None of them runs code.
 _HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
 _HARMLESS += [(np.float64(0).__reduce__()[0], name + ".multiarray.scalar") for name in ("numpy.core", "numpy._core")]
@@ -28,8 +33,8 @@ def read_weights(source: str) -> dict[str, Tensor]:
     """Read a state dict.
 
     Args:
-        source: a path or URL of a ``.pth`` (also ``{"model": ...}``, ``{"state_dict": ...}``, with or without
-            ``module.``, or a run's own checkpoint, of which the student is taken) or ``.safetensors`` file;
+        source: a path or URL of a ``.pth`` (alone or under an entry such as ``"model"``, with or without ``module.``
+            and ``_orig_mod.``, or a run's own checkpoint, of which the student is taken) or ``.safetensors`` file;
             ``torchvision:ResNet34_Weights.IMAGENET1K_V1``; or ``timm:NAME``.
 
     Raises:
@@ -71,12 +76,8 @@ def read_content(source: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except UnpicklingError as error:
-        lines = [line.split("WeightsUnpickler error:")[-1].strip() for line in str(error).splitlines()]
-        reason = next((line for line in lines if "nsupported" in line), lines[0])
-        raise CheckpointError(f"{source} is refused, for it holds more than weights: {reason}") from error
     except Exception as error:  # a damaged file raises nearly anything
-        raise CheckpointError(f"{source} cannot be read as a checkpoint: {_last_line(error)}") from error
+        raise CheckpointError(f"{source} {_refusal(error, path)}") from error
 
 
 def load_weights(model: nn.Module, source: str, key: str) -> None:
@@ -106,8 +107,10 @@ def load_weights(model: nn.Module, source: str, key: str) -> None:
     heads = [pair for pair in shapes.values() if pair[0] != pair[1]]
     if not (missing or unexpected) and all(a[1:] == b[1:] for a, b in heads) and len({a[0] for a, _ in heads}) == 1:
         raise CheckpointError(
-            f"{key}: {source} has {heads[0][0][0]} classes, but the network is built for {heads[0][1][0]}; "
-            "use the checkpoint of the same data set, or set MODEL.NUM_CLASSES"
+            f"{key}: {source} has {heads[0][0][0]} classes, but the data set has {heads[0][1][0]}: either "
+            "DATASETS.NAME or ROOT is wrong, or the checkpoint. One for this data set is the student_final.pth of a "
+            "training of this network on it, for a teacher with DISTILL.METHODS []; the weights of torchvision: and "
+            "timm: know ImageNet's classes only"
         )
     facts = differences(missing, unexpected, wrong)
     raise CheckpointError(f"{key}: {source} is of another network than {type(model).__name__}: {facts}")
@@ -139,11 +142,15 @@ def _read_library(library: str, name: str) -> dict[str, Tensor]:
 def _local_path(source: str) -> str:
     from detectron2.utils.file_io import PathManager
 
-    if "://" not in source and not os.path.isfile(source):
-        raise CheckpointError(
-            f"there is no checkpoint at {os.path.abspath(source)}; README.md, 'Teachers', says where published ones "
-            "are and how to train one"
-        )
+    if "://" not in source:
+        source = os.path.expanduser(source)
+        if os.path.isdir(source):
+            raise CheckpointError(f"{os.path.abspath(source)} is a directory; name the checkpoint in it")
+        if not os.path.isfile(source):
+            raise CheckpointError(
+                f"there is no checkpoint at {os.path.abspath(source)}; README.md, 'Teachers', says where published "
+                "ones are and how to train one"
+            )
     try:
         return PathManager.get_local_path(source)
     except Exception as error:  # whatever the handler of the URL raises
@@ -151,20 +158,39 @@ def _local_path(source: str) -> str:
 
 
 def state_dict_of(content: Any, source: str) -> dict[str, Tensor]:
-    """The state dict in what :func:`read_content` returned for `source`, without ``module.`` and ``student.``.
+    """The state dict in what :func:`read_content` returned for `source`, its names without wrappers' prefixes.
 
     Raises:
         CheckpointError: there is none.
     """
-    for key in ("model", "state_dict"):
+    for key in _ENTRIES:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{source} holds no state dict, neither alone nor under 'model' or 'state_dict'")
-    for prefix in ("module.", "student."):
-        if any(name.startswith(prefix) for name in content):
-            content = {n.removeprefix(prefix): v for n, v in content.items() if n.startswith(prefix)}
+        entries = ", ".join(map(repr, _ENTRIES))
+        raise CheckpointError(f"{source} holds no state dict, neither alone nor under one of {entries}")
+    # Wrappers are put around each other in any order.
+    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in content)), None):
+        content = {n.removeprefix(prefix): v for n, v in content.items() if n.startswith(prefix)}
     return dict(content)
+
+
+def _refusal(error: Exception, path: str) -> str:
+    """Why a file was not read, and what to do: never to trust it, as torch proposes."""
+    if isinstance(error, OSError) or path.endswith(".safetensors"):
+        return f"cannot be read as a checkpoint: {_last_line(error)}"
+    with open(path, "rb") as file:
+        is_pickle = file.read(1) == b"\x80"
+    if not (is_pickle or _is_of_torch(path)):
+        return "is no checkpoint: it does not begin like one (is it a text, a web page, a Git LFS pointer?)"
+    if not isinstance(error, UnpicklingError):
+        return f"cannot be read as a checkpoint: {_last_line(error)}"
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"is refused, for it holds more than weights: a pickled {found[1]}, which might run code; "
+            "save the network's model.state_dict() alone"
+        )
+    return f"cannot be read as a checkpoint: {str(error).split('WeightsUnpickler error:')[-1].strip().splitlines()[0]}"
 
 
 def _is_of_torch(path: str) -> bool:

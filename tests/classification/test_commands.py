@@ -1,6 +1,8 @@
 """The command lines, as a user types them, on tiny data in the real formats."""
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from classification.config import load_cfg
 from classification.models import build_model
+from classification.trainer import evaluate, train
+from common.errors import CheckpointError
 from tests.fixtures_data import write_cifar100, write_image_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +34,29 @@ def cifar(tmp_path_factory):
     write_cifar100(root)
     torch.save({"model": build_model("resnet32x4", 100).state_dict(), "epoch": 240}, root / "teacher.pth")
     return root
+
+
+def test_evaluation_needs_no_training_images(cifar, tmp_path):
+    shutil.copytree(cifar / "cifar-100-python", tmp_path / "cifar-100-python")
+    (tmp_path / "cifar-100-python" / "train").unlink()
+    opts = ["DATASETS.ROOT", str(tmp_path), "MODEL.STUDENT.NAME", "resnet32x4", *FAST[2:]]
+    accuracy = evaluate(load_cfg("", [*opts, "MODEL.STUDENT.WEIGHTS", str(cifar / "teacher.pth")]))
+    assert 0 <= accuracy["top1"] <= accuracy["top5"] <= 100
+    with pytest.raises(CheckpointError, match=rf"OUTPUT_DIR {tmp_path} has no student_best\.pth: .*WEIGHTS$"):
+        evaluate(load_cfg("", [*opts, "OUTPUT_DIR", str(tmp_path)]))
+    weights = build_model("resnet32x4", 100).state_dict()
+    weights["fc.bias"][3] = float("nan")
+    torch.save(weights, tmp_path / "student_best.pth")
+    with pytest.raises(CheckpointError, match=r"student_best\.pth: .* logits of 16 of 16 test images are not finite"):
+        evaluate(load_cfg("", [*opts, "OUTPUT_DIR", str(tmp_path)]))
+
+
+def test_warnings_of_the_data_are_in_the_log_once(tmp_path):
+    write_image_folder(tmp_path / "imagenet")
+    opts = ["DATASETS.NAME", "imagenet", "DATASETS.ROOT", str(tmp_path), "OUTPUT_DIR", str(tmp_path / "run")]
+    opts += ["MODEL.STUDENT.NAME", "resnet8", "INPUT.SIZE", "32"]
+    train(load_cfg("", [*opts, *FAST]), argparse.Namespace(resume=False))
+    assert (tmp_path / "run" / "log.txt").read_text().count("as published has 1000") == 1
 
 
 @pytest.mark.slow

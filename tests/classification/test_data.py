@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import shutil
@@ -36,6 +37,17 @@ BUILT_IN = ["cifar10", "cifar100", "digits", "fashion_mnist", "folder", "imagene
 def no_other_data(monkeypatch, tmp_path):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", str(tmp_path / "debian"))
+
+
+@pytest.fixture
+def log(caplog):
+    # A run in this process may have told Detectron2's logger to hand on nothing.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, logger.propagate = logger.propagate, False
+    yield caplog
+    logger.propagate = before
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="module")
@@ -246,11 +258,11 @@ def test_cifar_file_of_another_kind(tmp_path):
         build_dataset("cifar100", tmp_path, "val")
 
 
-def test_cifar10_with_some_batches(tmp_path, caplog):
+def test_cifar10_with_some_batches(tmp_path, log):
     images, _ = write.write_cifar10(tmp_path, n_train=8, batches=2)["train"]
     dataset = build_dataset("cifar10", tmp_path, "train")
     np.testing.assert_array_equal(dataset.images.numpy(), images)
-    assert "2 of 5" in caplog.text
+    assert "2 of 5" in log.text
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_1"):
         build_dataset("cifar10", tmp_path, "train")
@@ -378,7 +390,12 @@ def test_tiny_imagenet_after_sorting_the_validation_images(tmp_path, tiny_root):
         (lambda text: text.replace("\tn", "\tx", 1), ValueError, r"line 1: class 'x\d+' is not among"),
         (lambda text: text + "gone.JPEG\t" + text.split()[1] + "\t0\n", FileNotFoundError, "images/gone.JPEG"),
         (lambda text: text.partition("\n")[2], ValueError, "has no class for images/val_0.JPEG"),
-        (lambda text: text.replace("\t", " "), ValueError, "line 1: class ''"),
+        (lambda text: text.replace("\t", " "), ValueError, "line 1: no class; .* separated by tabs"),
+        (
+            lambda text: text + "val_0.JPEG\t" + text.splitlines()[1].split()[1] + "\t0\n",
+            ValueError,
+            r"line 17: val_0.JPEG is of class 'n\d+', but was of 'n",
+        ),
     ],
 )
 def test_wrong_tiny_imagenet_annotations(tmp_path, tiny_root, change, error, message):
@@ -389,10 +406,37 @@ def test_wrong_tiny_imagenet_annotations(tmp_path, tiny_root, change, error, mes
         build_dataset("tiny_imagenet", tmp_path, "val")
 
 
-def test_part_of_the_classes_is_taken_with_a_warning(tmp_path, caplog):
+def test_part_of_the_classes_is_taken_with_a_warning(tmp_path, log):
     write.write_image_folder(tmp_path / "imagenet")
-    assert build_dataset("imagenet", tmp_path, "train").num_classes == 3
-    assert "3 class folders, but imagenet as published has 1000" in caplog.text
+    assert [build_dataset("imagenet", tmp_path, split).num_classes for split in ("train", "val")] == [3, 3]
+    assert log.text.count("3 class folders, but imagenet as published has 1000") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("tiny_imagenet", "original"), ("tiny_imagenet", "folder"), ("folder", "")]
+)
+def test_val_alone_is_enough(tmp_path, tiny_root, name, layout):
+    """Its classes are then its own."""
+    if layout:
+        shutil.copytree(tiny_root[layout][0], tmp_path, dirs_exist_ok=True)
+    else:
+        write.write_image_folder(tmp_path)
+    before = build_dataset(name, tmp_path, "val")
+    shutil.rmtree(tmp_path / ("tiny-imagenet-200" if layout else "") / "train")
+    alone = build_dataset(name, tmp_path, "val")
+    assert alone.classes == [before.classes[i] for i in sorted(set(before.labels.tolist()))]
+    for i in range(len(alone)):
+        assert alone.path(i) == before.path(i)
+        assert alone.classes[alone.labels[i]] == before.classes[before.labels[i]]
+
+
+def test_val_of_another_data_set_is_not_taken(tmp_path):
+    write.write_image_folder(tmp_path)
+    write.write_image_folder(tmp_path / "imagenet")
+    shutil.rmtree(tmp_path / "imagenet" / "val")
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match="imagenet/val"):
+        build_dataset("imagenet", tmp_path, "val")
 
 
 def test_imagenet(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from classification.data import build_dataset, sample_rng
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
+from common.errors import DivergedError
 
 
 def test_every_epoch_is_a_permutation():
@@ -63,6 +64,30 @@ def test_means_over_own_samples_average_to_that_over_the_batch(monkeypatch, num_
 def test_order_and_augmentation_are_drawn_apart():
     order = [index for _, index in next(iter(EpochBatchSampler(40, 40, 1, seed=5)))]
     assert not np.array_equal(order, sample_rng(5, 1, 0).permutation(40))
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "processes", "smallest", "whole", "fitting"),
+    [
+        (65, 16, 1, 1, 1, 15),
+        (50000, 64, 1, 16, 16, 63),
+        (66, 16, 2, 1, 2, 14),
+        (64, 16, 2, 8, 16, 14),
+        (65, 16, 4, 1, 1, 24),
+        (65, 1, 1, 1, 1, 3),
+        (3, 4, 2, 1, 3, 0),
+        (1, 4, 1, 1, 1, 0),
+    ],
+)
+def test_single_samples(monkeypatch, samples, batch, processes, smallest, whole, fitting):
+    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: processes)
+    sampler = EpochBatchSampler(samples, batch, 1, 0)
+    given = []
+    for rank in range(processes):
+        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        given += [len(part) for part in sampler]
+    assert sampler.smallest() == min(given) == smallest and sampler.smallest(whole=True) == whole
+    assert sampler.without_single_samples() == fitting
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +172,13 @@ def test_accuracy_with_few_classes():
     evaluator.reset()
     evaluator.process({"label": torch.tensor([0, 1, 1])}, torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]))
     assert evaluator.evaluate() == {"top1": pytest.approx(200 / 3), "top5": 100.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_accuracy_of_logits_that_are_not_finite(value):
+    evaluator = AccuracyEvaluator()
+    evaluator.reset()
+    evaluator.process({"label": torch.tensor([0, 1])}, torch.tensor([[1.0, 0], [1.0, value]]))
+    evaluator.process({"label": torch.tensor([0])}, torch.tensor([[1.0, 0]]))
+    with pytest.raises(DivergedError, match="logits of 1 of 3 test images are not finite"):
+        evaluator.evaluate()

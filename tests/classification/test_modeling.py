@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from classification.config import get_cfg
 from classification.modeling import build_distiller
 from classification.models import build_model
-from classification.networks import model_cost
+from classification.networks import build_network, model_cost
 from common.distillers import kd_loss
 from common.engine.checkpoint import save_student
+from common.engine.weights import read_weights
 from common.errors import CheckpointError, ConfigError
+from common.outputs import Outputs
 from tests.goldens.fill import array, fill_by_name
 
 
@@ -129,7 +132,7 @@ def test_empty_batch():
     sum(losses.values()).backward()
 
 
-def test_published_checkpoint_forms_load(tmp_path):
+def test_published_checkpoint_forms_load(tmp_path, monkeypatch):
     teacher = fill_by_name(build_model("vgg8", 100))
     weights = teacher.state_dict()
     forms = {
@@ -137,6 +140,8 @@ def test_published_checkpoint_forms_load(tmp_path):
         "bare": weights,
         "module": {"state_dict": {f"module.{k}": v for k, v in weights.items()}},
         "run": {"model": {f"student.{k}": v for k, v in weights.items()} | {"distillers.x": torch.zeros(1)}},
+        "compiled": {"model_state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
+        "wrapped": {"net": {f"student.module.{k}": v for k, v in weights.items()}},
         "old": {"model": {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}},
     }
     for name, content in forms.items():
@@ -145,24 +150,31 @@ def test_published_checkpoint_forms_load(tmp_path):
     for path in tmp_path.iterdir():
         model = build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(path)))
         assert all(torch.equal(weights[k], v) for k, v in model.teacher.state_dict().items()), path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_weights("~/bare.pth").keys() == weights.keys()
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
     cases = {
         "other": (build_model("vgg13", 100).state_dict(), "of another network than VGG"),
-        "classes": (build_model("vgg8", 10).state_dict(), "has 10 classes, but the network is built for 100"),
+        "classes": (
+            build_model("vgg8", 10).state_dict(),
+            r"has 10 classes, but the data set has 100: .*DISTILL\.METHODS \[\]",
+        ),
         "nothing": ({"epoch": 3}, "holds no state dict"),
-        "code": ({"model": {}, "x": torch.nn.Linear}, "holds more than weights: .*Linear"),
+        "code": ({"model": {}, "x": torch.nn.Linear}, r"more than weights: a pickled .*Linear.* save .*state_dict\(\)"),
     }
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / name)
         with pytest.raises(CheckpointError, match=f"MODEL.TEACHER.WEIGHTS: .*{message}"):
             build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(tmp_path / name)))
-    (tmp_path / "text").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match="text"):
-        build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(tmp_path / "text")))
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint at .*/missing"):
-        build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.WEIGHTS", str(tmp_path / "missing")))
+    for start in ("", "hello", "import torch", "not a checkpoint", "<!DOCTYPE html>", "version https://git-lfs"):
+        (tmp_path / "text").write_text(start)
+        with pytest.raises(CheckpointError, match="/text is no checkpoint: it does not begin"):
+            read_weights(str(tmp_path / "text"))
+    for name, message in (("missing", "there is no checkpoint at .*/missing"), ("", f"{tmp_path} is a directory")):
+        with pytest.raises(CheckpointError, match=message):
+            read_weights(str(tmp_path / name))
 
 
 def test_networks_and_methods_that_do_not_fit():
@@ -174,6 +186,46 @@ def test_networks_and_methods_that_do_not_fit():
         build_distiller(make_cfg(*KD_AND_DKD), teacher=build_model("vgg8", 10))
     with pytest.raises(ConfigError, match="no fixed number of classes"):
         build_distiller(make_cfg("DATASETS.NAME", "folder", "MODEL.STUDENT.NAME", "resnet8"))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "size", "message"),
+    [
+        ("MODEL.STUDENT", "vgg8", 1, "INPUT.SIZE 1: Given input size: .*; INPUT.SIZE 32 works"),
+        ("MODEL.STUDENT", "torchvision:vit_b_32", 50, "INPUT.SIZE 50: Input shape indivisible .*; INPUT.SIZE 64 works"),
+        ("MODEL.TEACHER", "torchvision:alexnet", 32, "INPUT.SIZE 32: .* INPUT.SIZE 64 works"),
+    ],
+)
+def test_networks_that_do_not_take_the_images(key, name, size, message):
+    with pytest.raises(ConfigError, match=rf"^{key}\.NAME {name} does not take images of {message}$"):
+        build_distiller(make_cfg(*KD_AND_DKD, f"{key}.NAME", name, "INPUT.SIZE", size))
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def outputs(self, images):
+        raise RuntimeError("a fault of its own")
+
+
+class Noisy(Broken):
+    def outputs(self, images):
+        return Outputs(torch.rand(len(images), 100) * self.weight)
+
+
+def test_the_trial_of_a_network_leaves_no_trace(monkeypatch):
+    for network, name in ((build_model("resnet8", 100), "resnet8"), (Noisy(), "own")):
+        monkeypatch.setattr("classification.networks.build_model", lambda *_, network=network, **__: network)
+        before, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+        cfg = make_cfg("MODEL.STUDENT.NAME", name)
+        assert build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100) is network and network.training
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    monkeypatch.setattr("classification.networks.build_model", lambda *_, **__: Broken())
+    with pytest.raises(RuntimeError, match=r"^a fault of its own"):
+        build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100)
 
 
 def test_cost():
