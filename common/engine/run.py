@@ -24,7 +24,7 @@ from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.preemption import Preempted, Preemption, WatchedBatches
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, UserError
 
 __all__ = ["RunTrainer", "prepare_run", "start_logs"]
 
@@ -127,6 +127,9 @@ class RunTrainer(StepTrainer):
 
         Returns:
             The last value of each metric and the best under ``best_<metric>`` on the main process, else nothing.
+
+        Raises:
+            UserError: what ended the training, after a line in the log.
         """
         if comm.is_main_process():
             # Only now, so that a call that fails leaves the folder of an earlier run as it was.
@@ -138,7 +141,14 @@ class RunTrainer(StepTrainer):
         self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, self.facts)
         self.register_hooks([self._writer, self._saver])
         self._begun = time.perf_counter() - self.seconds
-        self.train(start, self.max_iter)
+        try:
+            self.train(start, self.max_iter)
+            return self._finish()
+        except UserError as error:
+            logger.error(error)
+            raise
+
+    def _finish(self) -> dict[str, float]:
         results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
         if comm.is_main_process():
             self.save_student("final")

@@ -1,5 +1,6 @@
 """A training loop whose every step is a function of (seed, step): what both tasks train with."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +14,17 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from common.engine.metrics import MeanMetrics, average_states
-from common.errors import DivergedError
+from common.errors import DivergedError, UserError
 
 __all__ = ["StepTrainer", "seed_step"]
+
+
+def _is_no_users_error(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not isinstance(record.exc_info[1], UserError)
+
+
+# Detectron2 logs a traceback of whatever ends a training. What the user can mend needs one line: the caller's.
+logging.getLogger(TrainerBase.__module__).addFilter(_is_no_users_error)
 
 
 def seed_step(seed: int, step: int, rank: int | None = None) -> None:
