@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
@@ -13,9 +13,10 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.engine.weights import differences
+from common.errors import CheckpointError, DivergedError
 
-__all__ = ["RunCheckpointer", "save_student", "write_atomically"]
+__all__ = ["RunCheckpointer", "check_tensors", "save_student", "write_atomically"]
 
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
@@ -41,8 +42,29 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> No
         os.close(folder)
 
 
+def check_tensors(tensors: Mapping[str, Any]) -> None:
+    """See that the floating tensors among the values are finite. Their device is waited for once.
+
+    Raises:
+        DivergedError: one holds an infinity or NaN.
+    """
+    checked = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    finite = [value.isfinite().all() for value in checked.values()]
+    if finite:
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+        broken = [name for name, flag in zip(checked, flags, strict=True) if not flag]
+        if broken:
+            others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise DivergedError(f"{broken[0]}{others} became infinite or NaN.")
+
+
 def save_student(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write a network alone, as ``{"model": state_dict}``: the form in which such checkpoints are published."""
+    """Write a network alone, as ``{"model": state_dict}``: the form in which such checkpoints are published.
+
+    Raises:
+        DivergedError: its weights are not finite.
+    """
+    check_tensors(state_dict)
     write_atomically(path, lambda file: torch.save({"model": state_dict}, file))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
-from detectron2.utils import comm
 
 from common.engine.checkpoint import RunCheckpointer
+from common.engine.distributed import on_main
 from common.engine.preemption import Preemption
 
 __all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
@@ -49,9 +49,9 @@ class EvaluationHook(HookBase):
         if done % self._period and done != self.trainer.max_iter:
             return
         results = dict(self._evaluate())
-        comm.synchronize()
-        if not results:
-            return
+        on_main(lambda: self._note(results, done))
+
+    def _note(self, results: dict[str, float], done: int) -> None:
         improved = results[self._select] > self.best.get(self._select, -float("inf"))
         self.last = results
         # NaN, of a metric that is not defined on this data, loses against any number.
@@ -138,11 +138,14 @@ class CheckpointHook(HookBase):
         raise SystemExit(PREEMPTED)
 
     def _save(self, done: int) -> None:
-        self.trainer.check_finite()  # raises before weights that are not finite are saved
+        self.trainer.check_finite()
         self.trainer.collect_state()
-        if comm.is_main_process():
-            self._checkpointer.save(f"model_{done:07d}", **self._extra)
-        comm.synchronize()
+        on_main(lambda: self._write(f"model_{done:07d}"))
+
+    def _write(self, name: str) -> None:
+        # A last update may break what losses show only in the next step, and statistics break before any loss does.
+        self.trainer.check_state()
+        self._checkpointer.save(name, **self._extra)
 
     def after_train(self) -> None:
         self._preemption.remove()

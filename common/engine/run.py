@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from common.config import import_extensions
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from common.engine.distributed import check_processes
+from common.engine.distributed import check_processes, on_main
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.preemption import Preempted, Preemption, WatchedBatches
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
-from common.errors import CheckpointError, ConfigError, UserError
+from common.errors import CheckpointError, ConfigError, DivergedError, UserError
 
 __all__ = ["RunTrainer", "prepare_run", "start_logs"]
 
@@ -143,22 +143,33 @@ class RunTrainer(StepTrainer):
         self._begun = time.perf_counter() - self.seconds
         try:
             self.train(start, self.max_iter)
-            return self._finish()
+            results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
+            on_main(lambda: self._finish(results))
+        except DivergedError as error:
+            diverged = DivergedError(error.what, self._way_on())
+            logger.error(diverged)
+            raise diverged from error
         except UserError as error:
             logger.error(error)
             raise
-
-    def _finish(self) -> dict[str, float]:
-        results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
-        if comm.is_main_process():
-            self.save_student("final")
-            facts = {**results, **self.cost(), "seconds": self.seconds}
-            # JSON has no NaN, which a metric is that is not defined on the data.
-            facts = {name: None if value != value else value for name, value in facts.items()}
-            write_atomically(
-                Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
-            )
         return results
+
+    def _finish(self, results: dict[str, float]) -> None:
+        self.save_student("final")
+        facts = {**results, **self.cost(), "seconds": self.seconds}
+        # JSON has no NaN, which a metric is that is not defined on the data.
+        facts = {name: None if value != value else value for name, value in facts.items()}
+        write_atomically(
+            Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
+        )
+
+    def _way_on(self) -> str:
+        files = self.checkpointer.files()
+        if not files:
+            return "there is no checkpoint yet: start again"
+        return f"`--resume` goes on from {files[0]}" + (
+            " (delete it to go on from the one before)" if files[1:] else ""
+        )
 
     def before_train(self) -> None:
         super().before_train()

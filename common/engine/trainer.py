@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from common.engine.checkpoint import check_tensors
 from common.engine.metrics import MeanMetrics, average_states
 from common.errors import DivergedError, UserError
 
@@ -150,6 +151,17 @@ class StepTrainer(TrainerBase):
             if isinstance(means, DivergedError):
                 raise means
         return gathered
+
+    def check_state(self) -> None:
+        """See that this process's weights and its optimiser's state may be saved.
+
+        Raises:
+            DivergedError: they are not finite.
+        """
+        tensors = {name.removeprefix("module."): value for name, value in self.model.state_dict().items()}
+        for index, state in enumerate(self.optimizer.state.values()):
+            tensors.update({f"{name} of the optimiser's parameter {index}": value for name, value in state.items()})
+        check_tensors(tensors)
 
     def collect_state(self) -> None:
         """Bring to the main process what differs between them. All call it before that one saves."""

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 
+from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.checkpoint import RunCheckpointer, write_atomically
 from common.engine.writers import read_metrics
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, DivergedError
 from tests.classification.runs import STEPS, run, small_cfg, state
 from tests.restarts import assert_identical
 
@@ -151,3 +153,42 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
         checkpointer.save(f"model_{step:07d}")
     assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_0000020.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000020.pth"
+
+
+def saved_weights(folder):
+    return [torch.load(path, weights_only=True)["model"] for path in folder.glob("*.pth")]
+
+
+@pytest.mark.parametrize(
+    ("rate", "way_on"),
+    [
+        (1e10, r"goes on from .*/model_0000001\.pth$"),  # infinite statistics before any loss is
+        (1e3, r"goes on from .*/model_000000\d\.pth \(delete it to go on from the one before\)$"),
+        (float("inf"), "there is no checkpoint yet: start again$"),
+    ],
+)
+def test_nothing_is_saved_that_is_not_finite(tmp_path, rate, way_on):
+    settings = {"SOLVER.CHECKPOINT_STEPS": 1, "LOG_PERIOD": 100, "SOLVER.EPOCHS": 9, "SOLVER.STEPS": []}
+    with pytest.raises(DivergedError, match=f"became infinite or NaN.* Lower SOLVER.BASE_LR.*; .*{way_on}") as error:
+        run(small_cfg(tmp_path, SOLVER__BASE_LR=rate, **settings))
+    assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())
+    assert (tmp_path / "log.txt").read_text().count(str(error.value)) == 1
+
+
+class BreakHook(HookBase):
+    def after_step(self):
+        if self.trainer.iter + 1 == STEPS:
+            self.trainer.distill_model.student.fc.bias.data[0] = float("nan")
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_last_update_that_breaks_the_student_does_not_succeed(tmp_path, last):
+    cfg = small_cfg(tmp_path, TEST__EVAL_PERIOD=3)
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    trainer.register_hooks([BreakHook()])
+    if not last:  # but before the only evaluation, whose student is the best one then
+        trainer._hooks.insert(0, trainer._hooks.pop())
+    with pytest.raises(DivergedError, match=r"fc\.bias.* became infinite or NaN.*/model_0000006\.pth"):
+        trainer.run()
+    assert (tmp_path / "student_best.pth").exists() == last and not (tmp_path / "student_final.pth").exists()
+    assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())
