@@ -16,10 +16,10 @@ TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
 
 
 def read_state(folder, steps: int) -> tuple[dict, dict, list]:
-    """The final student, the last checkpoint without times, and the log without times."""
+    """The final student, the last checkpoint without times and settings, and the log without times."""
     student = torch.load(Path(folder, "student_final.pth"), weights_only=True)["model"]
     last = torch.load(Path(folder, f"model_{steps:07d}.pth"), weights_only=True)
-    del last["trainer"]["seconds"]
+    del last["trainer"]["seconds"], last["settings"]
     lines = [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
     return student, last, [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 

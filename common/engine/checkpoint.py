@@ -14,7 +14,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
 from common.engine.weights import differences
-from common.errors import CheckpointError, DivergedError
+from common.errors import CheckpointError, DivergedError, UserError
 
 __all__ = ["RunCheckpointer", "check_tensors", "save_student", "write_atomically"]
 
@@ -93,14 +93,14 @@ class RunCheckpointer(Checkpointer):
         found = [p for p in Path(self.save_dir).glob("model_*.pth") if _NAME.fullmatch(p.name)]
         return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
 
-    def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint that is whole; a damaged one is passed over with a warning.
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole; a damaged one is passed over with a warning.
 
         Returns:
-            What the file holds beside the model and the checkpointables, or None if there is no checkpoint.
+            The file and what it holds, or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or the model is not the one that was saved.
+            CheckpointError: every checkpoint is damaged, or the file is not of such a run.
         """
         for stale in Path(self.save_dir).glob("*.tmp"):
             stale.unlink(missing_ok=True)  # of a save that was killed
@@ -111,14 +111,39 @@ class RunCheckpointer(Checkpointer):
             except CheckpointError as error:
                 logger.warning(f"{error}; trying the checkpoint before it")
                 continue
-            logger.info(f"Resuming from {path}")
-            self._load_model(data)
-            for key, item in self.checkpointables.items():
-                item.load_state_dict(data.pop(key))
-            return data
+            absent = [key for key in ("model", *self.checkpointables) if not isinstance(data, dict) or key not in data]
+            if absent:
+                raise CheckpointError(
+                    f"{path} is no checkpoint of such a run: it has no '{absent[0]}'. Take it out of the folder, or "
+                    "choose another OUTPUT_DIR"
+                )
+            return path, data
         if files:
             raise CheckpointError(f"none of the {len(files)} checkpoints in {self.save_dir} can be read")
         return None
+
+    def restore(self, path: Path, data: dict[str, Any]) -> None:
+        """Load what :meth:`newest` read into the model and the checkpointables.
+
+        Raises:
+            CheckpointError: it is of another model or optimiser.
+            UserError: whatever else a checkpointable objects to.
+        """
+        logger.info(f"Resuming from {path}")
+        try:
+            differing = self._load_model(data["model"])
+            if differing:
+                raise CheckpointError(f"{path} is of another model: {differing}; choose another OUTPUT_DIR")
+            for key, item in self.checkpointables.items():
+                item.load_state_dict(data[key])
+        except UserError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(
+                f"{path} does not fit this run ({reason}): resume with the settings that it was made with, or choose "
+                "another OUTPUT_DIR"
+            ) from error
 
     def _load_file(self, f: str) -> dict[str, Any]:
         try:
@@ -134,10 +159,11 @@ class RunCheckpointer(Checkpointer):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{f} is damaged: {reason}") from error
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(checkpoint.pop("model"))
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the checkpoint in {self.save_dir} is of another model; give this run another OUTPUT_DIR. {error}"
-            ) from error
+    def _load_model(self, weights: dict[str, Tensor]) -> str:
+        own = {name: value.shape for name, value in self.model.state_dict().items()}
+        given = {name: value.shape for name, value in weights.items()}
+        wrong = [name for name in own if name in given and own[name] != given[name]]
+        differing = differences(sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys()), wrong)
+        if not differing:
+            self.model.load_state_dict(weights)
+        return differing

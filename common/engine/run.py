@@ -5,12 +5,12 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.engine import hooks
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
@@ -22,6 +22,7 @@ from common.engine.checkpoint import RunCheckpointer, save_student, write_atomic
 from common.engine.distributed import check_processes, on_main
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.preemption import Preempted, Preemption, WatchedBatches
+from common.engine.settings import changes, flat_settings, group_settings, renew_groups
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
 from common.errors import CheckpointError, ConfigError, DivergedError, UserError
@@ -41,7 +42,7 @@ class RunTrainer(StepTrainer):
         model: what is called; `network` itself, or wrapped for several processes.
         network: what is saved.
         optimizer, build_batches, precision, clip: see :class:`StepTrainer`.
-        schedule: the optimiser's LR scheduler, in steps.
+        schedule: of the optimiser's learning rates, in steps.
         max_iter: steps of the whole run.
         test_period: in steps.
         select: the metric that decides which student is the best one.
@@ -60,7 +61,7 @@ class RunTrainer(StepTrainer):
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         build_batches: Callable[[int], Iterable[Any]],
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: LRMultiplier,
         *,
         max_iter: int,
         test_period: int,
@@ -72,7 +73,10 @@ class RunTrainer(StepTrainer):
         super().__init__(model, optimizer, build_batches, cfg.SEED, precision, clip)
         self.cfg = cfg
         self.max_iter = max_iter
-        self.facts = {**{key: _get(cfg, key) for key in self.fixed}, **facts}
+        self.settings = flat_settings(cfg)
+        self.facts = {**{key: self.settings[key] for key in self.fixed}, **facts}
+        self._schedule = schedule
+        self._groups = group_settings(optimizer)
         self.checkpointer = RunCheckpointer(network, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP, trainer=self)
         # Of training and evaluation, over all restarts.
         self.seconds = 0.0
@@ -110,17 +114,36 @@ class RunTrainer(StepTrainer):
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one, and return the step to go on from.
 
+        Settings beside `fixed` may be others than before, and then hold from that step on; the log says which.
+
         Raises:
-            CheckpointError: the run was made with settings under which this would be another run.
+            CheckpointError: no checkpoint can be read, or the run was made with settings under which this would be
+                another run.
+            ConfigError: more steps are done than this run is to have.
         """
-        saved = self.checkpointer.resume()
-        if saved is None:
+        found = self.checkpointer.newest()
+        if found is None:
             logger.warning(f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR}; starting from the beginning")
             return 0
-        changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k) != v]
+        path, saved = found
+        # Before anything is loaded, which may fail for the same reason and says less of it.
+        changed = [f"{k} was {saved[k]!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k, v) != v]
         if changed:
-            raise CheckpointError(f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}")
-        return self.iter + 1
+            raise CheckpointError(
+                f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}. Set it as it was, or "
+                "choose another OUTPUT_DIR"
+            )
+        self.checkpointer.restore(path, saved)
+        done = self.iter + 1
+        changed = changes(saved.get("settings", {}), self.settings)
+        if done == self.max_iter:
+            logger.info(f"All {self._amount(done)} are done already")
+        elif changed:
+            logger.warning(f"--resume: from step {done} on other settings hold than before: {'; '.join(changed)}")
+        return done
+
+    def _amount(self, steps: int) -> str:
+        return f"{steps / self.epoch_length:g} epochs" if self.epoch_length else f"{steps} iterations"
 
     def run(self, start: int, checkpoint_periods: list[int]) -> dict[str, float]:
         """Train from step `start` to the end, saving at multiples of each of `checkpoint_periods` (in steps).
@@ -131,14 +154,16 @@ class RunTrainer(StepTrainer):
         Raises:
             UserError: what ended the training, after a line in the log.
         """
-        if comm.is_main_process():
-            # Only now, so that a call that fails leaves the folder of an earlier run as it was.
+        # Only now, so that a call that fails leaves the folder of an earlier run as it was; and nothing will be made
+        # with the settings of a call that finds its run finished.
+        if comm.is_main_process() and start < self.max_iter:
             Path(self.cfg.OUTPUT_DIR, "config.yaml").write_text(self.cfg.dump())
             Path(self.cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
             logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
         writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
         self._writer = WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length)
-        self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, self.facts)
+        extra = {**self.facts, "settings": self.settings}
+        self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, extra)
         self.register_hooks([self._writer, self._saver])
         self._begun = time.perf_counter() - self.seconds
         try:
@@ -195,10 +220,18 @@ class RunTrainer(StepTrainer):
             self._saver.save_and_stop()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seconds": self.seconds, "unfinished": self._unfinished}
+        own = {"seconds": self.seconds, "unfinished": self._unfinished, "groups": self._groups}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise ConfigError(
+                f"{self._amount(done)} are done in {self.cfg.OUTPUT_DIR}, more than the {self._amount(self.max_iter)} "
+                "asked for: a run can be made longer, but not shorter than it is"
+            )
         super().load_state_dict(state_dict)
+        renew_groups(self.optimizer, self._schedule, state_dict.get("groups", self._groups), self._groups)
         self.seconds = state_dict["seconds"]
         self._unfinished = state_dict["unfinished"]
 
@@ -232,8 +265,3 @@ def start_logs(output_dir: str | None) -> None:
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    value = reduce(lambda node, part: node[part], key.split("."), cfg)
-    return list(value) if isinstance(value, list | tuple) else value

@@ -1,6 +1,8 @@
 """A run that was stopped in any way and resumed is the run that never stopped, to the last bit."""
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +24,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     run(small_cfg(folder))
-    return state(folder)
+    return folder
+
+
+@pytest.fixture
+def finished(tmp_path, unbroken_folder):
+    """A run folder of one's own."""
+    return shutil.copytree(unbroken_folder, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def unbroken(unbroken_folder):
+    return state(unbroken_folder)
 
 
 def start(folder, workers, moment, step):
@@ -130,6 +143,90 @@ def test_more_epochs_go_on(tmp_path):
     run(small_cfg(tmp_path))
     run(small_cfg(tmp_path, SOLVER__EPOCHS=4), resume=True)
     assert [line["iteration"] for line in read_metrics(tmp_path)][-1] == 11
+
+
+def test_other_settings_of_the_solver_hold_from_there_on(tmp_path):
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
+    solver = {"SOLVER.BASE_LR": 0.004, "SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.LR_SCHEDULE": "cosine", "LOG_PERIOD": 1}
+    run(small_cfg(tmp_path, **solver), resume=True)
+    rates = [line["lr"] for line in read_metrics(tmp_path)]
+    assert rates == pytest.approx([0.05, 0.05, *(0.002 * (1 + math.cos(math.pi * k / STEPS)) for k in range(3, STEPS))])
+    last = torch.load(tmp_path / f"model_{STEPS:07d}.pth", weights_only=True)["trainer"]
+    (group,) = last["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"], group["initial_lr"]) == (0.0, 0.9, 0.004)
+    (line,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "other settings hold" in line]
+    assert "from step 3 on" in line and "SOLVER.BASE_LR 0.05 -> 0.004" in line and "SOLVER.EPOCHS 1 -> 3" in line
+    assert "SOLVER.LR_SCHEDULE 'step' -> 'cosine'" in line and "SOLVER.WEIGHT_DECAY 0.0005 -> 0.0" in line
+    assert "OUTPUT_DIR" not in line and "MOMENTUM" not in line
+
+
+def test_a_divergence_ends_where_the_rate_is_lowered(tmp_path):
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
+    with pytest.raises(DivergedError, match=r"goes on from .*/model_0000003\.pth$"):
+        run(small_cfg(tmp_path, SOLVER__BASE_LR=1e20), resume=True)
+    run(small_cfg(tmp_path, SOLVER__BASE_LR=1e-3), resume=True)
+    assert [line["lr"] for line in read_metrics(tmp_path)][2:] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"SOLVER.EPOCHS": 2}, "3 epochs are done in .*/run, more than the 2 epochs asked for"),
+        ({"SOLVER.OPTIMIZER": "AdamW"}, "SOLVER.OPTIMIZER was 'SGD', now 'AdamW'"),
+        ({"SOLVER.OPTIMIZER": "DOT"}, "SOLVER.OPTIMIZER was 'SGD', now 'DOT'"),
+        ({"SOLVER.AMP": "fp16"}, "SOLVER.AMP was '', now 'fp16'"),
+        ({"MODEL.STUDENT.NAME": "resnet14"}, "MODEL.STUDENT.NAME was 'resnet8', now 'resnet14'"),
+        ({"MODEL.TEACHER.NAME": "resnet8"}, "MODEL.TEACHER.NAME was 'wrn_16_1', now 'resnet8'"),
+    ],
+)
+def test_what_would_be_another_run_is_not_resumed(finished, settings, message):
+    before = (finished / "config.yaml").read_bytes()
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        run(small_cfg(finished, **settings), resume=True)
+    assert (finished / "config.yaml").read_bytes() == before
+
+
+def test_a_finished_run_keeps_its_settings(finished):
+    before = (finished / "config.yaml").read_bytes()
+    run(small_cfg(finished, SOLVER__BASE_LR=0.1), resume=True)
+    assert (finished / "config.yaml").read_bytes() == before
+    assert "All 3 epochs are done already" in (log := (finished / "log.txt").read_text()) and "BASE_LR" not in log
+
+
+def change_model(data):
+    data["model"].update(x=data["model"].pop("student.fc.bias"), y=torch.ones(1), z=torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: [data], "is no checkpoint of such a run: it has no 'model'"),
+        (lambda data: data.pop("trainer"), "is no checkpoint of such a run: it has no 'trainer'"),
+        (lambda data: data.update(trainer={}), r"does not fit this run \(KeyError: 'iteration'\)"),
+        (lambda data: data["trainer"].update(optimizer={}), r"does not fit this run \("),
+        (lambda data: data["trainer"]["optimizer"]["param_groups"].pop(), r"does not fit this run \(ValueError: "),
+        (lambda data: data.update(model=[1]), r"does not fit this run \(AttributeError: "),
+        (change_model, r"is of another model: 1 missing \(student\.fc\.bias\); 3 unexpected \(x, y, z\); choose"),
+    ],
+)
+def test_a_checkpoint_of_something_else(finished, change, message):
+    path = finished / f"model_{STEPS:07d}.pth"
+    data = torch.load(path, weights_only=True)
+    other = change(data)
+    torch.save(other if isinstance(other, list) else data, path)
+    with pytest.raises(CheckpointError, match=f"{path} {message}") as error:
+        run(small_cfg(finished), resume=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_checkpoint_from_before_settings_were_kept(finished, unbroken):
+    for path in finished.glob("model_*.pth"):
+        data = torch.load(path, weights_only=True)
+        del data["settings"], data["trainer"]["groups"], data["SOLVER.OPTIMIZER"]
+        torch.save(data, path)
+    (finished / f"model_{STEPS:07d}.pth").unlink()
+    run(small_cfg(finished), resume=True)
+    assert_identical(state(finished), unbroken)
 
 
 def test_write_is_all_or_nothing(tmp_path):
