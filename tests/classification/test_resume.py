@@ -15,8 +15,8 @@ from detectron2.engine import HookBase
 
 from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.checkpoint import RunCheckpointer, write_atomically
-from common.engine.writers import read_metrics
-from common.errors import CheckpointError, ConfigError, DivergedError
+from common.engine.writers import drop_lines_from, read_metrics
+from common.errors import CheckpointError, ConfigError, DataError, DivergedError
 from tests.classification.runs import STEPS, run, small_cfg, state
 from tests.restarts import assert_identical
 
@@ -289,3 +289,19 @@ def test_a_last_update_that_breaks_the_student_does_not_succeed(tmp_path, last):
         trainer.run()
     assert (tmp_path / "student_best.pth").exists() == last and not (tmp_path / "student_final.pth").exists()
     assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())
+
+
+LINES = [b'{"iteration": 0}', b'{"iteration": 1}', b'{"iteration": 2}']
+
+
+@pytest.mark.parametrize("text", [b'{"iteration": 1', b"\xff\xfe", b"[1]", b"3", b"{}", b"\0\0\0\n\0\0", b""])
+def test_a_log_with_something_else_in_it(tmp_path, text):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(b"\n".join([*LINES, text]))
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+    drop_lines_from(path, 2)
+    assert path.read_bytes() == b"\n".join([*LINES[:2], b""])
+    path.write_bytes(b"\n".join([LINES[0], text, LINES[1]]))
+    for read in (lambda: read_metrics(tmp_path), lambda: drop_lines_from(path, 2)):
+        with pytest.raises(DataError, match=f"{path}, line 2 is no line of a log"):
+            read()
