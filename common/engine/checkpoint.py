@@ -5,6 +5,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
@@ -14,7 +15,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
 from common.engine.weights import differences
-from common.errors import CheckpointError, DivergedError, UserError
+from common.errors import CheckpointError, DivergedError, OutputError, UserError
 
 __all__ = ["RunCheckpointer", "check_tensors", "save_student", "write_atomically"]
 
@@ -23,7 +24,11 @@ _NAME = re.compile(r"model_(\d{7,})\.pth")
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one."""
+    """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one.
+
+    Raises:
+        OutputError: the disk is full, or may not be written to.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,8 +37,17 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> No
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save goes on where a write failed
+        if not isinstance(cause, OSError):
+            raise
+        raise OutputError(
+            f"{path} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another "
+            "folder"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     # The rename itself must reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

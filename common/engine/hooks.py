@@ -12,6 +12,7 @@ from detectron2.engine.hooks import PeriodicWriter
 from common.engine.checkpoint import RunCheckpointer
 from common.engine.distributed import on_main
 from common.engine.preemption import Preemption
+from common.errors import OutputError
 
 __all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
 
@@ -89,8 +90,14 @@ class WriterHook(PeriodicWriter):
         self.trainer.log_metrics()
         if length:
             self.trainer.storage.put_scalar("epoch", done / length, smoothing_hint=False)
-        for writer in self._writers:
-            writer.write()
+        on_main(self._write)
+
+    def _write(self) -> None:
+        try:
+            for writer in self._writers:
+                writer.write()
+        except OSError as error:
+            raise OutputError(f"the run's log cannot be written: {error.strerror or error}") from error
 
     def after_train(self) -> None:
         # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.

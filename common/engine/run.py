@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from detectron2.engine import hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
@@ -154,13 +156,9 @@ class RunTrainer(StepTrainer):
         Raises:
             UserError: what ended the training, after a line in the log.
         """
-        # Only now, so that a call that fails leaves the folder of an earlier run as it was; and nothing will be made
-        # with the settings of a call that finds its run finished.
-        if comm.is_main_process() and start < self.max_iter:
-            Path(self.cfg.OUTPUT_DIR, "config.yaml").write_text(self.cfg.dump())
-            Path(self.cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
-            logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
-        writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
+        writers: list[EventWriter] = []
+        # Only now, so that a call that fails leaves the folder of an earlier run as it was.
+        on_main(lambda: writers.extend(self._begin(start)))
         self._writer = WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length)
         extra = {**self.facts, "settings": self.settings}
         self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, extra)
@@ -179,14 +177,23 @@ class RunTrainer(StepTrainer):
             raise
         return results
 
+    def _begin(self, start: int) -> list[EventWriter]:
+        # Nothing is made with the settings of a call that finds its run finished.
+        if start < self.max_iter:
+            for name, text in (("config.yaml", self.cfg.dump()), ("environment.txt", collect_env_info() + "\n")):
+                self._write(name, text)
+            logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
+        return build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter)
+
     def _finish(self, results: dict[str, float]) -> None:
         self.save_student("final")
         facts = {**results, **self.cost(), "seconds": self.seconds}
         # JSON has no NaN, which a metric is that is not defined on the data.
         facts = {name: None if value != value else value for name, value in facts.items()}
-        write_atomically(
-            Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
-        )
+        self._write("results.json", json.dumps(facts, indent=2))
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(Path(self.cfg.OUTPUT_DIR, name), lambda file: file.write(text.encode()))
 
     def _way_on(self) -> str:
         files = self.checkpointer.files()
@@ -244,16 +251,31 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         args: ``resume`` of the command line.
 
     Raises:
-        ConfigError: the folder holds another run, or a batch or device that does not fit the number of processes.
+        ConfigError: the folder holds another run or cannot be used, or a batch or device does not fit the number of
+            processes.
     """
     # Processes that Detectron2 started have imported nothing yet.
     import_extensions(cfg.IMPORTS)
+    check_processes(cfg)
+    on_main(lambda: _make_folder(cfg.OUTPUT_DIR))
     if not args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
         )
-    check_processes(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def _make_folder(folder: str) -> None:
+    """Before anything is read, which may take long: that it can be written to is seen by writing."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} cannot be used as a run folder: {error.strerror}; choose one that can be made and "
+            "written to"
+        ) from error
 
 
 def start_logs(output_dir: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,9 @@ import torch
 from detectron2.engine import HookBase
 
 from classification.trainer import ClassificationTrainer, load_datasets
-from common.engine.checkpoint import RunCheckpointer, write_atomically
+from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.writers import drop_lines_from, read_metrics
-from common.errors import CheckpointError, ConfigError, DataError, DivergedError
+from common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
 from tests.classification.runs import STEPS, run, small_cfg, state
 from tests.restarts import assert_identical
 
@@ -242,6 +243,27 @@ def test_write_is_all_or_nothing(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("values", [10**6, 24990])  # torch fails in another place where only the end does not fit
+def test_a_full_disk_is_said_in_one_line(tmp_path, values):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"student\.pth cannot be written: File too large; see to room") as error:
+            save_student(tmp_path / "student.pth", {"weight": torch.zeros(values)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["{file}", "{file}/below", "/proc/nowhere/run"])
+def test_a_run_folder_that_cannot_be_is_said_before_anything_is_read(tmp_path, monkeypatch, folder):
+    (tmp_path / "file").touch()
+    folder = folder.format(file=tmp_path / "file")
+    monkeypatch.setattr("classification.trainer.load_datasets", None)
+    with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} cannot be used as a run folder: .*; choose one"):
+        run(small_cfg(folder))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
