@@ -86,6 +86,27 @@ def disturb(trainer: RunTrainer, moment: str, step: int) -> None:
         terminate_in_evaluation(trainer, step)
 
 
+class BrokenBatches:
+    """One batch, then an error."""
+
+    def __init__(self, batches, error: Exception) -> None:
+        self.batches = batches
+        self.error = error
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        yield next(iter(self.batches))
+        raise self.error
+
+
+def fail_in_evaluation(trainer: RunTrainer, step: int, error: Exception) -> None:
+    """An error, in this process alone, after the first batch of the evaluation after `step`."""
+    watched = trainer.watched
+    trainer.watched = lambda batches: watched(BrokenBatches(batches, error) if trainer.iter + 1 == step else batches)
+
+
 def terminate_in_evaluation(trainer: RunTrainer, step: int) -> None:
     """SIGTERM to this process where the evaluation after `step` begins."""
     watched = trainer.watched

@@ -137,6 +137,10 @@ class CheckpointHook(HookBase):
         if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter:
             self._save(done)
 
+    def save(self) -> None:
+        """Save after the present step. All processes call it."""
+        self._save(self.trainer.iter + 1)
+
     def save_and_stop(self) -> None:
         """Save after the present step and end the process. All processes call it."""
         done = self.trainer.iter + 1

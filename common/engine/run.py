@@ -23,7 +23,7 @@ from common.config import import_extensions
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.distributed import check_processes, on_main
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from common.engine.preemption import Preempted, Preemption, WatchedBatches
+from common.engine.preemption import Preemption, Unfinished, WatchedBatches
 from common.engine.settings import changes, flat_settings, group_settings, renew_groups
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
@@ -83,7 +83,7 @@ class RunTrainer(StepTrainer):
         # Of training and evaluation, over all restarts.
         self.seconds = 0.0
         self.preemption = Preemption()
-        # What the log line of the present step has so far, where its evaluation was left for a preemption.
+        # What the log line of the present step has so far, where its evaluation was left.
         self._unfinished: dict[str, float] | None = None
         # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
         self.evaluation = EvaluationHook(self.test, test_period, select, lambda: self.save_student("best"))
@@ -98,7 +98,7 @@ class RunTrainer(StepTrainer):
         return {}
 
     def watched(self, batches: Iterable[Any]) -> WatchedBatches:
-        """Batches for :meth:`test` that end where the job is to stop."""
+        """Batches for :meth:`test` that end where the job is to stop, or one cannot be had."""
         return WatchedBatches(batches, self.preemption)
 
     def student_state(self) -> dict[str, Tensor]:
@@ -218,13 +218,17 @@ class RunTrainer(StepTrainer):
         self._or_stop(super().after_step)
 
     def _or_stop(self, finish: Callable[[], Any]) -> None:
-        """Do what follows a step; where the evaluation is left for a preemption, save what was done before it."""
+        """Do what follows a step; where its evaluation is left half done, save what was done before it, and end."""
         try:
             finish()
-        except Preempted:
+        except Unfinished as stop:
             latest = self.storage.latest().items()
             self._unfinished = {name: value for name, (value, step) in latest if step == self.iter and name == "lr"}
-            self._saver.save_and_stop()
+            if stop.error is None:
+                self._saver.save_and_stop()
+            self._saver.save()
+            logger.warning(f"Saved after step {self.iter + 1}; `--resume` begins with its evaluation")
+            raise stop.error from None
 
     def state_dict(self) -> dict[str, Any]:
         own = {"seconds": self.seconds, "unfinished": self._unfinished, "groups": self._groups}

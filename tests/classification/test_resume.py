@@ -19,7 +19,7 @@ from common.engine.checkpoint import RunCheckpointer, save_student, write_atomic
 from common.engine.writers import drop_lines_from, read_metrics
 from common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
 from tests.classification.runs import STEPS, run, small_cfg, state
-from tests.restarts import assert_identical
+from tests.restarts import assert_identical, fail_in_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +87,19 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroke
     assert start(tmp_path, 0, "in evaluation", step).wait() == 143
     assert (tmp_path / f"model_{step:07d}.pth").exists()
     run(small_cfg(tmp_path), resume=True)
+    assert_identical(state(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize("step", [3, STEPS])
+def test_an_error_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
+    cfg = small_cfg(tmp_path)
+    for resumed in (False, True):
+        trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+        fail_in_evaluation(trainer, step, DataError("cannot read image 7.jpg"))
+        with pytest.raises(DataError, match=r"cannot read image 7\.jpg"):
+            trainer.run(trainer.resume() if resumed else 0)
+        assert trainer.checkpointer.files()[0].name == f"model_{step:07d}.pth"
+    run(cfg, resume=True)
     assert_identical(state(tmp_path), unbroken)
 
 
