@@ -53,6 +53,8 @@ class EvaluationHook(HookBase):
         on_main(lambda: self._note(results, done))
 
     def _note(self, results: dict[str, float], done: int) -> None:
+        if not results:
+            return
         improved = results[self._select] > self.best.get(self._select, -float("inf"))
         self.last = results
         # NaN, of a metric that is not defined on this data, loses against any number.
@@ -135,28 +137,29 @@ class CheckpointHook(HookBase):
         if self._preemption.any_process():
             self.save_and_stop()
         if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter:
-            self._save(done)
+            self.save()
 
     def save(self) -> None:
-        """Save after the present step. All processes call it."""
-        self._save(self.trainer.iter + 1)
+        """Save after the present step. All processes call it.
+
+        Raises:
+            DivergedError: in all of them, where losses, weights or the optimiser's state are not finite.
+            OutputError: in all of them, where the file cannot be written.
+        """
+        self.trainer.check_finite()
+        self.trainer.collect_state()
+        on_main(self._write)
 
     def save_and_stop(self) -> None:
         """Save after the present step and end the process. All processes call it."""
-        done = self.trainer.iter + 1
-        self._save(done)
-        logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
+        self.save()
+        logger.warning(f"SIGTERM: saved after step {self.trainer.iter + 1}; `--resume` continues")
         raise SystemExit(PREEMPTED)
 
-    def _save(self, done: int) -> None:
-        self.trainer.check_finite()
-        self.trainer.collect_state()
-        on_main(lambda: self._write(f"model_{done:07d}"))
-
-    def _write(self, name: str) -> None:
+    def _write(self) -> None:
         # A last update may break what losses show only in the next step, and statistics break before any loss does.
         self.trainer.check_state()
-        self._checkpointer.save(name, **self._extra)
+        self._checkpointer.save(f"model_{self.trainer.iter + 1:07d}", **self._extra)
 
     def after_train(self) -> None:
         self._preemption.remove()

@@ -199,9 +199,8 @@ class RunTrainer(StepTrainer):
         files = self.checkpointer.files()
         if not files:
             return "there is no checkpoint yet: start again"
-        return f"`--resume` goes on from {files[0]}" + (
-            " (delete it to go on from the one before)" if files[1:] else ""
-        )
+        earlier = " (delete it to go on from the one before)" if files[1:] else ""
+        return f"`--resume` goes on from {files[0]}{earlier}"
 
     def before_train(self) -> None:
         super().before_train()

@@ -270,6 +270,15 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, values):
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
+def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch):
+    def fail(writer):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.engine.writers.JSONWriter.write", fail)
+    with pytest.raises(OutputError, match="the run's log cannot be written: No space left on device"):
+        run(small_cfg(tmp_path))
+
+
 @pytest.mark.parametrize("folder", ["{file}", "{file}/below", "/proc/nowhere/run"])
 def test_a_run_folder_that_cannot_be_is_said_before_anything_is_read(tmp_path, monkeypatch, folder):
     (tmp_path / "file").touch()
