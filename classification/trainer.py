@@ -45,7 +45,10 @@ class ClassificationTrainer(RunTrainer):
         "DATASETS.NAME",
         "DATASETS.TRAIN_SIZE",
         "MODEL.STUDENT.NAME",
+        "MODEL.TEACHER.NAME",
         "DISTILL.METHODS",
+        "SOLVER.OPTIMIZER",
+        "SOLVER.AMP",
     )
 
     def __init__(self, cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "UserError", "nearest"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "OutputError", "UserError", "nearest"]
 
 
 class UserError(Exception):
@@ -23,18 +23,24 @@ class DataError(UserError, ValueError):
 
 
 class DivergedError(UserError, FloatingPointError):
-    """A training whose losses are no longer finite."""
+    """A training whose losses or weights are no longer finite.
 
-    def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what} Lower SOLVER.BASE_LR, warm up, or clip gradients; `--resume` goes on from the last checkpoint, "
-            "which is finite"
-        )
+    Args:
+        what: became so; a sentence.
+        way_on: where the run can be taken up again.
+    """
+
+    def __init__(self, what: str, way_on: str = "") -> None:
+        super().__init__(f"{what} Lower SOLVER.BASE_LR, warm up, or clip gradients{way_on and '; '}{way_on}")
         # Processes tell each other of it: a copy is made of the same words.
-        self.what = what
+        self.what, self.way_on = what, way_on
 
     def __reduce__(self) -> tuple:
-        return DivergedError, (self.what,)
+        return DivergedError, (self.what, self.way_on)
+
+
+class OutputError(UserError, OSError):
+    """A file that cannot be written."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -47,7 +47,12 @@ class DetectionTrainer(RunTrainer):
         "DATALOADER.SAMPLER_TRAIN",
         "MODEL.META_ARCHITECTURE",
         "MODEL.BACKBONE.NAME",
+        "MODEL.RESNETS.DEPTH",
+        "TEACHER.MODEL.META_ARCHITECTURE",
+        "TEACHER.MODEL.BACKBONE.NAME",
+        "TEACHER.MODEL.RESNETS.DEPTH",
         "DISTILL.METHODS",
+        "SOLVER.AMP.ENABLED",
     )
 
     def __init__(self, cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> None:

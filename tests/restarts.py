@@ -16,10 +16,10 @@ TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
 
 
 def read_state(folder, steps: int) -> tuple[dict, dict, list]:
-    """The final student, the last checkpoint without times, and the log without times."""
+    """The final student, the last checkpoint without times and settings, and the log without times."""
     student = torch.load(Path(folder, "student_final.pth"), weights_only=True)["model"]
     last = torch.load(Path(folder, f"model_{steps:07d}.pth"), weights_only=True)
-    del last["trainer"]["seconds"]
+    del last["trainer"]["seconds"], last["settings"]
     lines = [json.loads(line) for line in Path(folder, "metrics.json").read_text().splitlines()]
     return student, last, [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
@@ -84,6 +84,27 @@ def disturb(trainer: RunTrainer, moment: str, step: int) -> None:
         trainer.run_step = slow
     elif moment == "in evaluation":
         terminate_in_evaluation(trainer, step)
+
+
+class BrokenBatches:
+    """One batch, then an error."""
+
+    def __init__(self, batches, error: Exception) -> None:
+        self.batches = batches
+        self.error = error
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        yield next(iter(self.batches))
+        raise self.error
+
+
+def fail_in_evaluation(trainer: RunTrainer, step: int, error: Exception) -> None:
+    """An error, in this process alone, after the first batch of the evaluation after `step`."""
+    watched = trainer.watched
+    trainer.watched = lambda batches: watched(BrokenBatches(batches, error) if trainer.iter + 1 == step else batches)
 
 
 def terminate_in_evaluation(trainer: RunTrainer, step: int) -> None:

@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any
@@ -13,16 +14,21 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.engine.weights import differences
+from common.errors import CheckpointError, DivergedError, OutputError, UserError
 
-__all__ = ["RunCheckpointer", "save_student", "write_atomically"]
+__all__ = ["RunCheckpointer", "check_tensors", "save_student", "write_atomically"]
 
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one."""
+    """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one.
+
+    Raises:
+        OutputError: the disk is full, or may not be written to.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,8 +37,17 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> No
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save goes on where a write failed
+        if not isinstance(cause, OSError):
+            raise
+        raise OutputError(
+            f"{path} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another "
+            "folder"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     # The rename itself must reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -41,8 +56,29 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> No
         os.close(folder)
 
 
+def check_tensors(tensors: Mapping[str, Any]) -> None:
+    """See that the floating tensors among the values are finite. Their device is waited for once.
+
+    Raises:
+        DivergedError: one holds an infinity or NaN.
+    """
+    checked = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    finite = [value.isfinite().all() for value in checked.values()]
+    if finite:
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+        broken = [name for name, flag in zip(checked, flags, strict=True) if not flag]
+        if broken:
+            others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise DivergedError(f"{broken[0]}{others} became infinite or NaN.")
+
+
 def save_student(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write a network alone, as ``{"model": state_dict}``: the form in which such checkpoints are published."""
+    """Write a network alone, as ``{"model": state_dict}``: the form in which such checkpoints are published.
+
+    Raises:
+        DivergedError: its weights are not finite.
+    """
+    check_tensors(state_dict)
     write_atomically(path, lambda file: torch.save({"model": state_dict}, file))
 
 
@@ -71,14 +107,14 @@ class RunCheckpointer(Checkpointer):
         found = [p for p in Path(self.save_dir).glob("model_*.pth") if _NAME.fullmatch(p.name)]
         return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
 
-    def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint that is whole; a damaged one is passed over with a warning.
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole; a damaged one is passed over with a warning.
 
         Returns:
-            What the file holds beside the model and the checkpointables, or None if there is no checkpoint.
+            The file and what it holds, or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or the model is not the one that was saved.
+            CheckpointError: every checkpoint is damaged, or the file is not of such a run.
         """
         for stale in Path(self.save_dir).glob("*.tmp"):
             stale.unlink(missing_ok=True)  # of a save that was killed
@@ -89,14 +125,39 @@ class RunCheckpointer(Checkpointer):
             except CheckpointError as error:
                 logger.warning(f"{error}; trying the checkpoint before it")
                 continue
-            logger.info(f"Resuming from {path}")
-            self._load_model(data)
-            for key, item in self.checkpointables.items():
-                item.load_state_dict(data.pop(key))
-            return data
+            absent = [key for key in ("model", *self.checkpointables) if not isinstance(data, dict) or key not in data]
+            if absent:
+                raise CheckpointError(
+                    f"{path} is no checkpoint of such a run: it has no '{absent[0]}'. Take it out of the folder, or "
+                    "choose another OUTPUT_DIR"
+                )
+            return path, data
         if files:
             raise CheckpointError(f"none of the {len(files)} checkpoints in {self.save_dir} can be read")
         return None
+
+    def restore(self, path: Path, data: dict[str, Any]) -> None:
+        """Load what :meth:`newest` read into the model and the checkpointables.
+
+        Raises:
+            CheckpointError: it is of another model or optimiser.
+            UserError: whatever else a checkpointable objects to.
+        """
+        logger.info(f"Resuming from {path}")
+        try:
+            differing = self._load_model(data["model"])
+            if differing:
+                raise CheckpointError(f"{path} is of another model: {differing}; choose another OUTPUT_DIR")
+            for key, item in self.checkpointables.items():
+                item.load_state_dict(data[key])
+        except UserError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(
+                f"{path} does not fit this run ({reason}): resume with the settings that it was made with, or choose "
+                "another OUTPUT_DIR"
+            ) from error
 
     def _load_file(self, f: str) -> dict[str, Any]:
         try:
@@ -112,10 +173,11 @@ class RunCheckpointer(Checkpointer):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{f} is damaged: {reason}") from error
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        try:
-            self.model.load_state_dict(checkpoint.pop("model"))
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the checkpoint in {self.save_dir} is of another model; give this run another OUTPUT_DIR. {error}"
-            ) from error
+    def _load_model(self, weights: dict[str, Tensor]) -> str:
+        own = {name: value.shape for name, value in self.model.state_dict().items()}
+        given = {name: value.shape for name, value in weights.items()}
+        wrong = [name for name in own if name in given and own[name] != given[name]]
+        differing = differences(sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys()), wrong)
+        if not differing:
+            self.model.load_state_dict(weights)
+        return differing

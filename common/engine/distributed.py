@@ -1,5 +1,6 @@
 """A training in a job of several processes: what its settings must fit, and the student's side of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -11,9 +12,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.config import resolve_device
-from common.errors import ConfigError
+from common.errors import ConfigError, UserError
 
-__all__ = ["broadcast_buffers", "check_processes", "synchronize_batch_norms", "wrap_student"]
+__all__ = ["broadcast_buffers", "check_processes", "on_main", "synchronize_batch_norms", "wrap_student"]
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Do something in the main process alone, while the others wait. All call it.
+
+    Raises:
+        UserError: in all processes, where the main one raises it: none goes on to wait for one that has ended.
+    """
+    error = None
+    if comm.is_main_process():
+        try:
+            action()
+        except UserError as own:
+            error = own
+    error = comm.all_gather(error)[0]
+    if error is not None:
+        raise error
 
 
 def check_processes(cfg: CfgNode) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
-from detectron2.utils import comm
 
 from common.engine.checkpoint import RunCheckpointer
+from common.engine.distributed import on_main
 from common.engine.preemption import Preemption
+from common.errors import OutputError
 
 __all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
 
@@ -49,7 +50,9 @@ class EvaluationHook(HookBase):
         if done % self._period and done != self.trainer.max_iter:
             return
         results = dict(self._evaluate())
-        comm.synchronize()
+        on_main(lambda: self._note(results, done))
+
+    def _note(self, results: dict[str, float], done: int) -> None:
         if not results:
             return
         before, self.last = self.best.get(self._select), results
@@ -88,8 +91,14 @@ class WriterHook(PeriodicWriter):
         self.trainer.log_metrics()
         if length:
             self.trainer.storage.put_scalar("epoch", done / length, smoothing_hint=False)
-        for writer in self._writers:
-            writer.write()
+        on_main(self._write)
+
+    def _write(self) -> None:
+        try:
+            for writer in self._writers:
+                writer.write()
+        except OSError as error:
+            raise OutputError(f"the run's log cannot be written: {error.strerror or error}") from error
 
     def after_train(self) -> None:
         # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.
@@ -127,21 +136,29 @@ class CheckpointHook(HookBase):
         if self._preemption.any_process():
             self.save_and_stop()
         if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter:
-            self._save(done)
+            self.save()
+
+    def save(self) -> None:
+        """Save after the present step. All processes call it.
+
+        Raises:
+            DivergedError: in all of them, where losses, weights or the optimiser's state are not finite.
+            OutputError: in all of them, where the file cannot be written.
+        """
+        self.trainer.check_finite()
+        self.trainer.collect_state()
+        on_main(self._write)
 
     def save_and_stop(self) -> None:
         """Save after the present step and end the process. All processes call it."""
-        done = self.trainer.iter + 1
-        self._save(done)
-        logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
+        self.save()
+        logger.warning(f"SIGTERM: saved after step {self.trainer.iter + 1}; `--resume` continues")
         raise SystemExit(PREEMPTED)
 
-    def _save(self, done: int) -> None:
-        self.trainer.check_finite()  # raises before weights that are not finite are saved
-        self.trainer.collect_state()
-        if comm.is_main_process():
-            self._checkpointer.save(f"model_{done:07d}", **self._extra)
-        comm.synchronize()
+    def _write(self) -> None:
+        # A last update may break what losses show only in the next step, and statistics break before any loss does.
+        self.trainer.check_state()
+        self._checkpointer.save(f"model_{self.trainer.iter + 1:07d}", **self._extra)
 
     def after_train(self) -> None:
         self._preemption.remove()

@@ -1,12 +1,14 @@
 """Starting processes, and ending commands with one clear line where the user can mend something."""
 
 import argparse
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,12 +23,27 @@ __all__ = ["command", "launch"]
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; an error that the user can mend is printed without a traceback, exit code 2."""
+    """Run a command line's `main`; an error that the user can mend is printed without a traceback, exit code 2.
+
+    After Ctrl-C the code is 130, as a shell has it.
+    """
+    # A full disk is said once, by what cannot do without it, and not by every line of a log.
+    logging.raiseExceptions = False
     try:
         main()
     except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(str(error))
+    except OSError as error:
+        if error.filename is None:  # of no file of the user's
+            raise
+        _end(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _end(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def launch(main: Callable[..., None], args: argparse.Namespace, *arguments: object) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM: noted when it comes, acted upon where a run can stop and go on."""
+"""SIGTERM: noted when it comes, acted upon where a run can stop and go on; and evaluations that are left half done."""
 
 import logging
 import signal
@@ -10,13 +10,23 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 
-__all__ = ["Preempted", "Preemption", "WatchedBatches"]
+from common.errors import UserError
+
+__all__ = ["Preemption", "Unfinished", "WatchedBatches"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
 
-class Preempted(Exception):
-    """The job is to stop, and an evaluation was left for it."""
+class Unfinished(Exception):
+    """An evaluation was left, by all processes.
+
+    Attributes:
+        error: what went wrong in one of them; None where the job is to stop.
+    """
+
+    def __init__(self, error: UserError | None = None) -> None:
+        super().__init__("SIGTERM" if error is None else str(error))
+        self.error = error
 
 
 class Preemption:
@@ -51,14 +61,15 @@ class Preemption:
 
 
 class WatchedBatches:
-    """Batches of an evaluation, which ends early where the job is to stop: a scheduler does not wait for it.
+    """Batches of an evaluation, which ends early where the job is to stop, for a scheduler does not wait for it, or
+    where one of them cannot be had.
 
     Args:
         batches: with a length.
         preemption: what is watched.
 
     Raises:
-        Preempted: in all processes, after their last batch, where one of them was asked to stop.
+        Unfinished: in all processes, after their last batch, where one of them was asked to stop or had an error.
     """
 
     def __init__(self, batches: Iterable[Any], preemption: Preemption) -> None:
@@ -69,9 +80,15 @@ class WatchedBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            if self.preemption.requested:
-                break
-            yield batch
-        if self.preemption.any_process():
-            raise Preempted("SIGTERM during an evaluation")
+        error = None
+        try:
+            for batch in self.batches:
+                if self.preemption.requested:
+                    break
+                yield batch
+        except UserError as own:
+            error = own
+        asked, errors = zip(*comm.all_gather((self.preemption.requested, error)), strict=True)
+        errors = [error for error in errors if error is not None]
+        if any(asked) or errors:
+            raise Unfinished(None if any(asked) else errors[0])

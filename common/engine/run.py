@@ -5,26 +5,29 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from detectron2.engine import hooks
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from common.config import import_extensions
 from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from common.engine.distributed import check_processes
+from common.engine.distributed import check_processes, on_main
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from common.engine.preemption import Preempted, Preemption, WatchedBatches
+from common.engine.preemption import Preemption, Unfinished, WatchedBatches
+from common.engine.settings import changes, flat_settings, group_settings, renew_groups
 from common.engine.trainer import StepTrainer
 from common.engine.writers import build_writers
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, DivergedError, UserError
 
 __all__ = ["RunTrainer", "prepare_run", "start_logs"]
 
@@ -41,7 +44,7 @@ class RunTrainer(StepTrainer):
         model: what is called; `network` itself, or wrapped for several processes.
         network: what is saved.
         optimizer, build_batches, precision, clip: see :class:`StepTrainer`.
-        schedule: the optimiser's LR scheduler, in steps.
+        schedule: of the optimiser's learning rates, in steps.
         max_iter: steps of the whole run.
         test_period: in steps.
         select: the metric that decides which student is the best one.
@@ -60,7 +63,7 @@ class RunTrainer(StepTrainer):
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         build_batches: Callable[[int], Iterable[Any]],
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: LRMultiplier,
         *,
         max_iter: int,
         test_period: int,
@@ -72,12 +75,15 @@ class RunTrainer(StepTrainer):
         super().__init__(model, optimizer, build_batches, cfg.SEED, precision, clip)
         self.cfg = cfg
         self.max_iter = max_iter
-        self.facts = {**{key: _get(cfg, key) for key in self.fixed}, **facts}
+        self.settings = flat_settings(cfg)
+        self.facts = {**{key: self.settings[key] for key in self.fixed}, **facts}
+        self._schedule = schedule
+        self._groups = group_settings(optimizer)
         self.checkpointer = RunCheckpointer(network, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP, trainer=self)
         # Of training and evaluation, over all restarts.
         self.seconds = 0.0
         self.preemption = Preemption()
-        # What the log line of the present step has so far, where its evaluation was left for a preemption.
+        # What the log line of the present step has so far, where its evaluation was left.
         self._unfinished: dict[str, float] | None = None
         # The hooks with a state come before a checkpoint is loaded; the others when the first step is known.
         self.evaluation = EvaluationHook(self.test, test_period, select, lambda: self.save_student("best"))
@@ -92,7 +98,7 @@ class RunTrainer(StepTrainer):
         return {}
 
     def watched(self, batches: Iterable[Any]) -> WatchedBatches:
-        """Batches for :meth:`test` that end where the job is to stop."""
+        """Batches for :meth:`test` that end where the job is to stop, or one cannot be had."""
         return WatchedBatches(batches, self.preemption)
 
     def student_state(self) -> dict[str, Tensor]:
@@ -110,45 +116,91 @@ class RunTrainer(StepTrainer):
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one, and return the step to go on from.
 
+        Settings beside `fixed` may be others than before, and then hold from that step on; the log says which.
+
         Raises:
-            CheckpointError: the run was made with settings under which this would be another run.
+            CheckpointError: no checkpoint can be read, or the run was made with settings under which this would be
+                another run.
+            ConfigError: more steps are done than this run is to have.
         """
-        saved = self.checkpointer.resume()
-        if saved is None:
+        found = self.checkpointer.newest()
+        if found is None:
             logger.warning(f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR}; starting from the beginning")
             return 0
-        changed = [f"{k} was {saved.get(k)!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k) != v]
+        path, saved = found
+        # Before anything is loaded, which may fail for the same reason and says less of it.
+        changed = [f"{k} was {saved[k]!r}, now {v!r}" for k, v in self.facts.items() if saved.get(k, v) != v]
         if changed:
-            raise CheckpointError(f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}")
-        return self.iter + 1
+            raise CheckpointError(
+                f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(changed)}. Set it as it was, or "
+                "choose another OUTPUT_DIR"
+            )
+        self.checkpointer.restore(path, saved)
+        done = self.iter + 1
+        changed = changes(saved.get("settings", {}), self.settings)
+        if done == self.max_iter:
+            logger.info(f"All {self._amount(done)} are done already")
+        elif changed:
+            logger.warning(f"--resume: from step {done} on other settings hold than before: {'; '.join(changed)}")
+        return done
+
+    def _amount(self, steps: int) -> str:
+        return f"{steps / self.epoch_length:g} epochs" if self.epoch_length else f"{steps} iterations"
 
     def run(self, start: int, checkpoint_periods: list[int]) -> dict[str, float]:
         """Train from step `start` to the end, saving at multiples of each of `checkpoint_periods` (in steps).
 
         Returns:
             The last value of each metric and the best under ``best_<metric>`` on the main process, else nothing.
+
+        Raises:
+            UserError: what ended the training, after a line in the log.
         """
-        if comm.is_main_process():
-            # Only now, so that a call that fails leaves the folder of an earlier run as it was.
-            Path(self.cfg.OUTPUT_DIR, "config.yaml").write_text(self.cfg.dump())
-            Path(self.cfg.OUTPUT_DIR, "environment.txt").write_text(collect_env_info() + "\n")
-            logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
-        writers = build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter) if comm.is_main_process() else []
+        writers: list[EventWriter] = []
+        # Only now, so that a call that fails leaves the folder of an earlier run as it was.
+        on_main(lambda: writers.extend(self._begin(start)))
         self._writer = WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length)
-        self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, self.facts)
+        extra = {**self.facts, "settings": self.settings}
+        self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, extra)
         self.register_hooks([self._writer, self._saver])
         self._begun = time.perf_counter() - self.seconds
-        self.train(start, self.max_iter)
-        results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
-        if comm.is_main_process():
-            self.save_student("final")
-            facts = {**results, **self.cost(), "seconds": self.seconds}
-            # JSON has no NaN, which a metric is that is not defined on the data.
-            facts = {name: None if value != value else value for name, value in facts.items()}
-            write_atomically(
-                Path(self.cfg.OUTPUT_DIR, "results.json"), lambda file: file.write(json.dumps(facts, indent=2).encode())
-            )
+        try:
+            self.train(start, self.max_iter)
+            results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
+            on_main(lambda: self._finish(results))
+        except DivergedError as error:
+            diverged = DivergedError(error.what, self._way_on())
+            logger.error(diverged)
+            raise diverged from error
+        except UserError as error:
+            logger.error(error)
+            raise
         return results
+
+    def _begin(self, start: int) -> list[EventWriter]:
+        # Nothing is made with the settings of a call that finds its run finished.
+        if start < self.max_iter:
+            for name, text in (("config.yaml", self.cfg.dump()), ("environment.txt", collect_env_info() + "\n")):
+                self._write(name, text)
+            logger.info(f"Run folder {self.cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
+        return build_writers(self.cfg.OUTPUT_DIR, start, self.max_iter)
+
+    def _finish(self, results: dict[str, float]) -> None:
+        self.save_student("final")
+        facts = {**results, **self.cost(), "seconds": self.seconds}
+        # JSON has no NaN, which a metric is that is not defined on the data.
+        facts = {name: None if value != value else value for name, value in facts.items()}
+        self._write("results.json", json.dumps(facts, indent=2))
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(Path(self.cfg.OUTPUT_DIR, name), lambda file: file.write(text.encode()))
+
+    def _way_on(self) -> str:
+        files = self.checkpointer.files()
+        if not files:
+            return "there is no checkpoint yet: start again"
+        earlier = " (delete it to go on from the one before)" if files[1:] else ""
+        return f"`--resume` goes on from {files[0]}{earlier}"
 
     def before_train(self) -> None:
         super().before_train()
@@ -165,19 +217,31 @@ class RunTrainer(StepTrainer):
         self._or_stop(super().after_step)
 
     def _or_stop(self, finish: Callable[[], Any]) -> None:
-        """Do what follows a step; where the evaluation is left for a preemption, save what was done before it."""
+        """Do what follows a step; where its evaluation is left half done, save what was done before it, and end."""
         try:
             finish()
-        except Preempted:
+        except Unfinished as stop:
             latest = self.storage.latest().items()
             self._unfinished = {name: value for name, (value, step) in latest if step == self.iter and name == "lr"}
-            self._saver.save_and_stop()
+            if stop.error is None:
+                self._saver.save_and_stop()
+            self._saver.save()
+            logger.warning(f"Saved after step {self.iter + 1}; `--resume` begins with its evaluation")
+            raise stop.error from None
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "seconds": self.seconds, "unfinished": self._unfinished}
+        own = {"seconds": self.seconds, "unfinished": self._unfinished, "groups": self._groups}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise ConfigError(
+                f"{self._amount(done)} are done in {self.cfg.OUTPUT_DIR}, more than the {self._amount(self.max_iter)} "
+                "asked for: a run can be made longer, but not shorter than it is"
+            )
         super().load_state_dict(state_dict)
+        renew_groups(self.optimizer, self._schedule, state_dict.get("groups", self._groups), self._groups)
         self.seconds = state_dict["seconds"]
         self._unfinished = state_dict["unfinished"]
 
@@ -190,16 +254,31 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         args: ``resume`` of the command line.
 
     Raises:
-        ConfigError: the folder holds another run, or a batch or device that does not fit the number of processes.
+        ConfigError: the folder holds another run or cannot be used, or a batch or device does not fit the number of
+            processes.
     """
     # Processes that Detectron2 started have imported nothing yet.
     import_extensions(cfg.IMPORTS)
+    check_processes(cfg)
+    on_main(lambda: _make_folder(cfg.OUTPUT_DIR))
     if not args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
         )
-    check_processes(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def _make_folder(folder: str) -> None:
+    """Before anything is read, which may take long: that it can be written to is seen by writing."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} cannot be used as a run folder: {error.strerror}; choose one that can be made and "
+            "written to"
+        ) from error
 
 
 def start_logs(output_dir: str | None) -> None:
@@ -211,8 +290,3 @@ def start_logs(output_dir: str | None) -> None:
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    value = reduce(lambda node, part: node[part], key.split("."), cfg)
-    return list(value) if isinstance(value, list | tuple) else value

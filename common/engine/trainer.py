@@ -1,5 +1,6 @@
 """A training loop whose every step is a function of (seed, step): what both tasks train with."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,19 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from common.engine.checkpoint import check_tensors
 from common.engine.metrics import MeanMetrics, average_states
-from common.errors import DivergedError
+from common.errors import DivergedError, UserError
 
 __all__ = ["StepTrainer", "seed_step"]
+
+
+def _is_no_users_error(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or not isinstance(record.exc_info[1], UserError)
+
+
+# Detectron2 logs a traceback of whatever ends a training. What the user can mend needs one line: the caller's.
+logging.getLogger(TrainerBase.__module__).addFilter(_is_no_users_error)
 
 
 def seed_step(seed: int, step: int, rank: int | None = None) -> None:
@@ -141,6 +151,17 @@ class StepTrainer(TrainerBase):
             if isinstance(means, DivergedError):
                 raise means
         return gathered
+
+    def check_state(self) -> None:
+        """See that this process's weights and its optimiser's state may be saved.
+
+        Raises:
+            DivergedError: they are not finite.
+        """
+        tensors = {name.removeprefix("module."): value for name, value in self.model.state_dict().items()}
+        for index, state in enumerate(self.optimizer.state.values()):
+            tensors.update({f"{name} of the optimiser's parameter {index}": value for name, value in state.items()})
+        check_tensors(tensors)
 
     def collect_state(self) -> None:
         """Bring to the main process what differs between them. All call it before that one saves."""

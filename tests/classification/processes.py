@@ -18,8 +18,9 @@ from classification.trainer import ClassificationTrainer, load_datasets
 from common.engine.launch import launch
 from common.engine.run import start_logs
 from common.engine.trainer import seed_step
+from common.errors import DataError
 from tests.classification.runs import small_cfg
-from tests.restarts import terminate_in_evaluation
+from tests.restarts import fail_in_evaluation, terminate_in_evaluation
 
 # An epoch of 41 samples ends with a batch that 2 processes get 5 and 4 of, one of 33 with a single sample.
 SYNCED = {"MODEL.SYNC_BN": True, "SOLVER.BASE_LR": 0.002, "SOLVER.EPOCHS": 2, "LOG_PERIOD": 1, "DISTILL.DKD.WARMUP": 0}
@@ -36,6 +37,7 @@ CASES = {
     "unbroken": {},
     "stopped": {},
     "stopped in evaluation": {},
+    "broken evaluation": {},
     "parent stopped": {},
 }
 
@@ -56,7 +58,7 @@ def train_case(folder: Path, name: str) -> None:
     settings = {"LOG_PERIOD": 4, "SOLVER.CHECKPOINT_STEPS": 0, **CASES[name]}
     cfg = small_cfg(folder / name, **settings)
     train_set, test_set = load_datasets(cfg)
-    if name not in ("unbroken", "stopped", "stopped in evaluation", "parent stopped"):
+    if name not in ("unbroken", "stopped", "stopped in evaluation", "broken evaluation", "parent stopped"):
         test_set = Subset(test_set, 99)
     start_logs(cfg.OUTPUT_DIR)
     # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
@@ -77,6 +79,10 @@ def train_case(folder: Path, name: str) -> None:
         (folder / name / "config.yaml").write_text(cfg.dump())
         if comm.get_rank():
             terminate_in_evaluation(trainer, 6)
+    if name == "broken evaluation":
+        (folder / name / "config.yaml").write_text(cfg.dump())
+        if comm.get_rank():
+            fail_in_evaluation(trainer, 6, DataError("cannot read image 7.jpg"))
     if name == "parent stopped":
         trainer.register_hooks([StopHook(os.getppid(), 1)])
     trainer.run()

@@ -115,3 +115,20 @@ def test_imagenet_pair_on_a_few_images(tmp_path):
     student = torch.load(tmp_path / "run" / "student_final.pth", weights_only=True)["model"]
     assert student["fc.weight"].shape == (3, 512)
     assert "NUM_CLASSES: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "workers"), [("train", 0), ("train", 2), ("val", 2)])
+def test_an_image_that_cannot_be_read_is_said_in_one_line(tmp_path, split, workers):
+    write_image_folder(tmp_path / "data")
+    image = sorted((tmp_path / "data" / split).rglob("*.*"))[-1]
+    image.write_bytes(image.read_bytes()[:-40])
+    error = call(
+        "train_cls.py", "DATASETS.NAME", "folder", "DATASETS.ROOT", tmp_path / "data",
+        "MODEL.STUDENT.NAME", "cifar/resnet8", "INPUT.SIZE", 32, "OUTPUT_DIR", tmp_path / "run",
+        *FAST, "DATALOADER.NUM_WORKERS", workers, fails=True,
+    )  # fmt: skip
+    (line,) = [line for line in error.splitlines() if "CUDA" not in line]
+    assert line.startswith(f"error: cannot read image {image}: ")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(f"cannot read image {image}: ") == 1 and "Traceback" not in log

@@ -1,6 +1,11 @@
 """Order and content of batches: a function of (seed, epoch, index)."""
 
+import multiprocessing
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +14,10 @@ import torch
 from classification.data import build_dataset, sample_rng
 from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from classification.evaluation import AccuracyEvaluator
-from common.errors import DivergedError
+from common.engine.loading import WorkerLoader
+from common.errors import DataError, DivergedError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_epoch_is_a_permutation():
@@ -144,17 +152,52 @@ def test_subset_is_fixed_and_nested(digits):
 def test_workers_outlive_sigterm_and_end_with_the_iterator(digits, batches_before):
     """Also one that comes while they start."""
     iterator = iter(build_train_loader(digits, EpochBatchSampler(len(digits), 100, 50, 0), 32, "crop", 2))
-    workers = iterator._workers
+    workers = multiprocessing.active_children()
     for _ in range(batches_before):
         next(iterator)
     for worker in workers:
         worker.terminate()
+        os.kill(worker.pid, signal.SIGINT)
     for _ in range(4):
         next(iterator)
-    assert all(worker.is_alive() for worker in workers)
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    assert not {signal.SIGTERM, signal.SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
     del iterator
     assert all(worker.exitcode in (0, -signal.SIGTERM) for worker in workers)
+
+
+class Broken(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise self.error from OSError("the decoder's")
+        return index
+
+
+@pytest.mark.parametrize("error", [DataError("cannot read image 5.jpg"), DivergedError("in a worker.")])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_for_the_user_comes_out_of_a_worker_as_it_went_in(error, workers):
+    batches = iter(WorkerLoader(Broken(error), num_workers=workers, batch_size=2))
+    assert next(batches).tolist() == [0, 1] and next(batches).tolist() == [2, 3]
+    with pytest.raises(type(error)) as caught:
+        next(batches)
+    assert str(caught.value) == str(error) and not multiprocessing.active_children()
+
+
+def test_workers_that_are_left_at_exit_end_without_a_word():
+    code = """
+from common.engine.loading import WorkerLoader
+batches = iter(WorkerLoader(range(99), num_workers=2, batch_size=1))
+next(batches)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_accuracy():

@@ -173,6 +173,20 @@ def test_sigterm_to_one_process_in_an_evaluation(two, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_error_of_one_process_in_an_evaluation(two, tmp_path):
+    """All say it and end, and what was trained is saved."""
+    stopped = start(2, *PROGRAM, tmp_path, "broken evaluation")
+    folder = tmp_path / "broken evaluation"
+    assert stopped.returncode
+    assert max(path.name for path in folder.glob("model_*")) == "model_0000006.pth"
+    for name in ("log.txt", "log.txt.rank1"):
+        log = (folder / name).read_text()
+        assert log.count("ERROR: cannot read image 7.jpg") == 1 and "Traceback" not in log
+    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    assert_identical(state(folder), state(two / "unbroken"))
+
+
+@pytest.mark.slow
 def test_another_number_of_processes_resumes(two, tmp_path):
     (tmp_path / "model_0000003.pth").write_bytes(sorted((two / "unbroken").glob("model_*.pth"))[0].read_bytes())
     run(small_cfg(tmp_path), resume=True)

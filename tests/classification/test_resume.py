@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,23 +14,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 
 from classification.trainer import ClassificationTrainer, load_datasets
-from common.engine.checkpoint import RunCheckpointer, write_atomically
+from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from common.engine.run import prepare_run
-from common.engine.writers import read_metrics
-from common.errors import CheckpointError, ConfigError
+from common.engine.writers import drop_lines_from, read_metrics
+from common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
 from tests.classification.runs import STEPS, run, small_cfg, state
-from tests.restarts import assert_identical
+from tests.restarts import assert_identical, fail_in_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     run(small_cfg(folder))
-    return state(folder)
+    return folder
+
+
+@pytest.fixture
+def finished(tmp_path, unbroken_folder):
+    """A run folder of one's own."""
+    return shutil.copytree(unbroken_folder, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def unbroken(unbroken_folder):
+    return state(unbroken_folder)
 
 
 def start(folder, workers, moment, step):
@@ -75,6 +90,19 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroke
     assert start(tmp_path, 0, "in evaluation", step).wait() == 143
     assert (tmp_path / f"model_{step:07d}.pth").exists()
     run(small_cfg(tmp_path), resume=True)
+    assert_identical(state(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize("step", [3, STEPS])
+def test_an_error_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
+    cfg = small_cfg(tmp_path)
+    for resumed in (False, True):
+        trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+        fail_in_evaluation(trainer, step, DataError("cannot read image 7.jpg"))
+        with pytest.raises(DataError, match=r"cannot read image 7\.jpg"):
+            trainer.run(trainer.resume() if resumed else 0)
+        assert trainer.checkpointer.files()[0].name == f"model_{step:07d}.pth"
+    run(cfg, resume=True)
     assert_identical(state(tmp_path), unbroken)
 
 
@@ -136,10 +164,9 @@ def test_another_run_is_not_resumed(tmp_path):
     trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
     names = ["SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN_SIZE", "MODEL.STUDENT.NAME", "DISTILL.METHODS", "training samples"]
     for name in names:
-        for other, was in ({**saved, name: "other"}, "'other'"), ({k: v for k, v in saved.items() if k != name}, None):
-            torch.save(other, path)
-            with pytest.raises(CheckpointError, match=f"{name} was {was}, now"):
-                trainer.resume()
+        torch.save({**saved, name: "other"}, path)
+        with pytest.raises(CheckpointError, match=f"{name} was 'other', now"):
+            trainer.resume()
     torch.save(saved, path)
     assert trainer.resume() == 3
 
@@ -186,6 +213,90 @@ def test_more_epochs_go_on(tmp_path):
     assert [line["iteration"] for line in read_metrics(tmp_path)][-1] == 11
 
 
+def test_other_settings_of_the_solver_hold_from_there_on(tmp_path):
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
+    solver = {"SOLVER.BASE_LR": 0.004, "SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.LR_SCHEDULE": "cosine", "LOG_PERIOD": 1}
+    run(small_cfg(tmp_path, **solver), resume=True)
+    rates = [line["lr"] for line in read_metrics(tmp_path)]
+    assert rates == pytest.approx([0.05, 0.05, *(0.002 * (1 + math.cos(math.pi * k / STEPS)) for k in range(3, STEPS))])
+    last = torch.load(tmp_path / f"model_{STEPS:07d}.pth", weights_only=True)["trainer"]
+    (group,) = last["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"], group["initial_lr"]) == (0.0, 0.9, 0.004)
+    (line,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "other settings hold" in line]
+    assert "from step 3 on" in line and "SOLVER.BASE_LR 0.05 -> 0.004" in line and "SOLVER.EPOCHS 1 -> 3" in line
+    assert "SOLVER.LR_SCHEDULE 'step' -> 'cosine'" in line and "SOLVER.WEIGHT_DECAY 0.0005 -> 0.0" in line
+    assert "OUTPUT_DIR" not in line and "MOMENTUM" not in line
+
+
+def test_a_divergence_ends_where_the_rate_is_lowered(tmp_path):
+    run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
+    with pytest.raises(DivergedError, match=r"goes on from .*/model_0000003\.pth$"):
+        run(small_cfg(tmp_path, SOLVER__BASE_LR=1e20), resume=True)
+    run(small_cfg(tmp_path, SOLVER__BASE_LR=1e-3), resume=True)
+    assert [line["lr"] for line in read_metrics(tmp_path)][2:] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"SOLVER.EPOCHS": 2}, "3 epochs are done in .*/run, more than the 2 epochs asked for"),
+        ({"SOLVER.OPTIMIZER": "AdamW"}, "SOLVER.OPTIMIZER was 'SGD', now 'AdamW'"),
+        ({"SOLVER.OPTIMIZER": "DOT"}, "SOLVER.OPTIMIZER was 'SGD', now 'DOT'"),
+        ({"SOLVER.AMP": "fp16"}, "SOLVER.AMP was '', now 'fp16'"),
+        ({"MODEL.STUDENT.NAME": "resnet14"}, "MODEL.STUDENT.NAME was 'resnet8', now 'resnet14'"),
+        ({"MODEL.TEACHER.NAME": "resnet8"}, "MODEL.TEACHER.NAME was 'wrn_16_1', now 'resnet8'"),
+    ],
+)
+def test_what_would_be_another_run_is_not_resumed(finished, settings, message):
+    before = (finished / "config.yaml").read_bytes()
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        run(small_cfg(finished, **settings), resume=True)
+    assert (finished / "config.yaml").read_bytes() == before
+
+
+def test_a_finished_run_keeps_its_settings(finished):
+    before = (finished / "config.yaml").read_bytes()
+    run(small_cfg(finished, SOLVER__BASE_LR=0.1), resume=True)
+    assert (finished / "config.yaml").read_bytes() == before
+    assert "All 3 epochs are done already" in (log := (finished / "log.txt").read_text()) and "BASE_LR" not in log
+
+
+def change_model(data):
+    data["model"].update(x=data["model"].pop("student.fc.bias"), y=torch.ones(1), z=torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: [data], "is no checkpoint of such a run: it has no 'model'"),
+        (lambda data: data.pop("trainer"), "is no checkpoint of such a run: it has no 'trainer'"),
+        (lambda data: data.update(trainer={}), r"does not fit this run \(KeyError: 'iteration'\)"),
+        (lambda data: data["trainer"].update(optimizer={}), r"does not fit this run \("),
+        (lambda data: data["trainer"]["optimizer"]["param_groups"].pop(), r"does not fit this run \(ValueError: "),
+        (lambda data: data.update(model=[1]), r"does not fit this run \(AttributeError: "),
+        (change_model, r"is of another model: 1 missing \(student\.fc\.bias\); 3 unexpected \(x, y, z\); choose"),
+    ],
+)
+def test_a_checkpoint_of_something_else(finished, change, message):
+    path = finished / f"model_{STEPS:07d}.pth"
+    data = torch.load(path, weights_only=True)
+    other = change(data)
+    torch.save(other if isinstance(other, list) else data, path)
+    with pytest.raises(CheckpointError, match=f"{path} {message}") as error:
+        run(small_cfg(finished), resume=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_checkpoint_from_before_settings_were_kept(finished, unbroken):
+    for path in finished.glob("model_*.pth"):
+        data = torch.load(path, weights_only=True)
+        del data["settings"], data["trainer"]["groups"], data["SOLVER.OPTIMIZER"]
+        torch.save(data, path)
+    (finished / f"model_{STEPS:07d}.pth").unlink()
+    run(small_cfg(finished), resume=True)
+    assert_identical(state(finished), unbroken)
+
+
 def test_write_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -216,6 +327,36 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     assert folder == (tmp_path, b"new")  # the rename as well, once it was made
 
 
+@pytest.mark.parametrize("values", [10**6, 24990])  # torch fails in another place where only the end does not fit
+def test_a_full_disk_is_said_in_one_line(tmp_path, values):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"student\.pth cannot be written: File too large; see to room") as error:
+            save_student(tmp_path / "student.pth", {"weight": torch.zeros(values)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch):
+    def fail(writer):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("common.engine.writers.JSONWriter.write", fail)
+    with pytest.raises(OutputError, match="the run's log cannot be written: No space left on device"):
+        run(small_cfg(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["{file}", "{file}/below", "/proc/nowhere/run"])
+def test_a_run_folder_that_cannot_be_is_said_before_anything_is_read(tmp_path, monkeypatch, folder):
+    (tmp_path / "file").touch()
+    folder = folder.format(file=tmp_path / "file")
+    monkeypatch.setattr("classification.trainer.load_datasets", None)
+    with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} cannot be used as a run folder: .*; choose one"):
+        run(small_cfg(folder))
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpointer = RunCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), keep=2)
     for step in (10000000, 3, 9999999):
@@ -223,4 +364,67 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_9999999.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_9999999.pth"
     (tmp_path / "model_10000001.pth.77.tmp").write_bytes(b"half")
-    assert checkpointer.resume() == {} and not list(tmp_path.glob("*.tmp"))
+    assert checkpointer.newest()[0].name == "model_10000000.pth" and not list(tmp_path.glob("*.tmp"))
+
+
+# Of losses and weights, or of what the student makes of the test images.
+BROKEN = "(became infinite or NaN|logits of 500 of 500 test images are not finite)"
+
+
+def saved_weights(folder):
+    return [torch.load(path, weights_only=True)["model"] for path in folder.glob("*.pth")]
+
+
+@pytest.mark.parametrize(
+    ("rate", "way_on"),
+    [
+        (1e10, r"goes on from .*/model_0000001\.pth$"),  # infinite statistics before any loss is
+        (1e3, r"goes on from .*/model_000000\d\.pth \(delete it to go on from the one before\)$"),
+    ],
+)
+def test_nothing_is_saved_that_is_not_finite(tmp_path, rate, way_on):
+    settings = {"SOLVER.CHECKPOINT_STEPS": 1, "LOG_PERIOD": 100, "SOLVER.EPOCHS": 9, "SOLVER.STEPS": []}
+    with pytest.raises(DivergedError, match=f"{BROKEN}.* Lower SOLVER.BASE_LR.*; .*{way_on}") as error:
+        run(small_cfg(tmp_path, SOLVER__BASE_LR=rate, **settings))
+    assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())
+    assert (tmp_path / "log.txt").read_text().count(str(error.value)) == 1
+
+
+def test_a_run_that_diverged_before_its_first_checkpoint(tmp_path):
+    with pytest.raises(DivergedError, match=r"there is no checkpoint yet: start again$"):
+        run(small_cfg(tmp_path, SOLVER__BASE_LR=1e10, SOLVER__CHECKPOINT_STEPS=0))
+
+
+class BreakHook(HookBase):
+    def after_step(self):
+        if self.trainer.iter + 1 == STEPS:
+            self.trainer.distill_model.student.fc.bias.data[0] = float("nan")
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_last_update_that_breaks_the_student_does_not_succeed(tmp_path, last):
+    cfg = small_cfg(tmp_path, TEST__EVAL_PERIOD=3)
+    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    trainer.register_hooks([BreakHook()])
+    if not last:  # but before the only evaluation, whose student is the best one then
+        trainer._hooks.insert(0, trainer._hooks.pop())
+    with pytest.raises(DivergedError, match=f"{BROKEN}.*/model_0000006\\.pth"):
+        trainer.run()
+    assert (tmp_path / "student_best.pth").exists() == last and not (tmp_path / "student_final.pth").exists()
+    assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())
+
+
+LINES = [b'{"iteration": 0}', b'{"iteration": 1}', b'{"iteration": 2}']
+
+
+@pytest.mark.parametrize("text", [b'{"iteration": 1', b"\xff\xfe", b"[1]", b"3", b"{}", b"\0\0\0\n\0\0", b""])
+def test_a_log_with_something_else_in_it(tmp_path, text):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(b"\n".join([*LINES, text]))
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+    drop_lines_from(path, 2)
+    assert path.read_bytes() == b"\n".join([*LINES[:2], b""])
+    path.write_bytes(b"\n".join([LINES[0], text, LINES[1]]))
+    for read in (lambda: read_metrics(tmp_path), lambda: drop_lines_from(path, 2)):
+        with pytest.raises(DataError, match=f"{path}, line 2 is no line of a log"):
+            read()

@@ -5,8 +5,8 @@ import torch
 from detectron2.utils import comm
 
 from common.config import CfgNode
-from common.engine.distributed import check_processes
-from common.errors import ConfigError
+from common.engine.distributed import check_processes, on_main
+from common.errors import ConfigError, OutputError
 
 
 def check(monkeypatch, device, processes, here, batch=8, gpus=4):
@@ -47,3 +47,19 @@ def test_a_gpu_that_is_not_there(monkeypatch, device, gpus):
 def test_batches_are_shared_out_evenly(monkeypatch):
     with pytest.raises(ConfigError, match="IMS_PER_BATCH 8 cannot be shared out evenly over 3 processes"):
         check(monkeypatch, "cpu", 3, 3)
+
+
+def test_what_the_main_process_cannot_do_ends_the_others_as_well(monkeypatch):
+    error, done = OutputError("disk full"), []
+
+    def fail():
+        done.append(comm.get_rank())
+        raise error
+
+    with pytest.raises(OutputError, match="disk full"):
+        on_main(fail)
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    monkeypatch.setattr(comm, "all_gather", lambda own: [error, own])
+    with pytest.raises(OutputError, match="disk full"):
+        on_main(fail)
+    assert done == [0]

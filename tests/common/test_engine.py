@@ -15,7 +15,7 @@ from common.engine import writers
 from common.engine.checkpoint import RunCheckpointer, save_student
 from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from common.engine.metrics import MeanMetrics, average_states
-from common.engine.preemption import Preempted, Preemption, WatchedBatches
+from common.engine.preemption import Preemption, Unfinished, WatchedBatches
 from common.engine.trainer import StepTrainer
 from common.errors import DivergedError
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_at_multiples_and_after_the_last_step():
     names = []
     checkpointer = SimpleNamespace(save=lambda name, **facts: names.append((name, facts)))
     hook = CheckpointHook(checkpointer, [4, 6], Preemption(), {"SEED": 3})
-    after_each_step(hook, 9, check_finite=lambda: None, collect_state=lambda: None)
+    after_each_step(hook, 9, **dict.fromkeys(("check_finite", "collect_state", "check_state"), lambda: None))
     assert names == [(f"model_000000{step}", {"SEED": 3}) for step in (4, 6, 8, 9)]
 
 
@@ -106,7 +106,7 @@ def test_one_state_for_several_processes():
 
 def test_an_evaluation_stops_at_the_next_batch():
     preemption, seen = Preemption(), []
-    with pytest.raises(Preempted):
+    with pytest.raises(Unfinished):
         for batch in WatchedBatches(range(5), preemption):
             seen.append(batch)
             preemption.requested = batch == 1

@@ -1,8 +1,9 @@
-"""A process's place in a job, as torchrun and SLURM tell it."""
+"""A process's place in a job, as torchrun and SLURM tell it; and how commands end."""
 
 import pytest
 
 from common.engine.job import Job
+from common.engine.launch import command
 from common.errors import ConfigError
 
 TORCHRUN = {
@@ -106,3 +107,34 @@ def test_gpus():
         job.device_index(1, {"SLURM_GPUS_ON_NODE": "1"})
     with pytest.raises(ConfigError, match="torchrun starts 4 processes on this node, but it has 1 GPU:"):
         Job.of(TORCHRUN).device_index(1, {})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("SEED is -1"), 2, "error: SEED is -1\n"),
+        (FileNotFoundError("no data at /data"), 2, "error: no data at /data\n"),
+        (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_command_ends_without_a_traceback(capsys, monkeypatch, error, code, said):
+    monkeypatch.setattr("logging.raiseExceptions", True)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        command(main)
+    assert (end.value.code, capsys.readouterr().err) == (code, said) and end.value.__suppress_context__
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault of ours"), ConnectionError("of no file")])
+def test_what_nobody_can_mend_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr("logging.raiseExceptions", True)
+
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        command(main)

@@ -14,6 +14,7 @@ import torch
 from common.engine.writers import read_metrics
 from common.errors import CheckpointError, ConfigError, DivergedError
 from tests.detection.runs import STEPS, run, state, tiny_cfg
+from tests.detection.small import small_cfg
 from tests.restarts import assert_identical
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,20 @@ def test_what_cannot_be_resumed(tmp_path, tiny):
         run(tiny_cfg("rcnn", tmp_path))
     with pytest.raises(CheckpointError, match="SEED was 3, now 4"):
         run(tiny_cfg("rcnn", tmp_path, SEED=4), resume=True)
+    with pytest.raises(ConfigError, match=r"6 iterations are done in .*, more than the 5 iterations asked for"):
+        run(tiny_cfg("rcnn", tmp_path, SOLVER__MAX_ITER=5), resume=True)
+    with pytest.raises(CheckpointError, match=r"SOLVER\.AMP\.ENABLED was False, now True"):
+        run(tiny_cfg("rcnn", tmp_path, SOLVER__AMP__ENABLED=True), resume=True)
+
+
+def test_other_settings_of_the_solver_hold_from_there_on(tmp_path, tiny):
+    flat = {"SOLVER.WARMUP_ITERS": 0, "SOLVER.STEPS": ()}
+    run(tiny_cfg("rcnn", tmp_path, SOLVER__MAX_ITER=2, **flat))
+    run(tiny_cfg("rcnn", tmp_path, SOLVER__MAX_ITER=4, SOLVER__BASE_LR=1e-5, **flat), resume=True)
+    first, last = (line["lr"] for line in read_metrics(tmp_path))
+    assert (first, last) == (small_cfg().SOLVER.BASE_LR, pytest.approx(1e-5))
+    log = (tmp_path / "log.txt").read_text()
+    assert f"SOLVER.BASE_LR {first} -> 1e-05" in log and "SOLVER.MAX_ITER 2 -> 4" in log and "OUTPUT_DIR" not in log
 
 
 def test_a_teacher_without_weights(tmp_path, tiny):
