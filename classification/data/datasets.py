@@ -187,7 +187,8 @@ def read_image(path: str | Path) -> Image.Image:
                 image = image.convert("RGBA")  # PIL warns on the direct way; the colours are the same
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise UnreadableImageError(f"cannot read image {path}: {str(error) or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        raise UnreadableImageError(f"cannot read image {path}: {reason}; mend or replace the file") from error
 
 
 DatasetBuilder = Callable[[DatasetInfo, str, str], ImageDataset]

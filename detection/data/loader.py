@@ -1,13 +1,14 @@
 """Batches whose images and augmentation are a function of (seed, step), read by Detectron2's mapper."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,12 +29,13 @@ MAX_NEIGHBOURS = 20
 class MappedImages(Dataset):
     """Images as a mapper gives them, by (position, index), or by index where nothing is random.
 
-    What goes wrong with a file is returned, not raised: a worker would wrap it in its traceback.
-
     Args:
         dicts: images in Detectron2's format.
         mapper: as Detectron2's DatasetMapper; may draw from Python's, numpy's and torch's generators.
         seed: of the run.
+
+    Raises:
+        DataError: by a file that cannot be used, or an image that the mapper leaves out with those after it.
     """
 
     def __init__(self, dicts: list[dict[str, Any]], mapper: Mapper, seed: int = 0) -> None:
@@ -45,26 +47,26 @@ class MappedImages(Dataset):
     def __len__(self) -> int:
         return len(self.dicts)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | DataError:
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
         position, index = key if isinstance(key, tuple) else (0, key)
         with _Seeded(self.seed, position):
             for neighbour in range(MAX_NEIGHBOURS + 1):
                 image = self._map(self.dicts[(index + neighbour) % len(self)])
                 if image is not None:
                     return image
-        return DataError(
+        raise DataError(
             f"the mapper leaves out {self.dicts[index].get('file_name', 'an image')} and the {MAX_NEIGHBOURS} images "
             "after it in the data set"
         )
 
-    def _map(self, record: dict[str, Any]) -> dict[str, Any] | DataError | None:
+    def _map(self, record: dict[str, Any]) -> dict[str, Any] | None:
         try:
             return self.mapper(record)
         except (OSError, SyntaxError, ValueError) as error:  # what decoders raise, and Detectron2 for a wrong size
-            return DataError(
+            raise DataError(
                 f"cannot use image {record.get('file_name')}: {str(error) or type(error).__name__}. Restore the file, "
                 "or take the image out of the annotations"
-            )
+            ) from error
 
 
 class _Seeded:
@@ -89,32 +91,6 @@ class _Seeded:
         torch.set_rng_state(cpu)
 
 
-class _ImageLoader(WorkerLoader):
-    """Lists of images. What is wrong with a file is raised here, in the process that trains."""
-
-    def __init__(self, dataset: MappedImages, **options: Any) -> None:
-        super().__init__(dataset, collate_fn=_images_or_error, **options)
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return _raise_errors(super().__iter__())
-
-
-def _images_or_error(images: list[dict[str, Any] | DataError]) -> list[dict[str, Any]] | DataError:
-    return next((image for image in images if isinstance(image, DataError)), images)
-
-
-def _raise_errors(batches: Iterator[list[dict[str, Any]] | DataError]) -> Iterator[list[dict[str, Any]]]:
-    try:
-        for batch in batches:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-    finally:
-        # The error's traceback keeps this frame. With the error in it that is a cycle, and workers that the garbage
-        # collector ends instead take ten seconds for it.
-        batch = batches = None
-
-
 def build_train_loader(
     cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start: int = 0, mapper: Mapper | None = None
 ) -> DataLoader:
@@ -135,7 +111,12 @@ def build_train_loader(
     """
     images = MappedImages(dataset_dicts, mapper or DatasetMapper(cfg, is_train=True), cfg.SEED)
     batches = build_batch_sampler(cfg, dataset_dicts, start)
-    return _ImageLoader(images, batch_sampler=batches, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    return WorkerLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
@@ -146,9 +127,10 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
             :func:`build_train_loader`.
     """
     dicts = load_test_set(cfg, name)
-    return _ImageLoader(
+    return WorkerLoader(
         MappedImages(dicts, DatasetMapper(cfg, is_train=False), cfg.SEED),
         batch_size=1,
         sampler=InferenceSampler(len(dicts)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
     )
