@@ -132,6 +132,7 @@ def test_detectron2s_own_config_node_works_too():
         (["DATASETS.TRAIN", "[1]"], "a list of names"),
         (["SOLVER.BASE_LR", "0"], "SOLVER.BASE_LR is 0.0, but must be above 0"),
         (["SOLVER.STEPS", "[3, 2]"], "SOLVER.STEPS is .* in order"),
+        (["SOLVER.STEPS", "[2, 5]", "SOLVER.MAX_ITER", "5"], r"SOLVER\.STEPS \(2, 5\) holds MAX_ITER"),
         (["SOLVER.WARMUP_FACTOR", "2"], "from 0 to 1"),
         (["SOLVER.WEIGHT_DECAY", "-1"], "SOLVER.WEIGHT_DECAY is -1"),
         (["MODEL.PIXEL_STD", "[0, 1, 1]"], "MODEL.PIXEL_STD is .* above 0"),
