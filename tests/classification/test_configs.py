@@ -158,7 +158,7 @@ def test_published_settings_on_imagenet():
         (["MODEL.STUDENT.PIXEL_MEAN", ["a", "b", "c"]], r"takes 3 numbers .* but is \['a', 'b', 'c'\]"),
         (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.PIXEL_STD", [[1, 2, 3], 5]], "takes 3 .* but is 5"),
         (["SOLVER.STEPS", ["a"]], "SOLVER.STEPS is .* a list of numbers from 1 on"),
-        (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0.0, but must be above 0"),
+        (["SOLVER.BASE_LR", -0.1], "SOLVER.BASE_LR is -0.1, but must be at least 0"),
         (["SOLVER.BASE_LR", "1e400"], "BASE_LR is inf, but must be a finite number"),
         (["SOLVER.MOMENTUM", -1], "at least 0 and below 1"),
         (["SOLVER.MOMENTUM", 1.5], "at least 0 and below 1"),
