@@ -206,7 +206,7 @@ def validate(cfg: CfgNode) -> None:
         raise ConfigError(
             "VIS_PERIOD: Detectron2 draws with OpenCV: pip install opencv-python-headless, or set it to 0"
         )
-    if cfg.SOLVER.MAX_ITER in cfg.SOLVER.STEPS:
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and cfg.SOLVER.MAX_ITER in cfg.SOLVER.STEPS:
         # fvcore would say it of its own arguments, once networks and data are there.
         raise ConfigError(f"SOLVER.STEPS {cfg.SOLVER.STEPS} holds MAX_ITER, where the training has ended: leave it out")
     if cfg.DISTILL.CE_WEIGHT != 1.0:

@@ -145,6 +145,11 @@ def test_mistakes_in_a_config(opts, message):
         load_cfg("configs/det/dkd_r101_r18.yaml", opts)
 
 
+def test_steps_that_no_schedule_looks_at():
+    opts = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "[5]"]
+    assert load_cfg("configs/det/r18.yaml", opts).SOLVER.MAX_ITER == 5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
