@@ -125,7 +125,12 @@ class DistillDetector(nn.Module):
         if self._levels:
             student.feats = [calls["backbone"].output[name] for name in self._levels]
         methods = self.distillers.values()
-        teachers = {by_batch: self._teach(batched_inputs, calls, student, by_batch) for by_batch in passes(methods)}
+        teachers = {by_batch: self._teach(batched_inputs, calls, by_batch) for by_batch in passes(methods)}
+        if self._levels:
+            # Not in _teach(), where nothing has a gradient: the student's maps keep theirs.
+            for teacher in teachers.values():
+                pairs = [crop(*maps) for maps in zip(student.feats, teacher.feats, strict=True)]
+                student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
         # Iterations are counted from 0; a warm-up begins with its first part, not with nothing.
         ctx = Context(time=get_event_storage().iter + 1)
         for distiller in methods:
@@ -134,17 +139,11 @@ class DistillDetector(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _teach(
-        self, batched_inputs: list[dict[str, Any]], calls: dict[str, "Call"], student: Outputs, by_batch: bool
-    ) -> Outputs:
-        """The teacher's outputs; what only the student's maps cover is cut off them."""
+    def _teach(self, batched_inputs: list[dict[str, Any]], calls: dict[str, "Call"], by_batch: bool) -> Outputs:
         with teaching(self.teacher, by_batch):
             maps = self.teacher.backbone(self.teacher_view.images(batched_inputs))
-            teacher = Outputs(logits=self.teacher_scores(calls, maps) if self._looks_at_scores else None)
-        if self._levels:
-            pairs = [crop(feat, maps[name]) for feat, name in zip(student.feats, self._levels, strict=True)]
-            student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
-        return teacher
+            scores = self.teacher_scores(calls, maps) if self._looks_at_scores else None
+        return Outputs(scores, feats=[maps[name] for name in self._levels] if self._levels else None)
 
 
 class Call:

@@ -140,6 +140,17 @@ def test_gradients_reach_student_and_connectors_but_not_the_teacher(name):
     assert all(torch.equal(before[key], value) for key, value in model.teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "retinanet_pkd_r101_r50", "fitnet_r101_r50", "mgd_r101_r50"])
+def test_each_method_teaches_the_students_backbone(name):
+    """By itself: the detector's own losses, and connectors that learn, would hide one that does not."""
+    model = build(small(name))
+    losses = step(model, batch())
+    student = [p for p in model.backbone.parameters() if p.requires_grad]
+    for method in model.distillers:
+        gradients = torch.autograd.grad(losses[f"loss_{method}"], student, retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and gradient.any() for gradient in gradients), method
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_teacher_uses_the_statistics_that_a_method_asks_for(monkeypatch, asked):
     monkeypatch.setattr(DISTILLERS.get("PKD"), "teacher_batch_statistics", asked)
