@@ -1,16 +1,24 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "d2distill" / "__init__.py").read_text(), re.MULTILINE)[1]
+# Folders at the top of the repository that are packages of d2distill, as Detectron2's setup.py maps its projects.
+FOLDERS = ("common", "classification", "detection", "tools", "configs")
+
 setup(
     name="d2distill",
-    version="0.2.0",
+    version=VERSION,
     description="Knowledge distillation for image classifiers and Detectron2 detectors",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
-    packages=find_packages(include=["common*", "classification*", "detection*"]),
+    packages=["d2distill", *(f"d2distill.{name}" for name in find_packages(include=[f"{f}*" for f in FOLDERS]))],
+    package_dir={f"d2distill.{folder}": folder for folder in FOLDERS},
+    package_data={"d2distill.configs": ["*/*.yaml"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10",  # older ones have a known hole in torch.load(weights_only=True)

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2distill.classification.config import load_cfg
+from d2distill.common.engine.compare import Entry, mean_std, train_all
+from d2distill.common.engine.writers import read_metrics
 from tabulate import tabulate
-
-from classification.config import load_cfg
-from common.engine.compare import Entry, mean_std, train_all
-from common.engine.writers import read_metrics
 
 __all__ = ["Entry", "draw_curves", "run_all", "table"]
 
@@ -18,7 +17,7 @@ _COMMAND = Path(__file__).resolve().parent.parent / "tools" / "train_cls.py"
 
 
 def run_all(entries: Sequence[Entry], output_dir: str | Path, processes: int, threads: int = 1) -> None:
-    """Train every entry with every seed by ``tools/train_cls.py``, see :func:`common.engine.compare.train_all`."""
+    """Train every entry with every seed by ``tools/train_cls.py``; see :func:`.train_all`."""
     train_all(_COMMAND, entries, output_dir, processes, _planned_steps, threads)
 
 
@@ -71,7 +70,7 @@ def draw_curves(entries: Sequence[Entry], output_dir: str | Path, path: str | Pa
 
 
 def _planned_steps(entry: Entry) -> int:
-    from classification.trainer import load_datasets
+    from d2distill.classification.trainer import load_datasets
 
     cfg = load_cfg(entry.config_file, entry.opts)
     train_set, _ = load_datasets(cfg)

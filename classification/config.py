@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-
-from classification.data import dataset_info
-from classification.solver import OPTIMIZERS, SCHEDULES
-from common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
-from common.errors import ConfigError, nearest
-from common.rules import (
+from d2distill.classification.data import dataset_info
+from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
+from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
+from d2distill.common.errors import ConfigError, nearest
+from d2distill.common.rules import (
     MOMENTUM,
     NUMBERS,
     RISING,

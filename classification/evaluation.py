@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 
 import torch
+from d2distill.common.errors import DivergedError
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
-
-from common.errors import DivergedError
 
 __all__ = ["AccuracyEvaluator"]
 

@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from d2distill.classification.config import image_size, teacher_nodes
+from d2distill.classification.data import dataset_info
+from d2distill.classification.networks import Normalize, build_network, describe
+from d2distill.common.config import CfgNode, chosen_methods, resolve_device
+from d2distill.common.distillers import Context
+from d2distill.common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from classification.config import image_size, teacher_nodes
-from classification.data import dataset_info
-from classification.networks import Normalize, build_network, describe
-from common.config import CfgNode, chosen_methods, resolve_device
-from common.distillers import Context
-from common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
-from common.errors import ConfigError
-from common.outputs import Outputs
 
 __all__ = ["DistillModel", "build_distiller"]
 
@@ -132,7 +131,7 @@ def build_distiller(
     """Student, teachers and the methods of ``cfg.DISTILL.METHODS``, on the device of ``cfg.MODEL.DEVICE``.
 
     Args:
-        cfg: from :func:`classification.config.get_cfg`.
+        cfg: from :func:`d2distill.classification.config.get_cfg`.
         student, teacher: networks to take instead of those that `cfg` names.
         num_samples: size of the training set, for methods that remember samples.
 

@@ -5,16 +5,15 @@ import logging
 from dataclasses import replace
 
 import torch
+from d2distill.classification.config import image_size
+from d2distill.classification.data import DatasetInfo, dataset_info
+from d2distill.classification.models import build_model
+from d2distill.common.config import CfgNode
+from d2distill.common.engine.weights import load_weights
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import OutputSpec
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
-
-from classification.config import image_size
-from classification.data import DatasetInfo, dataset_info
-from classification.models import build_model
-from common.config import CfgNode
-from common.engine.weights import load_weights
-from common.errors import ConfigError
-from common.outputs import OutputSpec
 
 __all__ = ["Normalize", "build_network", "describe", "model_cost", "why_not_one_sample"]
 
@@ -84,7 +83,7 @@ def _build_for_size(cfg: CfgNode, name: str, num_classes: int, size: int) -> nn.
 
     Raises:
         _SizeError: it does not take images of `size` x `size`.
-        ValueError, ImportError: as :func:`classification.models.build_model`.
+        ValueError, ImportError: as :func:`d2distill.classification.models.build_model`.
     """
     zoo = dataset_info(cfg.DATASETS.NAME).zoo
     try:

@@ -5,22 +5,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from d2distill.classification.config import PRECISIONS, image_size
+from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
+from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.classification.modeling import build_distiller
+from d2distill.classification.networks import build_network, model_cost, why_not_one_sample
+from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.common.config import CfgNode, resolve_device
+from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
+from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
+from d2distill.common.engine.trainer import seed_step
+from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor
-
-from classification.config import PRECISIONS, image_size
-from classification.data import ImageDataset, build_augmentation, build_dataset
-from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
-from classification.evaluation import AccuracyEvaluator
-from classification.modeling import build_distiller
-from classification.networks import build_network, model_cost, why_not_one_sample
-from classification.solver import build_lr_scheduler, build_optimizer
-from common.config import CfgNode, resolve_device
-from common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
-from common.engine.run import RunTrainer, prepare_run, start_logs
-from common.engine.trainer import seed_step
-from common.errors import CheckpointError, ConfigError, DivergedError
 
 __all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
 

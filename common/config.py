@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from d2distill.common.distillers import DISTILLERS, Distiller
+from d2distill.common.errors import ConfigError, nearest
+from d2distill.common.rules import TEXTS, check_rules
+from d2distill.common.settings import as_kind, fit
+from d2distill.common.yaml_files import check_tree, reading
 from fvcore.common.config import CfgNode as _CfgNode
-
-from common.distillers import DISTILLERS, Distiller
-from common.errors import ConfigError, nearest
-from common.rules import TEXTS, check_rules
-from common.settings import as_kind, fit
-from common.yaml_files import check_tree, reading
 
 __all__ = [
     "CfgNode",

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from d2distill.common.errors import ConfigError
 from fvcore.common.config import CfgNode
-
-from common.errors import ConfigError
 
 __all__ = [
     "FRACTION",

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import yaml
+from d2distill.common.errors import ConfigError
 from fvcore.common.config import BASE_KEY
-
-from common.errors import ConfigError
 
 __all__ = ["check_tree", "reading"]
 

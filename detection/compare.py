@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2distill.common.engine.compare import Entry, mean_std, train_all
+from d2distill.detection.config import load_cfg
 from tabulate import tabulate
-
-from common.engine.compare import Entry, mean_std, train_all
-from detection.config import load_cfg
 
 __all__ = ["Entry", "results_of", "run_all", "table"]
 
@@ -18,7 +17,7 @@ _METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
 
 def run_all(entries: Sequence[Entry], output_dir: str | Path, processes: int, threads: int = 1) -> None:
-    """Train every entry with every seed by ``detection/train_net.py``, see :func:`common.engine.compare.train_all`."""
+    """Train every entry with every seed by ``detection/train_net.py``; see :func:`.train_all`."""
     train_all(_COMMAND, entries, output_dir, processes, _planned_steps, threads)
 
 

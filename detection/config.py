@@ -7,14 +7,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from d2distill.common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
+from d2distill.common.errors import ConfigError, nearest
+from d2distill.common.rules import (
+    FRACTION,
+    MOMENTUM,
+    NUMBERS,
+    RISING,
+    TEXTS,
+    Rule,
+    above,
+    at_least,
+    check_rules,
+    refuse_nan,
+)
+from d2distill.common.settings import as_kind
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-
-from common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
-from common.errors import ConfigError, nearest
-from common.rules import FRACTION, MOMENTUM, NUMBERS, RISING, TEXTS, Rule, above, at_least, check_rules, refuse_nan
-from common.settings import as_kind
 
 __all__ = [
     "CfgNode",
@@ -171,7 +181,7 @@ def validate(cfg: CfgNode) -> None:
         ConfigError: with the key, its value, and what would be right.
     """
     # Not above: they are built from configurations.
-    from detection.meta_arch import DistillDetector
+    from d2distill.detection.meta_arch import DistillDetector
 
     methods, name = chosen_methods(cfg), cfg.MODEL.META_ARCHITECTURE
     check_rules(cfg, {**_RULES, num_classes(cfg)[0]: at_least(1)})

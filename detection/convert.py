@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-
-from common.engine.checkpoint import write_atomically
-from common.errors import CheckpointError, ConfigError
-from detection.weight_names import BOTTOM_UP, of_fpn_backbone
-from detection.weights import CAFFE2, DetectorWeights, read_detector
+from d2distill.common.engine.checkpoint import write_atomically
+from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.detection.weight_names import BOTTOM_UP, of_fpn_backbone
+from d2distill.detection.weights import CAFFE2, DetectorWeights, read_detector
 
 __all__ = ["check_outputs", "convert_backbone", "copy_safely", "merge", "split", "write_detector"]
 
@@ -56,7 +55,7 @@ def convert_backbone(source: str, out: str | Path, force: bool = False) -> str:
     """Write the weights of a classifier (ResNet, MobileNetV2) of torchvision or timm as a detector's backbone.
 
     Args:
-        source: as in :func:`detection.weights.read_detector`.
+        source: as in :func:`d2distill.detection.weights.read_detector`.
         out: ``.pth`` or ``.safetensors`` file for MODEL.WEIGHTS, of tensors ``backbone.bottom_up.*``.
         force: replace an existing file.
 
@@ -89,7 +88,7 @@ def merge(student: str, teacher: str, out: str | Path, force: bool = False) -> s
     """Write one file of a student (its backbone may be all) and a trained teacher, as MDistiller's are.
 
     Args:
-        student: as in :func:`detection.weights.read_detector`; its names in `out` are plain, those of a ResNet with
+        student: as in :func:`.read_detector`; its names in `out` are plain, those of a ResNet with
             FPN if they are ImageNet weights of Detectron2's zoo.
         teacher: a trained detector; its names get the prefix ``teacher.``.
         out: ``.pth`` or ``.safetensors`` file.

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from d2distill.common.config import import_extensions
+from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
+from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
+from d2distill.common.engine.trainer import seed_step
+from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.detection.config import CfgNode
+from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
+from d2distill.detection.evaluation import check_evaluators, evaluate_detector
+from d2distill.detection.weights import load_student
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from torch import Tensor, nn
-
-from common.config import import_extensions
-from common.engine.distributed import broadcast_buffers, wrap_student
-from common.engine.run import RunTrainer, prepare_run, start_logs
-from common.engine.trainer import seed_step
-from common.errors import CheckpointError, ConfigError
-from detection.config import CfgNode
-from detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
-from detection.evaluation import check_evaluators, evaluate_detector
-from detection.weights import load_student
 
 __all__ = ["DetectionTrainer", "evaluate", "train"]
 

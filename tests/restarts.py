@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 import torch
+from d2distill.common.engine import checkpoint
+from d2distill.common.engine.run import RunTrainer
 from detectron2.engine import HookBase
-
-from common.engine import checkpoint
-from common.engine.run import RunTrainer
 
 TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.classification.config import load_cfg
+from d2distill.classification.data import DATASET_REGISTRY
+from d2distill.classification.models import registry
+from d2distill.classification.trainer import train
+from d2distill.common.distillers import DISTILLERS
+from d2distill.common.errors import ConfigError
+from d2distill.detection.config import load_cfg as load_det_cfg
+from d2distill.detection.data.digits_coco import make
+from d2distill.detection.trainer import train as train_detector
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 
-from classification.config import load_cfg
-from classification.data import DATASET_REGISTRY
-from classification.models import registry
-from classification.trainer import train
-from common.distillers import DISTILLERS
-from common.errors import ConfigError
-from detection.config import load_cfg as load_det_cfg
-from detection.data.digits_coco import make
-from detection.trainer import train as train_detector
 from tests.detection.small import SMALL, batch, build, small_cfg, step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.classification.config import load_cfg
+from d2distill.classification.modeling import build_distiller
+from d2distill.common.distillers import DISTILLERS
 
-from classification.config import load_cfg
-from classification.modeling import build_distiller
-from common.distillers import DISTILLERS
 from tests.goldens.fill import array
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def test_imports_point_one_way(path):
         "detection": ("classification", "tools", "tests"),
         "tools": ("tests",),
     }[path.relative_to(ROOT).parts[0]]
-    assert not [name for name in imported(path) if name.split(".")[0] in upward]
+    assert not [name for name in imported(path) if name.removeprefix("d2distill.").split(".")[0] in upward]
 
 
 @pytest.mark.parametrize("path", [ROOT / "common/outputs.py", *(ROOT / "common/distillers").glob("*.py")], ids=named)
@@ -55,8 +55,8 @@ def test_losses_import_torch_and_fvcore_only(path):
     allowed = (
         "torch",
         "fvcore",
-        "common.outputs",
-        "common.distillers",
+        "d2distill.common.outputs",
+        "d2distill.common.distillers",
         "typing",
         "dataclasses",
         "importlib",
@@ -91,7 +91,9 @@ def test_no_module_is_long(path):
 @pytest.mark.parametrize("path", METHODS, ids=named)
 def test_a_method_is_one_file(path):
     """Its name is the file's, its loss is a function of its own, its settings are its own."""
-    own = [(name, method) for name, method in DISTILLERS if method.__module__ == f"common.distillers.{path.stem}"]
+    own = [
+        (name, method) for name, method in DISTILLERS if method.__module__ == f"d2distill.common.distillers.{path.stem}"
+    ]
     assert [name.lower() for name, _ in own] == [path.stem]
     assert any(name.endswith("_loss") for name in re.findall(r"^def (\w+)\(", path.read_text(), re.MULTILINE))
     assert own[0][1].__name__ == own[0][0] and isinstance(own[0][1].defaults(), dict)
@@ -114,7 +116,7 @@ def test_nothing_names_a_package_index_or_unsafe_loading():
 METHOD = '''
 """A method that knows no file but its own."""
 
-from common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.distillers.base import DISTILLERS, Distiller
 
 
 def half_loss(logits_student, logits_teacher):

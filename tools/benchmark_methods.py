@@ -11,10 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from d2distill.classification.compare import Entry, draw_curves, run_all, table
+from d2distill.common.engine.launch import command
 from detectron2.utils.collect_env import collect_env_info
-
-from classification.compare import Entry, draw_curves, run_all, table
-from common.engine.launch import command
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,8 +12,8 @@ Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or
 
 import argparse
 
-from common.engine.launch import command
-from detection.convert import convert_backbone, copy_safely, merge, split
+from d2distill.common.engine.launch import command
+from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
 
 
 def main() -> None:

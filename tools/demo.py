@@ -8,8 +8,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from classification.compare import Entry, draw_curves, run_all, table
-from common.engine.launch import command
+from d2distill.classification.compare import Entry, draw_curves, run_all, table
+from d2distill.common.engine.launch import command
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "cls"
 SEEDS = (0, 1, 2)

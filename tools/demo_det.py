@@ -9,10 +9,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from common.engine.launch import command
-from detection.compare import Entry, results_of, run_all, table
-from detection.data.digits_coco import prepare
-from detection.draw import draw_detections
+from d2distill.common.engine.launch import command
+from d2distill.detection.compare import Entry, results_of, run_all, table
+from d2distill.detection.data.digits_coco import prepare
+from d2distill.detection.draw import draw_detections
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "det"
 

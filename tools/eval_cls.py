@@ -7,9 +7,9 @@ python tools/eval_cls.py -m torchvision:resnet34 -d imagenet -c torchvision:ResN
 
 import argparse
 
-from classification.config import load_cfg
-from classification.trainer import evaluate
-from common.engine.launch import command
+from d2distill.classification.config import load_cfg
+from d2distill.classification.trainer import evaluate
+from d2distill.common.engine.launch import command
 
 
 def main() -> None:

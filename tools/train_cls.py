@@ -7,11 +7,10 @@ python tools/train_cls.py --config-file FILE --eval-only MODEL.STUDENT.WEIGHTS s
 python tools/train_cls.py --config-file FILE SOLVER.BASE_LR 0.1  # any setting, as KEY VALUE
 """
 
+from d2distill.classification.config import load_cfg
+from d2distill.classification.trainer import evaluate, train
+from d2distill.common.engine.launch import command, launch
 from detectron2.engine import default_argument_parser
-
-from classification.config import load_cfg
-from classification.trainer import evaluate, train
-from common.engine.launch import command, launch
 
 
 def main() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.engine.safe_pickle import load_arrays
-from common.errors import DataError
+from d2distill.common.engine.safe_pickle import load_arrays
+from d2distill.common.errors import DataError
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 from .locate import find_folder

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from d2distill.common.errors import DataError
 from PIL import Image
-
-from common.errors import DataError
 
 from .locate import dataset_root
 from .registry import NamedRegistry
@@ -42,7 +41,7 @@ class DatasetInfo:
         image_size: side in pixels of the square images a network is given.
         pixel_mean, pixel_std: per channel in RGB order, on the 0..255 scale.
         zoo: the model family that bare model names mean: "cifar", "tiny_imagenet" or "imagenet".
-        augmentation: name of the training recipe in :mod:`classification.data.augment`.
+        augmentation: name of the training recipe in :mod:`d2distill.classification.data.augment`.
         source: one sentence or command that says how to get the files.
     """
 

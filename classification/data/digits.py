@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-from common.digits import load_digits_split
+from d2distill.common.digits import load_digits_split
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 
-# python -c "from classification.data import *; x = build_dataset('digits').images.double(); \
+# python -c "from d2distill.classification.data import *; x = build_dataset('digits').images.double(); \
 #            print(x.mean(), x.std(correction=0))"
 _MEAN = 77.8580
 _STD = 82.5531

@@ -9,8 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-
-from common.errors import DataError
+from d2distill.common.errors import DataError
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 from .locate import find_folder
@@ -53,7 +52,7 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
 
 
-# python -c "from classification.data import *; x = build_dataset('fashion_mnist').images.double(); \
+# python -c "from d2distill.classification.data import *; x = build_dataset('fashion_mnist').images.double(); \
 #            print(x.mean(), x.std(correction=0))"
 _MEAN = 55.8450
 _STD = 84.6119

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from d2distill.common.errors import nearest
 from fvcore.common.registry import Registry
-
-from common.errors import nearest
 
 T = TypeVar("T")
 

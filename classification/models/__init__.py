@@ -1,7 +1,7 @@
 """The model zoo: every classifier that can be a student or a teacher, behind one function.
 
 ``build_model(name, num_classes)`` gives a module; ``model(images)`` its logits, ``model.outputs(images)``
-everything a distillation method may look at (:class:`common.outputs.Outputs`).
+everything a distillation method may look at (:class:`d2distill.common.outputs.Outputs`).
 """
 
 # Importing a family's file registers its models.

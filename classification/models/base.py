@@ -1,9 +1,8 @@
 """What the zoo's models share."""
 
 import torch.nn.functional as F
+from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
-
-from common.outputs import Outputs
 
 
 class ZooModel(nn.Module):

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
-
-from common.outputs import Outputs
 
 
 class LibraryModel:

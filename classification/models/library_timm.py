@@ -1,10 +1,9 @@
 """``timm:NAME``: the models of PyTorch Image Models, through timm's own feature interface."""
 
 import torch
+from d2distill.common.errors import nearest
+from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
-
-from common.errors import nearest
-from common.outputs import Outputs
 
 from .library import LibraryModel, PooledRecorder, adopt, evenly_spaced, hooked, last_classifier, tokens_to_map
 

@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterator
 
 import torchvision
+from d2distill.common.errors import nearest
+from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.ops import Permute
-
-from common.errors import nearest
-from common.outputs import Outputs
 
 from .library import LibraryModel, PooledRecorder, adopt, evenly_spaced, hooked, last_classifier, tokens_to_map
 

@@ -1,9 +1,8 @@
 """MobileNetV1 (Howard et al., 2017) for ImageNet."""
 
 import torch.nn.functional as F
+from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
-
-from common.outputs import Outputs
 
 from .base import ZooModel, global_pool
 from .registry import register

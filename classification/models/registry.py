@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 
+from d2distill.common.errors import nearest
 from torch import nn
-
-from common.errors import nearest
 
 from .library_timm import build_timm
 from .library_torchvision import build_torchvision
@@ -55,7 +54,7 @@ def build_model(
 
     Returns:
         A module in training mode: ``model(images)`` gives (N, num_classes) logits for normalised images
-        (N, 3, H, W); ``model.outputs(images)`` gives :class:`common.outputs.Outputs`;
+        (N, 3, H, W); ``model.outputs(images)`` gives :class:`d2distill.common.outputs.Outputs`;
         ``model.bn_before_relu`` is a list of batch norms or None, see :class:`.base.ZooModel`.
 
     Raises:

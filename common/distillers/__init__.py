@@ -8,7 +8,7 @@ the same once it is imported (the config key IMPORTS).
 from importlib import import_module
 from pkgutil import iter_modules
 
-from common.distillers.base import DISTILLERS, Context, Distiller, LogitDistiller
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller, LogitDistiller
 
 __all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller"]
 

@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from d2distill.common.distillers._features import FeatureDistiller, align
+from d2distill.common.distillers._numerics import at_least_float32, no_autocast
+from d2distill.common.distillers.base import Context
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._features import FeatureDistiller, align
-from common.distillers._numerics import at_least_float32, no_autocast
-from common.distillers.base import Context
-from common.outputs import Outputs, OutputSpec
 
 __all__: list[str] = []
 

@@ -2,13 +2,12 @@
 
 from typing import Any
 
+from d2distill.common.distillers._features import FeatureDistiller, matched
+from d2distill.common.distillers._numerics import element_mean, l2_normalize
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor
-
-from common.distillers._features import FeatureDistiller, matched
-from common.distillers._numerics import element_mean, l2_normalize
-from common.distillers.base import DISTILLERS
-from common.outputs import Outputs, OutputSpec
 
 __all__ = ["AT", "at_loss"]
 

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from d2distill.common.distillers._numerics import at_least_float32, centred
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
-
-from common.distillers._numerics import at_least_float32, centred
-from common.outputs import Outputs, OutputSpec
 
 __all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
 

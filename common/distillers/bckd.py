@@ -3,11 +3,10 @@
 import math
 
 import torch
+from d2distill.common.distillers._numerics import at_least_float32
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._numerics import at_least_float32
-from common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["BCKD", "bckd_loss"]
 

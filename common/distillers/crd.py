@@ -4,15 +4,14 @@ import math
 from typing import Any
 
 import torch
+from d2distill.common.distillers._contrast import contrast_products, draw_contrast, last_of_each
+from d2distill.common.distillers._numerics import batch_mean
+from d2distill.common.distillers._processes import all_ranks, sum_over_ranks
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._contrast import contrast_products, draw_contrast, last_of_each
-from common.distillers._numerics import batch_mean
-from common.distillers._processes import all_ranks, sum_over_ranks
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs, OutputSpec
 
 __all__ = ["CRD", "crd_loss"]
 

@@ -1,11 +1,10 @@
 """Channel-wise distillation: where each channel of a feature map looks."""
 
+from d2distill.common.distillers._levels import LevelDistiller, same_size
+from d2distill.common.distillers._numerics import batch_mean, kl_per_sample
+from d2distill.common.distillers.base import DISTILLERS
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._levels import LevelDistiller, same_size
-from common.distillers._numerics import batch_mean, kl_per_sample
-from common.distillers.base import DISTILLERS
 
 __all__ = ["CWD", "cwd_loss"]
 

@@ -1,10 +1,9 @@
 """Distillation of relations between classes and between samples."""
 
+from d2distill.common.distillers._numerics import at_least_float32, centred
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._numerics import at_least_float32, centred
-from common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["DIST", "dist_loss"]
 

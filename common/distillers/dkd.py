@@ -1,11 +1,10 @@
 """Decoupled knowledge distillation."""
 
 import torch
+from d2distill.common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["DKD", "decoupled_kl", "dkd_loss"]
 

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from d2distill.common.distillers._features import BatchNorm, resize
+from d2distill.common.distillers._numerics import at_least_float32, mse, no_autocast
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._features import BatchNorm, resize
-from common.distillers._numerics import at_least_float32, mse, no_autocast
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs, OutputSpec
 
 __all__ = ["FitNet", "fitnet_loss"]
 

@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
+from d2distill.common.distillers._features import FeatureDistiller, matched
+from d2distill.common.distillers._numerics import no_autocast
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._features import FeatureDistiller, matched
-from common.distillers._numerics import no_autocast
-from common.distillers.base import DISTILLERS
-from common.outputs import OutputSpec
 
 __all__ = ["KDSVD", "kdsvd_loss"]
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
+from d2distill.common.distillers._levels import LevelDistiller, same_size
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-
-from common.distillers._levels import LevelDistiller, same_size
-from common.distillers.base import DISTILLERS
-from common.outputs import OutputSpec
 
 __all__ = ["MGD", "mgd_loss", "random_mask"]
 

@@ -1,11 +1,10 @@
 """Normalised distillation: soft cross-entropies of the target class and of the others among themselves."""
 
 import torch
+from d2distill.common.distillers._numerics import at_least_float32, batch_mean
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._numerics import at_least_float32, batch_mean
-from common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 
 __all__ = ["NKD", "nkd_loss"]
 

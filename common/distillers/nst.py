@@ -2,11 +2,10 @@
 
 from typing import Any
 
+from d2distill.common.distillers._features import FeatureDistiller, matched
+from d2distill.common.distillers._numerics import l2_normalize, no_autocast
+from d2distill.common.distillers.base import DISTILLERS
 from torch import Tensor
-
-from common.distillers._features import FeatureDistiller, matched
-from common.distillers._numerics import l2_normalize, no_autocast
-from common.distillers.base import DISTILLERS
 
 __all__ = ["NST", "nst_loss"]
 

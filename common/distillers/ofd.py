@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, align
+from d2distill.common.distillers._numerics import at_least_float32, batch_mean
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._features import BatchNorm, FeatureDistiller, align
-from common.distillers._numerics import at_least_float32, batch_mean
-from common.distillers.base import DISTILLERS
-from common.outputs import OutputSpec
 
 __all__ = ["OFD", "ofd_loss", "ofd_margin"]
 

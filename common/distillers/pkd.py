@@ -1,11 +1,10 @@
 """Distillation of feature maps by their correlation."""
 
 import torch
+from d2distill.common.distillers._levels import LevelDistiller, same_size
+from d2distill.common.distillers._numerics import centred
+from d2distill.common.distillers.base import DISTILLERS
 from torch import Tensor
-
-from common.distillers._levels import LevelDistiller, same_size
-from common.distillers._numerics import centred
-from common.distillers.base import DISTILLERS
 
 __all__ = ["PKD", "pkd_loss"]
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, matched
+from d2distill.common.distillers._numerics import mse
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._features import BatchNorm, FeatureDistiller, matched
-from common.distillers._numerics import mse
-from common.distillers.base import DISTILLERS
-from common.outputs import Outputs, OutputSpec
 
 __all__ = ["ReviewKD", "hcl_loss"]
 

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
+from d2distill.common.distillers._numerics import at_least_float32, l2_normalize, no_autocast
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs
 from torch import Tensor
 from torch.nn import functional as F
-
-from common.distillers._numerics import at_least_float32, l2_normalize, no_autocast
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs
 
 __all__ = ["RKD", "rkd_loss"]
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
+from d2distill.common.distillers._numerics import at_least_float32, element_mean, l2_normalize, no_autocast
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs
 from torch import Tensor
-
-from common.distillers._numerics import at_least_float32, element_mean, l2_normalize, no_autocast
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs
 
 __all__ = ["SP", "sp_loss"]
 

@@ -1,13 +1,12 @@
 """Self-distillation with soft labels that the student makes for itself."""
 
 import torch
+from d2distill.common.distillers._numerics import at_least_float32, batch_mean
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._numerics import at_least_float32, batch_mean
-from common.distillers.base import DISTILLERS, Context, Distiller
-from common.outputs import Outputs, OutputSpec
 
 __all__ = ["USKD", "uskd_loss", "zipf_labels"]
 

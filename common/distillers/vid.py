@@ -4,14 +4,13 @@ import math
 from typing import Any
 
 import torch
+from d2distill.common.distillers._features import FeatureDistiller, match_size
+from d2distill.common.distillers._numerics import at_least_float32, element_mean
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from common.distillers._features import FeatureDistiller, match_size
-from common.distillers._numerics import at_least_float32, element_mean
-from common.distillers.base import DISTILLERS
-from common.outputs import OutputSpec
 
 __all__ = ["VID", "vid_loss"]
 

@@ -11,11 +11,10 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
+from d2distill.common.engine.weights import differences
+from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
-
-from common.engine.weights import differences
-from common.errors import CheckpointError, DivergedError, OutputError, UserError
 
 __all__ = ["RunCheckpointer", "check_tensors", "save_student", "write_atomically"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.engine.writers import read_metrics
-from common.errors import UserError
+from d2distill.common.engine.writers import read_metrics
+from d2distill.common.errors import UserError
 
 __all__ = ["Entry", "mean_std", "train_all"]
 

@@ -4,15 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from d2distill.common.config import resolve_device
+from d2distill.common.errors import ConfigError, UserError
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from fvcore.common.config import CfgNode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-
-from common.config import resolve_device
-from common.errors import ConfigError, UserError
 
 __all__ = ["broadcast_buffers", "check_processes", "on_main", "synchronize_batch_norms", "wrap_student"]
 

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from d2distill.common.engine.checkpoint import RunCheckpointer
+from d2distill.common.engine.distributed import on_main
+from d2distill.common.engine.preemption import Preemption
+from d2distill.common.errors import OutputError
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
-
-from common.engine.checkpoint import RunCheckpointer
-from common.engine.distributed import on_main
-from common.engine.preemption import Preemption
-from common.errors import OutputError
 
 __all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.errors import ConfigError
+from d2distill.common.errors import ConfigError
 
 __all__ = ["Job"]
 

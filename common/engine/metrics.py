@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping
 
 import torch
+from d2distill.common.errors import DivergedError
 from torch import Tensor
-
-from common.errors import DivergedError
 
 __all__ = ["MeanMetrics", "average_states"]
 

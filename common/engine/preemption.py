@@ -8,9 +8,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from d2distill.common.errors import UserError
 from detectron2.utils import comm
-
-from common.errors import UserError
 
 __all__ = ["Preemption", "Unfinished", "WatchedBatches"]
 

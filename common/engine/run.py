@@ -10,6 +10,15 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+from d2distill.common.config import import_extensions
+from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from d2distill.common.engine.distributed import check_processes, on_main
+from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from d2distill.common.engine.preemption import Preemption, Unfinished, WatchedBatches
+from d2distill.common.engine.settings import changes, flat_settings, group_settings, renew_groups
+from d2distill.common.engine.trainer import StepTrainer
+from d2distill.common.engine.writers import build_writers
+from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
 from detectron2.engine import hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -18,16 +27,6 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-
-from common.config import import_extensions
-from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from common.engine.distributed import check_processes, on_main
-from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from common.engine.preemption import Preemption, Unfinished, WatchedBatches
-from common.engine.settings import changes, flat_settings, group_settings, renew_groups
-from common.engine.trainer import StepTrainer
-from common.engine.writers import build_writers
-from common.errors import CheckpointError, ConfigError, DivergedError, UserError
 
 __all__ = ["RunTrainer", "prepare_run", "start_logs"]
 

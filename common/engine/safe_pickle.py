@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from common.errors import DataError, UserError
+from d2distill.common.errors import DataError, UserError
 
 
 def _text(value: str | bytes) -> str:

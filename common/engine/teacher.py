@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from d2distill.common.distillers import Distiller
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from common.distillers import Distiller
 
 __all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints", "passes", "teaching"]
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from d2distill.common.engine.checkpoint import check_tensors
+from d2distill.common.engine.metrics import MeanMetrics, average_states
+from d2distill.common.errors import DivergedError, UserError
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-
-from common.engine.checkpoint import check_tensors
-from common.engine.metrics import MeanMetrics, average_states
-from common.errors import DivergedError, UserError
 
 __all__ = ["StepTrainer", "seed_step"]
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from d2distill.common.engine.safe_pickle import load_arrays
+from d2distill.common.errors import CheckpointError
 from torch import Tensor, nn
-
-from common.engine.safe_pickle import load_arrays
-from common.errors import CheckpointError
 
 __all__ = ["differences", "load_weights", "read_content", "read_weights", "state_dict_of"]
 

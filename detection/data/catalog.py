@@ -3,14 +3,13 @@
 import os
 from typing import Any
 
+from d2distill.common.errors import ConfigError, DataError, UserError, nearest
+from d2distill.detection.config import num_classes
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
-
-from common.errors import ConfigError, DataError, UserError, nearest
-from detection.config import num_classes
 
 from .locate import ROOT_VARIABLE, data_path
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from d2distill.common.engine.loading import WorkerLoader
+from d2distill.common.errors import DataError
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Dataset
-
-from common.engine.loading import WorkerLoader
-from common.errors import DataError
 
 from .catalog import load_test_set
 from .sampling import build_batch_sampler
@@ -101,12 +100,12 @@ def build_train_loader(
     and processes, nor on restarts. The global generators are as before after each image.
 
     Args:
-        dataset_dicts: as of :func:`detection.data.load_training_set`.
+        dataset_dicts: as of :func:`d2distill.detection.data.load_training_set`.
         mapper: instead of Detectron2's DatasetMapper. For an image that it gives None for, the next one in
             `dataset_dicts` is taken.
 
     Raises:
-        ConfigError, DataError: as :func:`detection.data.sampling.build_batch_sampler`. Iterating raises a DataError for
+        ConfigError, DataError: as :func:`.build_batch_sampler`. Iterating raises a DataError for
             an image that cannot be read, or has another size than its data set says.
     """
     images = MappedImages(dataset_dicts, mapper or DatasetMapper(cfg, is_train=True), cfg.SEED)
@@ -123,7 +122,7 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     """Every image of a registered set once, in order, shared out over the processes, in batches of one.
 
     Raises:
-        ConfigError, FileNotFoundError, DataError: as :func:`detection.data.load_test_set`, and while iterating as
+        ConfigError, FileNotFoundError, DataError: as :func:`.load_test_set`, and while iterating as
             :func:`build_train_loader`.
     """
     dicts = load_test_set(cfg, name)

@@ -5,17 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from d2distill.common.config import chosen_methods
+from d2distill.common.distillers import Context, Distiller
+from d2distill.common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.detection.teacher import Teacher, build_teacher
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-
-from common.config import chosen_methods
-from common.distillers import Context, Distiller
-from common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
-from common.errors import ConfigError
-from common.outputs import Outputs, OutputSpec
-from detection.teacher import Teacher, build_teacher
 
 __all__ = ["DistillDetector"]
 

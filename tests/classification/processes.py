@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import torch
+from d2distill.classification.data.loader import Subset
+from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.common.engine.launch import launch
+from d2distill.common.engine.run import start_logs
+from d2distill.common.engine.trainer import seed_step
+from d2distill.common.errors import DataError
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from classification.data.loader import Subset
-from classification.trainer import ClassificationTrainer, load_datasets
-from common.engine.launch import launch
-from common.engine.run import start_logs
-from common.engine.trainer import seed_step
-from common.errors import DataError
 from tests.classification.runs import small_cfg
 from tests.restarts import fail_in_evaluation, terminate_in_evaluation
 

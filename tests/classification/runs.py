@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
+from d2distill.classification.config import get_cfg, validate
+from d2distill.classification.trainer import ClassificationTrainer, load_datasets, train
+from d2distill.common.config import CfgNode
 
-from classification.config import get_cfg, validate
-from classification.trainer import ClassificationTrainer, load_datasets, train
-from common.config import CfgNode
 from tests.restarts import disturb, read_state
 
 # 3 steps an epoch (16 + 16 + 8 samples), 3 epochs.

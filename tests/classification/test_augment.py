@@ -7,11 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
-
-from classification.data import (
+from d2distill.classification.data import (
     augmentation_names,
     build_augmentation,
     build_dataset,
@@ -19,6 +15,10 @@ from classification.data import (
     sample,
     sample_rng,
 )
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
 from tests.fixtures_data import class_images, write_cifar100, write_image_folder
 
 RECIPES = ["crop", "crop_flip", "none", "resized_crop_flip", "rotate_flip"]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.classification.config import load_cfg
+from d2distill.classification.models import build_model
+from d2distill.classification.trainer import evaluate, train
+from d2distill.common.errors import CheckpointError
 
-from classification.config import load_cfg
-from classification.models import build_model
-from classification.trainer import evaluate, train
-from common.errors import CheckpointError
 from tests.fixtures_data import write_cifar100, write_image_folder
 
 ROOT = Path(__file__).resolve().parents[2]

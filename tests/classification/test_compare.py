@@ -3,9 +3,8 @@
 import json
 
 import pytest
-
-from classification.compare import Entry, draw_curves, run_all, table
-from common.errors import UserError
+from d2distill.classification.compare import Entry, draw_curves, run_all, table
+from d2distill.common.errors import UserError
 
 
 def write_run(folder, top1, best):

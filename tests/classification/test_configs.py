@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.classification.config import get_cfg, image_size, load_cfg, validate
+from d2distill.classification.data import dataset_info
+from d2distill.classification.modeling import build_distiller
+from d2distill.classification.models import build_model
+from d2distill.classification.networks import describe
+from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.trainer import load_datasets, train
+from d2distill.common.config import chosen_methods, resolve_device
+from d2distill.common.engine.writers import read_metrics
+from d2distill.common.errors import ConfigError
 
-from classification.config import get_cfg, image_size, load_cfg, validate
-from classification.data import dataset_info
-from classification.modeling import build_distiller
-from classification.models import build_model
-from classification.networks import describe
-from classification.solver import build_lr_scheduler, build_optimizer
-from classification.trainer import load_datasets, train
-from common.config import chosen_methods, resolve_device
-from common.engine.writers import read_metrics
-from common.errors import ConfigError
 from tests.goldens.fill import array
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "cls").glob("*.yaml"))

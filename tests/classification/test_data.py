@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from classification.data import (
+from d2distill.classification.data import (
     DATASET_REGISTRY,
     ArrayDataset,
     DatasetInfo,
@@ -27,7 +25,9 @@ from classification.data import (
     read_image,
     register_dataset,
 )
-from common.engine.safe_pickle import load_arrays
+from d2distill.common.engine.safe_pickle import load_arrays
+from PIL import Image
+
 from tests import fixtures_data as write
 
 BUILT_IN = ["cifar10", "cifar100", "digits", "fashion_mnist", "folder", "imagenet", "tiny_imagenet"]

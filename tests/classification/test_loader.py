@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from classification.data import build_dataset, sample_rng
-from classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
-from classification.evaluation import AccuracyEvaluator
-from common.engine.loading import WorkerLoader
-from common.errors import DataError, DivergedError
+from d2distill.classification.data import build_dataset, sample_rng
+from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.common.engine.loading import WorkerLoader
+from d2distill.common.errors import DataError, DivergedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,10 +46,10 @@ def test_the_order_depends_on_the_seed_alone():
 
 def test_processes_share_a_batch_out(monkeypatch):
     whole = list(EpochBatchSampler(10, 4, 2, 5))
-    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("d2distill.classification.data.loader.comm.get_world_size", lambda: 2)
     parts = []
     for rank in (0, 1):
-        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("d2distill.classification.data.loader.comm.get_rank", lambda rank=rank: rank)
         parts.append(list(EpochBatchSampler(10, 4, 2, 5)))
     assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
     assert [len(a) for a in parts[0]] == [len(b) for b in parts[1]]
@@ -61,10 +60,10 @@ def test_processes_share_a_batch_out(monkeypatch):
 )
 def test_means_over_own_samples_average_to_that_over_the_batch(monkeypatch, num_samples, expected):
     sampler = EpochBatchSampler(num_samples, 4, 2, 5)
-    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("d2distill.classification.data.loader.comm.get_world_size", lambda: 2)
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("d2distill.classification.data.loader.comm.get_rank", lambda rank=rank: rank)
         shares.append([sampler.share(step) for step in range(4)])
     np.testing.assert_allclose(list(zip(*shares, strict=True)), 2 * expected)
 
@@ -88,11 +87,11 @@ def test_order_and_augmentation_are_drawn_apart():
     ],
 )
 def test_single_samples(monkeypatch, samples, batch, processes, smallest, whole, fitting):
-    monkeypatch.setattr("classification.data.loader.comm.get_world_size", lambda: processes)
+    monkeypatch.setattr("d2distill.classification.data.loader.comm.get_world_size", lambda: processes)
     sampler = EpochBatchSampler(samples, batch, 1, 0)
     given = []
     for rank in range(processes):
-        monkeypatch.setattr("classification.data.loader.comm.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("d2distill.classification.data.loader.comm.get_rank", lambda rank=rank: rank)
         given += [len(part) for part in sampler]
     assert sampler.smallest() == min(given) == smallest and sampler.smallest(whole=True) == whole
     assert sampler.without_single_samples() == fitting
@@ -191,7 +190,7 @@ def test_an_error_for_the_user_comes_out_of_a_worker_as_it_went_in(error, worker
 
 def test_workers_that_are_left_at_exit_end_without_a_word():
     code = """
-from common.engine.loading import WorkerLoader
+from d2distill.common.engine.loading import WorkerLoader
 batches = iter(WorkerLoader(range(99), num_workers=2, batch_size=1))
 next(batches)
 raise SystemExit(3)

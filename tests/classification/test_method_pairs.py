@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from d2distill.common.errors import ConfigError
 
-from common.errors import ConfigError
 from tests.classification.methods import (
     METHODS,
     ON_LOGITS,

@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from d2distill.classification.networks import describe
+from d2distill.common.distillers import DISTILLERS, Context
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs
 from torch import nn
 
-from classification.networks import describe
-from common.distillers import DISTILLERS, Context
-from common.errors import ConfigError
-from common.outputs import Outputs
 from tests.classification.methods import (
     CLASSES,
     METHODS,

@@ -4,18 +4,18 @@ import copy
 
 import pytest
 import torch
+from d2distill.classification.config import get_cfg
+from d2distill.classification.modeling import build_distiller
+from d2distill.classification.models import build_model
+from d2distill.classification.networks import build_network, model_cost
+from d2distill.common.distillers import kd_loss
+from d2distill.common.engine.checkpoint import save_student
+from d2distill.common.engine.weights import read_weights
+from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.common.outputs import Outputs
 from torch import nn
 from torch.nn import functional as F
 
-from classification.config import get_cfg
-from classification.modeling import build_distiller
-from classification.models import build_model
-from classification.networks import build_network, model_cost
-from common.distillers import kd_loss
-from common.engine.checkpoint import save_student
-from common.engine.weights import read_weights
-from common.errors import CheckpointError, ConfigError
-from common.outputs import Outputs
 from tests.goldens.fill import array, fill_by_name
 
 
@@ -217,13 +217,13 @@ class Noisy(Broken):
 
 def test_the_trial_of_a_network_leaves_no_trace(monkeypatch):
     for network, name in ((build_model("resnet8", 100), "resnet8"), (Noisy(), "own")):
-        monkeypatch.setattr("classification.networks.build_model", lambda *_, network=network, **__: network)
+        monkeypatch.setattr("d2distill.classification.networks.build_model", lambda *_, network=network, **__: network)
         before, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
         cfg = make_cfg("MODEL.STUDENT.NAME", name)
         assert build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100) is network and network.training
         assert torch.equal(torch.get_rng_state(), generator)
         assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    monkeypatch.setattr("classification.networks.build_model", lambda *_, **__: Broken())
+    monkeypatch.setattr("d2distill.classification.networks.build_model", lambda *_, **__: Broken())
     with pytest.raises(RuntimeError, match=r"^a fault of its own"):
         build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100)
 

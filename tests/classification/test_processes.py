@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.common.engine.distributed import synchronize_batch_norms
+from d2distill.common.engine.trainer import StepTrainer, seed_step
+from d2distill.common.engine.writers import read_metrics
+from d2distill.common.errors import ConfigError, DivergedError
 from detectron2.layers import NaiveSyncBatchNorm
 from timm.layers import BatchNormAct2d
 
-from classification.trainer import ClassificationTrainer, load_datasets
-from common.engine.distributed import synchronize_batch_norms
-from common.engine.trainer import StepTrainer, seed_step
-from common.engine.writers import read_metrics
-from common.errors import ConfigError, DivergedError
 from tests.classification.runs import run, small_cfg, state
 from tests.restarts import assert_identical
 from tests.slurm import slurm
@@ -109,17 +109,17 @@ def test_steps_differ_between_processes_and_starts_do_not(monkeypatch):
         return torch.rand(3).tolist()
 
     alone = draw(3, 0)
-    monkeypatch.setattr("common.engine.trainer.comm.get_rank", lambda: 1)
+    monkeypatch.setattr("d2distill.common.engine.trainer.comm.get_rank", lambda: 1)
     assert draw(3, 0) != alone and draw(3, 0, rank=0) == alone
 
 
 def test_every_process_evaluates_with_the_main_ones_statistics(tmp_path, monkeypatch):
     cfg, sent = small_cfg(tmp_path), []
     trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
-    monkeypatch.setattr("classification.trainer.broadcast_buffers", sent.append)
-    monkeypatch.setattr("classification.trainer.inference_on_dataset", lambda *_: {"sent": list(sent)})
+    monkeypatch.setattr("d2distill.classification.trainer.broadcast_buffers", sent.append)
+    monkeypatch.setattr("d2distill.classification.trainer.inference_on_dataset", lambda *_: {"sent": list(sent)})
     assert trainer.test() == {"sent": []}
-    monkeypatch.setattr("classification.trainer.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("d2distill.classification.trainer.comm.get_world_size", lambda: 2)
     assert trainer.test() == {"sent": [trainer.distill_model.student]}
 
 
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
     trainer.metrics.update({"loss": torch.tensor(1.0)})
     assert trainer.check_finite() == [{"loss": 1.0}]
     other = DivergedError("of the other process.")
-    monkeypatch.setattr("common.engine.trainer.comm.all_gather", lambda own: [own, other])
+    monkeypatch.setattr("d2distill.common.engine.trainer.comm.all_gather", lambda own: [own, other])
     with pytest.raises(FloatingPointError, match="of the other process"):
         trainer.check_finite()
 
@@ -208,7 +208,7 @@ def test_errors_are_said_in_one_line(tmp_path):
 # Two GPUs, as far as the process that starts the others knows; those find none, and use gloo.
 NUM_GPUS = """
 import argparse, sys, torch
-from common.engine.launch import launch
+from d2distill.common.engine.launch import launch
 from tests.classification.processes import main
 if __name__ == "__main__":
     torch.cuda.device_count = lambda: 2

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from d2distill.common.engine.run import prepare_run
+from d2distill.common.engine.writers import drop_lines_from, read_metrics
+from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
 from detectron2.engine import HookBase
 
-from classification.trainer import ClassificationTrainer, load_datasets
-from common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from common.engine.run import prepare_run
-from common.engine.writers import drop_lines_from, read_metrics
-from common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
 from tests.classification.runs import STEPS, run, small_cfg, state
 from tests.restarts import assert_identical, fail_in_evaluation
 
@@ -343,7 +343,7 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch)
     def fail(writer):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.engine.writers.JSONWriter.write", fail)
+    monkeypatch.setattr("d2distill.common.engine.writers.JSONWriter.write", fail)
     with pytest.raises(OutputError, match="the run's log cannot be written: No space left on device"):
         run(small_cfg(tmp_path))
 
@@ -352,7 +352,7 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch)
 def test_a_run_folder_that_cannot_be_is_said_before_anything_is_read(tmp_path, monkeypatch, folder):
     (tmp_path / "file").touch()
     folder = folder.format(file=tmp_path / "file")
-    monkeypatch.setattr("classification.trainer.load_datasets", None)
+    monkeypatch.setattr("d2distill.classification.trainer.load_datasets", None)
     with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} cannot be used as a run folder: .*; choose one"):
         run(small_cfg(folder))
 

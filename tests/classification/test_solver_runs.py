@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 import torch
+from d2distill.classification.config import validate
+from d2distill.classification.modeling import build_distiller
+from d2distill.classification.networks import why_not_one_sample
+from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.common.distillers import DISTILLERS
+from d2distill.common.errors import ConfigError
 
-from classification.config import validate
-from classification.modeling import build_distiller
-from classification.networks import why_not_one_sample
-from classification.trainer import ClassificationTrainer, load_datasets
-from common.distillers import DISTILLERS
-from common.errors import ConfigError
 from tests.classification.methods import WITH_TEACHER, loss_of
 from tests.classification.runs import STEPS, run, small_cfg, state
 from tests.restarts import assert_identical

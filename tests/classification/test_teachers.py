@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from d2distill.classification.modeling import build_distiller
+from d2distill.common.distillers import DISTILLERS, Context, kd_loss, nkd_loss, rld_loss, standardize_logits
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs
 from torch import nn
 
-from classification.modeling import build_distiller
-from common.distillers import DISTILLERS, Context, kd_loss, nkd_loss, rld_loss, standardize_logits
-from common.errors import ConfigError
-from common.outputs import Outputs
 from tests.classification.methods import (
     CLASSES,
     ON_LOGITS,

@@ -1,9 +1,8 @@
 """Runs side by side, with a command that only pretends to train."""
 
 import pytest
-
-from common.engine.compare import Entry, mean_std, train_all
-from common.errors import UserError
+from d2distill.common.engine.compare import Entry, mean_std, train_all
+from d2distill.common.errors import UserError
 
 SCRIPT = """
 import json, os, sys

@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-
-from common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
-from common.distillers import DISTILLERS, LogitDistiller
-from common.errors import ConfigError
-from common.rules import (
+from d2distill.common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
+from d2distill.common.distillers import DISTILLERS, LogitDistiller
+from d2distill.common.errors import ConfigError
+from d2distill.common.rules import (
     FRACTION,
     MOMENTUM,
     NUMBERS,

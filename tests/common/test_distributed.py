@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from d2distill.common.config import CfgNode
+from d2distill.common.engine.distributed import check_processes, on_main
+from d2distill.common.errors import ConfigError, OutputError
 from detectron2.utils import comm
-
-from common.config import CfgNode
-from common.engine.distributed import check_processes, on_main
-from common.errors import ConfigError, OutputError
 
 
 def check(monkeypatch, device, processes, here, batch=8, gpus=4):

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
+from d2distill.common.engine.dot import DOT
 from torch import nn
-
-from common.engine.dot import DOT
 
 STEPS = 5
 

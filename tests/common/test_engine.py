@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from d2distill.common.engine import writers
+from d2distill.common.engine.checkpoint import RunCheckpointer, save_student
+from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from d2distill.common.engine.metrics import MeanMetrics, average_states
+from d2distill.common.engine.preemption import Preemption, Unfinished, WatchedBatches
+from d2distill.common.engine.trainer import StepTrainer
+from d2distill.common.errors import DivergedError
 from detectron2.utils.events import EventStorage, get_event_storage
-
-from common.engine import writers
-from common.engine.checkpoint import RunCheckpointer, save_student
-from common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from common.engine.metrics import MeanMetrics, average_states
-from common.engine.preemption import Preemption, Unfinished, WatchedBatches
-from common.engine.trainer import StepTrainer
-from common.errors import DivergedError
 
 NAN = float("nan")
 

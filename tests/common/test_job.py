@@ -1,10 +1,9 @@
 """A process's place in a job, as torchrun and SLURM tell it; and how commands end."""
 
 import pytest
-
-from common.engine.job import Job
-from common.engine.launch import command
-from common.errors import ConfigError
+from d2distill.common.engine.job import Job
+from d2distill.common.engine.launch import command
+from d2distill.common.errors import ConfigError
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",

@@ -8,9 +8,8 @@ from collections import OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
-
-from common.engine.safe_pickle import load_arrays
-from common.errors import CheckpointError, DataError
+from d2distill.common.engine.safe_pickle import load_arrays
+from d2distill.common.errors import CheckpointError, DataError
 
 
 def written(path, content, protocol=2):

@@ -1,7 +1,7 @@
 import pytest
+from d2distill.detection.config import get_cfg
+from d2distill.detection.data.digits_coco import prepare
 
-from detection.config import get_cfg
-from detection.data.digits_coco import prepare
 from tests.detection.runs import make_tiny
 
 

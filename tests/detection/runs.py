@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+from d2distill.detection.data import load_training_set, register_datasets
+from d2distill.detection.data.digits_coco import make
+from d2distill.detection.trainer import DetectionTrainer, train
 
-from detection.data import load_training_set, register_datasets
-from detection.data.digits_coco import make
-from detection.trainer import DetectionTrainer, train
 from tests.detection.small import build, plain, small_cfg
 from tests.restarts import disturb, read_state
 

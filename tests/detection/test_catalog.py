@@ -4,12 +4,11 @@ import json
 import os
 
 import pytest
+from d2distill.common.errors import ConfigError, DataError
+from d2distill.detection.config import get_cfg, load_cfg
+from d2distill.detection.data import check_test_sets, load_test_set, load_training_set, register_datasets
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-
-from common.errors import ConfigError, DataError
-from detection.config import get_cfg, load_cfg
-from detection.data import check_test_sets, load_test_set, load_training_set, register_datasets
 
 POLYGON = [[1, 1, 5, 1, 5, 5]]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.common.engine.launch import command
+from d2distill.common.engine.writers import read_metrics
+from d2distill.detection.train_net import main
 
-from common.engine.launch import command
-from common.engine.writers import read_metrics
-from detection.train_net import main
 from tests.detection.runs import STEPS, TINY, run, state, tiny_cfg
 from tests.restarts import assert_identical
 
@@ -169,7 +169,7 @@ def test_own_modules_and_data(tiny, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from detectron2.modeling import BACKBONE_REGISTRY\n"
         "from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone\n"
-        "from common.distillers import DISTILLERS, LogitDistiller\n"
+        "from d2distill.common.distillers import DISTILLERS, LogitDistiller\n"
         "@BACKBONE_REGISTRY.register()\n"
         "def build_mine(cfg, input_shape):\n"
         "    return build_resnet_fpn_backbone(cfg, input_shape)\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from d2distill.common.engine.writers import read_metrics
+from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 
-from common.engine.writers import read_metrics
-from common.errors import CheckpointError, ConfigError, DivergedError
 from tests.detection.runs import STEPS, run, state, tiny_cfg
 from tests.detection.small import small_cfg
 from tests.restarts import assert_identical
@@ -100,7 +100,7 @@ def test_the_run_folder(tmp_path, tiny):
 
 
 def test_the_teacher_is_as_it_was_loaded_even_after_a_restart(tmp_path, tiny, monkeypatch):
-    from detection import trainer
+    from d2distill.detection import trainer
 
     built = []
     monkeypatch.setattr(

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from d2distill.common.engine.writers import read_metrics
 
-from common.engine.writers import read_metrics
 from tests.detection.runs import STEPS, tiny_cfg
 from tests.slurm import slurm
 

@@ -6,14 +6,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
+from d2distill.common.errors import ConfigError
+from d2distill.detection.config import load_cfg
+from d2distill.detection.data import load_training_set, register_datasets
+from d2distill.detection.trainer import DetectionTrainer
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
 
-from common.errors import ConfigError
-from detection.config import load_cfg
-from detection.data import load_training_set, register_datasets
-from detection.trainer import DetectionTrainer
 from tests.detection.runs import run, tiny_cfg
 from tests.detection.small import SMALL, TEACHER, build, small_cfg
 from tests.restarts import assert_identical
@@ -42,10 +42,10 @@ def test_every_process_evaluates_with_the_main_ones_statistics(tiny, tmp_path, m
     cfg, sent = tiny_cfg("rcnn", tmp_path), []
     register_datasets(cfg)
     trainer = DetectionTrainer(cfg, load_training_set(cfg))
-    monkeypatch.setattr("detection.trainer.broadcast_buffers", sent.append)
-    monkeypatch.setattr("detection.trainer.evaluate_detector", lambda *_, **__: {"sent": list(sent)})
+    monkeypatch.setattr("d2distill.detection.trainer.broadcast_buffers", sent.append)
+    monkeypatch.setattr("d2distill.detection.trainer.evaluate_detector", lambda *_, **__: {"sent": list(sent)})
     assert trainer.test() == {"sent": []}
-    monkeypatch.setattr("detection.trainer.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("d2distill.detection.trainer.comm.get_world_size", lambda: 2)
     assert trainer.test() == {"sent": [trainer.detector]}
 
 
@@ -67,7 +67,7 @@ def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch)
     if find_spec("cv2") is None:
         with pytest.raises(ConfigError, match="VIS_PERIOD: Detectron2 draws with OpenCV"):
             tiny_cfg("rcnn", tmp_path, VIS_PERIOD=1)
-    monkeypatch.setattr("detection.config.find_spec", lambda name: True)
+    monkeypatch.setattr("d2distill.detection.config.find_spec", lambda name: True)
 
     def picture(self, inputs, proposals):
         get_event_storage().put_image("proposals", torch.zeros(3, 8, 8, dtype=torch.uint8))

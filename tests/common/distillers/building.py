@@ -1,7 +1,7 @@
 """One method on its own, from its defaults."""
 
-from common.config import CfgNode, add_distill_defaults
-from common.distillers import DISTILLERS
+from d2distill.common.config import CfgNode, add_distill_defaults
+from d2distill.common.distillers import DISTILLERS
 
 
 def settings(name, **changed):

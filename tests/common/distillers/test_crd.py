@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from d2distill.common.distillers import Context, crd_loss
+from d2distill.common.distillers._contrast import contrast_products, last_of_each
+from d2distill.common.outputs import Outputs
 from torch.nn import functional as F
 
-from common.distillers import Context, crd_loss
-from common.distillers._contrast import contrast_products, last_of_each
-from common.outputs import Outputs
 from tests.common.distillers.building import build, settings
 from tests.goldens.fill import array
 

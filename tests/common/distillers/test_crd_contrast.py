@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from d2distill.common.distillers import Context
+from d2distill.common.distillers._contrast import draw_contrast
+from d2distill.common.outputs import Outputs
 
-from common.distillers import Context
-from common.distillers._contrast import draw_contrast
-from common.outputs import Outputs
 from tests.common.distillers.test_crd import LABELS, SAMPLES, make, outputs, step
 
 # Imbalanced, unsorted, with numbers left out.

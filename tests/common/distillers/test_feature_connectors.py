@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from d2distill.common.config import CfgNode, add_distill_defaults
+from d2distill.common.distillers import DISTILLERS, Context, FeatureDistiller, hcl_loss, ofd_margin, vid_loss
+from d2distill.common.outputs import Outputs
 from torch import nn
 from torch.nn import functional as F
 
-from common.config import CfgNode, add_distill_defaults
-from common.distillers import DISTILLERS, Context, FeatureDistiller, hcl_loss, ofd_margin, vid_loss
-from common.outputs import Outputs
 from tests.goldens.fill import array
 
 FEATURE_METHODS = ["FitNet", "AT", "NST", "KDSVD", "OFD", "VID", "SP", "ReviewKD"]

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from common.distillers import (
+from d2distill.common.distillers import (
     at_loss,
     fitnet_loss,
     hcl_loss,
@@ -15,6 +14,7 @@ from common.distillers import (
     sp_loss,
     vid_loss,
 )
+
 from tests.common.distillers import formulas
 from tests.goldens.fill import array
 

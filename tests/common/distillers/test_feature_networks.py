@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
+from d2distill.classification.models import build_model
+from d2distill.classification.networks import describe
+from d2distill.common.config import CfgNode, add_distill_defaults
+from d2distill.common.distillers import DISTILLERS, Context
 
-from classification.models import build_model
-from classification.networks import describe
-from common.config import CfgNode, add_distill_defaults
-from common.distillers import DISTILLERS, Context
 from tests.goldens.fill import array
 
 METHODS = ["FitNet", "AT", "NST", "PKT", "KDSVD", "OFD", "RKD", "VID", "SP", "ReviewKD"]

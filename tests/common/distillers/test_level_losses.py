@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from d2distill.common.distillers import Context, cwd_loss, mgd_loss, pkd_loss, random_mask
+from d2distill.common.outputs import Outputs, OutputSpec
 from torch.nn import functional as F
 
-from common.distillers import Context, cwd_loss, mgd_loss, pkd_loss, random_mask
-from common.outputs import Outputs, OutputSpec
 from tests.common.distillers.building import build, settings
 from tests.goldens.fill import array
 

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-
-from common.distillers import (
+from d2distill.common.distillers import (
     bckd_loss,
     decoupled_kl,
     dist_loss,
@@ -14,7 +12,9 @@ from common.distillers import (
     rld_loss,
     wttm_loss,
 )
-from common.outputs import Outputs
+from d2distill.common.outputs import Outputs
+from torch.nn import functional as F
+
 from tests.common.distillers import formulas
 from tests.common.distillers.building import build, settings
 from tests.goldens.fill import array

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from d2distill.common.distillers import DISTILLERS, Context, uskd_loss, zipf_labels
+from d2distill.common.outputs import Outputs, OutputSpec
 
-from common.distillers import DISTILLERS, Context, uskd_loss, zipf_labels
-from common.outputs import Outputs, OutputSpec
 from tests.common.distillers.building import build, settings
 from tests.common.distillers.formulas import softmax
 from tests.goldens.fill import array

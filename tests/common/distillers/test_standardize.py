@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from d2distill.common.distillers import DISTILLERS, Context, Distiller, LogitDistiller, kd_loss, standardize_logits
+from d2distill.common.outputs import Outputs, OutputSpec
 
-from common.distillers import DISTILLERS, Context, Distiller, LogitDistiller, kd_loss, standardize_logits
-from common.outputs import Outputs, OutputSpec
 from tests.common.distillers.building import build, settings
 from tests.goldens.fill import array
 

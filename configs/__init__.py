@@ -1,0 +1,1 @@
+"""Configurations: data of the package, so that an installation finds them by name."""
