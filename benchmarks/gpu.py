@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from d2distill.classification.config import get_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model, model_names

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from tabulate import tabulate
+
 from d2distill.classification.config import load_cfg
 from d2distill.common.engine.compare import Entry, mean_std, train_all
 from d2distill.common.engine.writers import read_metrics
-from tabulate import tabulate
 
 __all__ = ["Entry", "draw_curves", "run_all", "table"]
 

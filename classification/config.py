@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+
 from d2distill.classification.data import dataset_info
 from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
 from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
-from d2distill.common.errors import ConfigError, nearest
+from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.rules import (
     MOMENTUM,
     NUMBERS,
@@ -232,7 +233,7 @@ def validate(cfg: CfgNode) -> None:
     for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES)):
         if cfg.SOLVER[key] not in known:
             value = cfg.SOLVER[key]
-            raise ConfigError(f"SOLVER.{key} {value} is none of {', '.join(known)}{nearest(value, known)}")
+            raise ConfigError(f"SOLVER.{key} {value} is none of {', '.join(known)}{did_you_mean(value, known)}")
     for key, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teacher_nodes(cfg))]:
         for name in ("PIXEL_MEAN", "PIXEL_STD"):
             if not _is_colour(node[name]):

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-from d2distill.common.errors import DivergedError
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
+
+from d2distill.common.errors import DivergedError
 
 __all__ = ["AccuracyEvaluator"]
 

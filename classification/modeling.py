@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from d2distill.classification.config import image_size, teacher_nodes
-from d2distill.classification.data import dataset_info
-from d2distill.classification.networks import Normalize, build_network, describe
-from d2distill.common.config import CfgNode, chosen_methods, resolve_device
-from d2distill.common.distillers import Context
-from d2distill.common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
-from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.classification.config import image_size, teacher_nodes
+from d2distill.classification.data import dataset_info
+from d2distill.classification.networks import Normalize, build_network, infer_output_spec
+from d2distill.common.config import CfgNode, chosen_methods, resolve_device
+from d2distill.common.distillers import Context
+from d2distill.common.engine.teacher import exclude_teacher_from_state_dict, passes, teaching
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs
 
 __all__ = ["DistillModel", "build_distiller"]
 
@@ -57,7 +58,7 @@ class DistillModel(nn.Module):
         self.teacher_norms = nn.ModuleList(teacher_norms)
         self.shares = list(shares)
         self.ce_weight = ce_weight
-        leave_teacher_out_of_checkpoints(self)
+        exclude_teacher_from_state_dict(self)
 
     def train(self, mode: bool = True) -> "DistillModel":
         super().train(mode)
@@ -157,7 +158,7 @@ def build_distiller(
     distillers = {}
     if methods:
         size = image_size(cfg)
-        student_spec, *teacher_specs = (describe(network, size) for network in (student, *teachers))
+        student_spec, *teacher_specs = (infer_output_spec(network, size) for network in (student, *teachers))
     for name, method in methods.items():
         node = cfg.DISTILL[name.upper()]
         number = node.get("TEACHER", 0)

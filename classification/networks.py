@@ -5,6 +5,9 @@ import logging
 from dataclasses import replace
 
 import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
 from d2distill.classification.config import image_size
 from d2distill.classification.data import DatasetInfo, dataset_info
 from d2distill.classification.models import build_model
@@ -12,10 +15,8 @@ from d2distill.common.config import CfgNode
 from d2distill.common.engine.weights import load_weights
 from d2distill.common.errors import ConfigError
 from d2distill.common.outputs import OutputSpec
-from fvcore.nn import FlopCountAnalysis
-from torch import Tensor, nn
 
-__all__ = ["Normalize", "build_network", "describe", "model_cost", "why_not_one_sample"]
+__all__ = ["Normalize", "build_network", "infer_output_spec", "model_cost", "why_not_one_sample"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -95,7 +96,7 @@ def _build_for_size(cfg: CfgNode, name: str, num_classes: int, size: int) -> nn.
             raise error from None  # not because of the size
         raise _SizeError(size, error) from error
     try:
-        describe(network, size)
+        infer_output_spec(network, size)
     except _SIZE_ERRORS as error:
         raise _SizeError(size, error) from error
     return network
@@ -118,7 +119,7 @@ def _first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def describe(network: nn.Module, size: int) -> OutputSpec:
+def infer_output_spec(network: nn.Module, size: int) -> OutputSpec:
     """Shapes of a network's outputs, from one forward pass of one image. Network and generators stay as they are."""
     was_training = network.training
     parameter = next(network.parameters())

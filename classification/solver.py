@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from d2distill.common.engine.dot import DOT as DistillationOrientedTrainer
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler, ParamScheduler
 from torch import nn
+
+from d2distill.common.engine.dot import DOT as DistillationOrientedTrainer
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
 

@@ -5,6 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from torch import Tensor
+
 from d2distill.classification.config import PRECISIONS, image_size
 from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
@@ -17,9 +21,6 @@ from d2distill.common.engine.distributed import broadcast_buffers, synchronize_b
 from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
 from d2distill.common.engine.trainer import seed_step
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
-from detectron2.evaluation import inference_on_dataset
-from detectron2.utils import comm
-from torch import Tensor
 
 __all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
 

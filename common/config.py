@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode as _CfgNode
+
 from d2distill.common.distillers import DISTILLERS, Distiller
-from d2distill.common.errors import ConfigError, nearest
+from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.rules import TEXTS, check_rules
 from d2distill.common.settings import as_kind, fit
 from d2distill.common.yaml_files import check_tree, reading
-from fvcore.common.config import CfgNode as _CfgNode
 
 __all__ = [
     "CfgNode",
@@ -49,7 +50,9 @@ def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
     for name in cfg.DISTILL.METHODS:
         if name not in DISTILLERS:
             known = sorted(name for name, _ in DISTILLERS)
-            raise ConfigError(f"DISTILL.METHODS: no method {name}{nearest(name, known)}; there are {', '.join(known)}")
+            raise ConfigError(
+                f"DISTILL.METHODS: no method {name}{did_you_mean(name, known)}; there are {', '.join(known)}"
+            )
     if len(set(cfg.DISTILL.METHODS)) < len(cfg.DISTILL.METHODS):
         raise ConfigError(f"DISTILL.METHODS names a method twice: {list(cfg.DISTILL.METHODS)}")
     return {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
@@ -267,7 +270,7 @@ def _unknown(name: str, value: Any, known: dict[str, bool]) -> str:
         ((key, value),) = value.items()
         name = f"{name}.{key}"
     alike = [other for other, is_node in known.items() if is_node == isinstance(value, _CfgNode)]
-    return f"unknown config key {name}{nearest(name, alike)}"
+    return f"unknown config key {name}{did_you_mean(name, alike)}"
 
 
 def _node(kind: type[_CfgNode], settings: dict[str, Any]) -> _CfgNode:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "OutputError", "UserError", "nearest"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "OutputError", "UserError", "did_you_mean"]
 
 
 class UserError(Exception):
@@ -43,7 +43,7 @@ class OutputError(UserError, OSError):
     """A file that cannot be written."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Text " (did you mean ...?)" with the known names closest to `name`, case ignored; empty where none is close."""
     by_lower = {k.lower(): k for k in known}
     close = get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d2distill.common.errors import ConfigError
 from fvcore.common.config import CfgNode
+
+from d2distill.common.errors import ConfigError
 
 __all__ = [
     "FRACTION",

@@ -5,8 +5,9 @@ from ast import literal_eval
 from typing import Any
 
 import yaml
-from d2distill.common.errors import ConfigError
 from fvcore.common.config import CfgNode
+
+from d2distill.common.errors import ConfigError
 
 __all__ = ["as_kind", "fit"]
 

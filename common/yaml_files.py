@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import yaml
-from d2distill.common.errors import ConfigError
 from fvcore.common.config import BASE_KEY
+
+from d2distill.common.errors import ConfigError
 
 __all__ = ["check_tree", "reading"]
 

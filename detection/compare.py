@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from d2distill.common.engine.compare import Entry, mean_std, train_all
 from d2distill.detection.config import load_cfg
-from tabulate import tabulate
 
 __all__ = ["Entry", "results_of", "run_all", "table"]
 

@@ -7,8 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode as Detectron2CfgNode
+from detectron2.config import get_cfg as detectron2_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
 from d2distill.common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
-from d2distill.common.errors import ConfigError, nearest
+from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.rules import (
     FRACTION,
     MOMENTUM,
@@ -22,9 +26,6 @@ from d2distill.common.rules import (
     refuse_nan,
 )
 from d2distill.common.settings import as_kind
-from detectron2.config import CfgNode as Detectron2CfgNode
-from detectron2.config import get_cfg as detectron2_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
 __all__ = [
     "CfgNode",
@@ -188,7 +189,7 @@ def validate(cfg: CfgNode) -> None:
     refuse_nan(cfg)
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE {name}: there is no such one{nearest(name, dict(META_ARCH_REGISTRY))}"
+            f"MODEL.META_ARCHITECTURE {name}: there is no such one{did_you_mean(name, dict(META_ARCH_REGISTRY))}"
         )
     if methods and not issubclass(META_ARCH_REGISTRY.get(name), DistillDetector):
         raise ConfigError(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.detection.weight_names import BOTTOM_UP, of_fpn_backbone

@@ -6,10 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from d2distill.common.engine.compare import Entry
-from d2distill.detection.config import CfgNode, load_cfg
-from d2distill.detection.data import build_test_loader, load_test_set, register_datasets
-from d2distill.detection.weights import load_student
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
@@ -20,6 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import nn
+
+from d2distill.common.engine.compare import Entry
+from d2distill.detection.config import CfgNode, load_cfg
+from d2distill.detection.data import build_test_loader, load_test_set, register_datasets
+from d2distill.detection.weights import load_student
 
 __all__ = ["draw_detections"]
 

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from d2distill.common.errors import ConfigError
-from d2distill.detection.data.loader import build_test_loader
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -18,6 +16,9 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
+
+from d2distill.common.errors import ConfigError
+from d2distill.detection.data.loader import build_test_loader
 
 __all__ = ["check_evaluators", "evaluate_detector"]
 

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from d2distill.common.errors import CheckpointError, ConfigError
-from d2distill.detection.config import teacher_cfg, zoo_weights
-from d2distill.detection.weights import has_teacher, load_teacher
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
+
+from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.detection.config import teacher_cfg, zoo_weights
+from d2distill.detection.weights import has_teacher, load_teacher
 
 __all__ = ["Teacher", "build_teacher"]
 

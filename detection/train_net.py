@@ -7,10 +7,11 @@ python detection/train_net.py --config-file FILE --eval-only MODEL.WEIGHTS stude
 python detection/train_net.py --config-file FILE SOLVER.BASE_LR 0.02      # any setting, as KEY VALUE
 """
 
+from detectron2.engine import default_argument_parser
+
 from d2distill.common.engine.launch import command, launch
 from d2distill.detection.config import load_cfg
 from d2distill.detection.trainer import evaluate, train
-from detectron2.engine import default_argument_parser
 
 
 def main() -> None:

@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from torch import Tensor, nn
+
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
 from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
@@ -15,11 +21,6 @@ from d2distill.detection.config import CfgNode
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.evaluation import check_evaluators, evaluate_detector
 from d2distill.detection.weights import load_student
-from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.utils import comm
-from torch import Tensor, nn
 
 __all__ = ["DetectionTrainer", "evaluate", "train"]
 

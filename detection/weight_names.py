@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping
 
-from d2distill.common.errors import CheckpointError
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import Tensor
+
+from d2distill.common.errors import CheckpointError
 
 __all__ = ["BOTTOM_UP", "nested_mobilenetv2_names", "of_classifier", "of_fpn_backbone", "resnet_blocks"]
 

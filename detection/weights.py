@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from d2distill.common.engine.weights import differences, read_content, state_dict_of
-from d2distill.common.errors import CheckpointError
-from d2distill.detection.weight_names import BOTTOM_UP, nested_mobilenetv2_names, of_classifier, resnet_blocks
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
+
+from d2distill.common.engine.weights import differences, read_content, state_dict_of
+from d2distill.common.errors import CheckpointError
+from d2distill.detection.weight_names import BOTTOM_UP, nested_mobilenetv2_names, of_classifier, resnet_blocks
 
 __all__ = ["CAFFE2", "DetectorWeights", "has_teacher", "load_student", "load_teacher", "read_detector"]
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY
+
 from d2distill.classification.config import load_cfg
 from d2distill.classification.data import DATASET_REGISTRY
 from d2distill.classification.models import registry
@@ -19,10 +22,7 @@ from d2distill.common.errors import ConfigError
 from d2distill.detection.config import load_cfg as load_det_cfg
 from d2distill.detection.data.digits_coco import make
 from d2distill.detection.trainer import train as train_detector
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import BACKBONE_REGISTRY
-
-from tests.detection.small import SMALL, batch, build, small_cfg, step
+from tests.detection.tiny_detectors import SMALL, batch, build, small_cfg, step
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

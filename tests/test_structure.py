@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from d2distill.classification.config import load_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.common.distillers import DISTILLERS
-
 from tests.goldens.fill import array
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from detectron2.utils.collect_env import collect_env_info
+
 from d2distill.classification.compare import Entry, draw_curves, run_all, table
 from d2distill.common.engine.launch import command
-from detectron2.utils.collect_env import collect_env_info
 
 ROOT = Path(__file__).resolve().parent.parent
 

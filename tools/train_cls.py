@@ -7,10 +7,11 @@ python tools/train_cls.py --config-file FILE --eval-only MODEL.STUDENT.WEIGHTS s
 python tools/train_cls.py --config-file FILE SOLVER.BASE_LR 0.1  # any setting, as KEY VALUE
 """
 
+from detectron2.engine import default_argument_parser
+
 from d2distill.classification.config import load_cfg
 from d2distill.classification.trainer import evaluate, train
 from d2distill.common.engine.launch import command, launch
-from detectron2.engine import default_argument_parser
 
 
 def main() -> None:

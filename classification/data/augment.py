@@ -158,7 +158,7 @@ class ResizedCropFlip(Augmentation):
                 top = int(rng.integers(height - h + 1))
                 left = int(rng.integers(width - w + 1))
                 return {"top": top, "left": left, "height": h, "width": w}
-        # No box fits in a very long or very small image: the largest centred one of an allowed ratio.
+        # No box fits in a very long or very small image: the largest zero_mean one of an allowed ratio.
         low, high = self.ratio
         w = min(width, max(1, round(height * high)))
         h = min(height, max(1, round(width / low)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import DataError
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from d2distill.common.errors import DataError
 from PIL import Image
+
+from d2distill.common.errors import DataError
 
 from .locate import dataset_root
 from .registry import NamedRegistry

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
 from d2distill.common.errors import DataError
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from d2distill.common.errors import DataError
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+
+from d2distill.common.errors import DataError
 
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, FileDataset, register_dataset
 from .locate import find_folder

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from d2distill.classification.data.augment import sample
-from d2distill.classification.data.datasets import ImageDataset
-from d2distill.common.engine.loading import WorkerLoader
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from d2distill.classification.data.augment import sample
+from d2distill.classification.data.datasets import ImageDataset
+from d2distill.common.engine.loading import WorkerLoader
 
 __all__ = ["EpochBatchSampler", "Samples", "Subset", "build_test_loader", "build_train_loader"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from d2distill.common.errors import nearest
 from fvcore.common.registry import Registry
+
+from d2distill.common.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class NamedRegistry(Registry):
         """
         if name in self:
             return super().get(name)
-        hint = nearest(str(name), self.names())
+        hint = did_you_mean(str(name), self.names())
         raise ValueError(f"unknown {self._name} {name!r}{hint}; known: {', '.join(self.names())}")
 
     def names(self) -> list[str]:

@@ -1,8 +1,9 @@
 """What the zoo's models share."""
 
 import torch.nn.functional as F
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 
 class ZooModel(nn.Module):

@@ -1,9 +1,10 @@
 """``timm:NAME``: the models of PyTorch Image Models, through timm's own feature interface."""
 
 import torch
-from d2distill.common.errors import nearest
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.errors import did_you_mean
+from d2distill.common.outputs import Outputs
 
 from .library import LibraryModel, PooledRecorder, adopt, evenly_spaced, hooked, last_classifier, tokens_to_map
 
@@ -64,7 +65,7 @@ def build_timm(name: str, num_classes: int, image_size: int | tuple[int, int] | 
     except ImportError as error:
         raise ImportError(f"'timm:{name}' needs timm: pip install timm") from error
     if not timm.is_model(name):
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{nearest(name, timm.list_models())}")
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}{did_you_mean(name, timm.list_models())}")
     model = _create(timm.create_model, name, num_classes, image_size)
     model = adopt(model, TimmModel, _classifiers(model, num_classes))
     infos = list(model.feature_info if isinstance(model.feature_info, list) else model.feature_info.info)

@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterator
 
 import torchvision
-from d2distill.common.errors import nearest
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.ops import Permute
+
+from d2distill.common.errors import did_you_mean
+from d2distill.common.outputs import Outputs
 
 from .library import LibraryModel, PooledRecorder, adopt, evenly_spaced, hooked, last_classifier, tokens_to_map
 
@@ -113,7 +114,7 @@ def build_torchvision(name: str, num_classes: int, image_size: int | tuple[int, 
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(f"torchvision {torchvision.__version__} has no classifier {name!r}{nearest(name, known)}")
+        raise ValueError(f"torchvision {torchvision.__version__} has no classifier {name!r}{did_you_mean(name, known)}")
     options = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}

@@ -1,8 +1,9 @@
 """MobileNetV1 (Howard et al., 2017) for ImageNet."""
 
 import torch.nn.functional as F
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 from .base import ZooModel, global_pool
 from .registry import register

@@ -1,7 +1,8 @@
 """MobileNetV2 of half width for CIFAR (Sandler et al., CVPR 2018), with ReLU in the place of ReLU6."""
 
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 from .base import ZooModel, global_pool, kaiming_init_
 from .registry import register

@@ -1,7 +1,8 @@
 """MobileNetV2 for Tiny-ImageNet (Sandler et al., CVPR 2018): biased convolutions, a 1x1 stem, a 1x1 classifier."""
 
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 from .base import ZooModel, global_pool
 from .registry import register

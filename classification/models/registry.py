@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from d2distill.common.errors import nearest
 from torch import nn
+
+from d2distill.common.errors import did_you_mean
 
 from .library_timm import build_timm
 from .library_torchvision import build_torchvision
@@ -73,6 +74,6 @@ def build_model(
             return _BUILDERS[candidate](num_classes)
     known = [*_BUILDERS, *(n.split("/")[1] for n in _BUILDERS)]
     raise ValueError(
-        f"unknown model {name!r}{nearest(name, known)}; "
+        f"unknown model {name!r}{did_you_mean(name, known)}; "
         f"model_names() lists the zoo, library models are 'timm:NAME' and 'torchvision:NAME'"
     )

@@ -3,9 +3,10 @@
 from functools import partial
 
 import torch.nn.functional as F
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
 from torchvision.models import ResNet
+
+from d2distill.common.outputs import Outputs
 
 from .base import ZooModel
 from .blocks import BasicBlock, Bottleneck, run_stages

@@ -4,8 +4,9 @@ with neither stride nor pooling (He et al., CVPR 2016, as the CRD and later code
 from functools import partial
 
 import torch.nn.functional as F
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 from . import blocks
 from .base import ZooModel, global_pool, kaiming_init_

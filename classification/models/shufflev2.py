@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 from .base import ZooModel, channel_shuffle, global_pool
 from .registry import register

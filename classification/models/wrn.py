@@ -3,8 +3,9 @@
 from functools import partial
 
 import torch.nn.functional as F
-from d2distill.common.outputs import Outputs
 from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
 
 from .base import ZooModel, global_pool, kaiming_init_
 from .registry import register

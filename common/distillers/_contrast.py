@@ -6,7 +6,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 
-def draw_contrast(
+def sample_negatives(
     label: Tensor, order: Tensor, sorted_labels: Tensor, num_negatives: int, index: Tensor | None = None
 ) -> Tensor:
     """One positive and K negatives per sample, drawn with replacement, uniformly over all samples of other classes.
@@ -32,7 +32,7 @@ def draw_contrast(
     return torch.cat([positive, negative], dim=1)
 
 
-def contrast_products(embedding: Tensor, bank: Tensor, contrast: Tensor) -> Tensor:
+def contrast_logits(embedding: Tensor, bank: Tensor, contrast: Tensor) -> Tensor:
     """Inner products (N, 1 + K) of embeddings (N, D) with the rows `contrast` (N, 1 + K) of a bank (num_samples, D).
 
     The bank may change before the backward pass.

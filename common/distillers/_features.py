@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from d2distill.common.distillers._numerics import at_least_float32, no_autocast
-from d2distill.common.distillers.base import Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import no_autocast, upcast
+from d2distill.common.distillers.base import Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 
 __all__ = ["FeatureDistiller"]
 
@@ -43,7 +44,7 @@ class FeatureDistiller(Distiller):
     def common_defaults(cls) -> dict[str, Any]:
         return {**super().common_defaults(), "FIRST": 1}
 
-    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
         """The maps (of outputs) or shapes (of specs) that are compared, in pairs from shallow to deep."""
         first = self.cfg.FIRST
         return align(getattr(student, self.student_maps)[first:], getattr(teacher, self.teacher_maps)[first:])
@@ -53,10 +54,10 @@ class FeatureDistiller(Distiller):
         raise TypeError(f"{self.name} defines no feature_loss()")
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        feats_student, feats_teacher = self.stages(student, teacher)
+        feats_student, feats_teacher = self.select_pairs(student, teacher)
         # Half precision has no room for squares and sums over whole maps, nor for the gradients of connectors.
         with no_autocast(feats_student[0]):
-            loss = self.feature_loss(*([at_least_float32(f) for f in maps] for maps in (feats_student, feats_teacher)))
+            loss = self.feature_loss(*([upcast(f) for f in maps] for maps in (feats_student, feats_teacher)))
         return {f"loss_{self.name.lower()}": loss}
 
 
@@ -76,20 +77,22 @@ def align(*lists: Sequence[Any]) -> tuple[list[Any], ...]:
     return tuple(list(entries[len(entries) - length :]) for entries in lists)
 
 
-def match_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The larger of two maps (N, C, H, W) average-pooled to the smaller, along each axis."""
     size = [min(sizes) for sizes in zip(a.shape[2:], b.shape[2:], strict=True)]
     return resize(a, size), resize(b, size)
 
 
-def matched(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of maps of one size, see :func:`match_size`, in at least fp32, the teacher's detached.
+def pool_pairs_to_smaller(
+    feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of maps of one size, see :func:`pool_to_smaller`, in at least fp32, the teacher's detached.
 
     Raises:
         ValueError: lists of different length.
     """
     for student, teacher in zip(feats_student, feats_teacher, strict=True):
-        yield match_size(at_least_float32(student), at_least_float32(teacher).detach())
+        yield pool_to_smaller(upcast(student), upcast(teacher).detach())
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -3,18 +3,21 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from d2distill.common.distillers._features import FeatureDistiller, align
-from d2distill.common.distillers._numerics import at_least_float32, no_autocast
-from d2distill.common.distillers.base import Context
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2distill.common.distillers._features import FeatureDistiller, align
+from d2distill.common.distillers._numerics import no_autocast, upcast
+from d2distill.common.distillers.base import Context
+from d2distill.common.outputs import Outputs, OutputSpec
+
 __all__: list[str] = []
 
 
-def same_size(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def resize_pairs_to_teacher(
+    feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of maps (N, C, H, W), at least fp32, the student's interpolated to the teacher's size.
 
     No gradient reaches the teacher.
@@ -29,7 +32,7 @@ def same_size(feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]) 
             raise ValueError(
                 f"maps of {tuple(student.shape)} and {tuple(teacher.shape)} have different samples or channels"
             )
-        student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
+        student, teacher = upcast(student), upcast(teacher).detach()
         if student.shape != teacher.shape:
             student = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
         yield student, teacher
@@ -46,20 +49,20 @@ class LevelDistiller(FeatureDistiller):
         self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
     ) -> None:
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        channels = [(s[0], t[0]) for s, t in zip(*self.stages(student_spec, teacher_spec), strict=True)]
+        channels = [(s[0], t[0]) for s, t in zip(*self.select_pairs(student_spec, teacher_spec), strict=True)]
         self.connectors = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in channels)
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
         return {**super().common_defaults(), "LEVELS": 0}
 
-    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
         first, last = self.cfg.FIRST, self.cfg.LEVELS or None
         return align(student.feats[first:][:last], teacher.feats[first:][:last])
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        feats_student, feats_teacher = self.stages(student, teacher)
+        feats_student, feats_teacher = self.select_pairs(student, teacher)
         # Half precision has no room for squares and sums over whole maps.
         with no_autocast(feats_student[0]):
-            connected = [c(at_least_float32(s)) for c, s in zip(self.connectors, feats_student, strict=True)]
+            connected = [c(upcast(s)) for c, s in zip(self.connectors, feats_student, strict=True)]
             return {f"loss_{self.name.lower()}": self.feature_loss(connected, feats_teacher)}

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 __all__: list[str] = []
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """Half precision becomes fp32, where a sum over classes or pixels keeps its digits; fp64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -33,7 +33,7 @@ def l2_normalize(tensor: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error over all elements in at least fp32; 0 where there are none. The teacher is detached."""
-    student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
+    student, teacher = upcast(student), upcast(teacher).detach()
     return F.mse_loss(student, teacher, reduction="sum") / max(student.numel(), 1)
 
 
@@ -47,7 +47,7 @@ def kl_per_sample(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
-def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+def zero_mean(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Values minus their mean over `dim`; 0, without a gradient, where they are constant.
 
     What rounding leaves of constant values has no direction, and would become one when divided by its norm.

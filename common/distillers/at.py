@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from d2distill.common.distillers._features import FeatureDistiller, matched
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
 from d2distill.common.distillers._numerics import element_mean, l2_normalize
 from d2distill.common.distillers.base import DISTILLERS
 from d2distill.common.outputs import Outputs, OutputSpec
-from fvcore.common.config import CfgNode
-from torch import Tensor
 
 __all__ = ["AT", "at_loss"]
 
@@ -35,7 +36,10 @@ def at_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], p: float =
     def attention(feats: Tensor) -> Tensor:
         return l2_normalize(feats.abs().pow(p).mean(1).flatten(1), dim=1)
 
-    return sum(element_mean((attention(s) - attention(t)).square()) for s, t in matched(feats_student, feats_teacher))
+    return sum(
+        element_mean((attention(s) - attention(t)).square())
+        for s, t in pool_pairs_to_smaller(feats_student, feats_teacher)
+    )
 
 
 @DISTILLERS.register()
@@ -60,9 +64,9 @@ class AT(FeatureDistiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 1000.0, "P": 2.0, "ALIGN": "deep"}
 
-    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
         if self.cfg.ALIGN == "deep":
-            return super().stages(student, teacher)
+            return super().select_pairs(student, teacher)
         pairs = zip(student.feats[self.cfg.FIRST :], teacher.feats[self.cfg.FIRST :], strict=False)
         maps_student, maps_teacher = zip(*pairs, strict=True)
         return list(maps_student), list(maps_teacher)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, centred
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
+
+from d2distill.common.distillers._numerics import upcast, zero_mean
+from d2distill.common.outputs import Outputs, OutputSpec
 
 __all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
 
@@ -178,8 +179,8 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
     Returns:
         (N, C), at least fp32.
     """
-    logits = at_least_float32(logits)
-    difference = centred(logits, 1)
+    logits = upcast(logits)
+    difference = zero_mean(logits, 1)
     # The norm's gradient is 0 where all logits are equal; that of a square root would be infinite.
     deviation = difference.norm(dim=1, keepdim=True) / max(logits.shape[1] - 1, 1) ** 0.5
     return difference / (deviation + eps)
@@ -215,7 +216,7 @@ class LogitDistiller(Distiller):
         return self.logit_loss(logits_student, self.average(members), target)
 
     def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        prepare = standardize_logits if self.cfg.get("STANDARDIZE", False) else at_least_float32
+        prepare = standardize_logits if self.cfg.get("STANDARDIZE", False) else upcast
         logits_student = prepare(student.logits)
         if teacher.ensemble is None:
             loss = self.logit_loss(logits_student, prepare(teacher.logits), target)

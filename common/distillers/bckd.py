@@ -3,10 +3,11 @@
 import math
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import upcast
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["BCKD", "bckd_loss"]
 
@@ -35,7 +36,7 @@ def bckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
     Returns:
         0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
-    student, p_teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach().sigmoid()
+    student, p_teacher = upcast(logits_student), upcast(logits_teacher).detach().sigmoid()
     weight = (p_teacher - student.sigmoid()).abs()
     per_row = (weight * F.binary_cross_entropy_with_logits(student, p_teacher, reduction="none")).sum(1)
     counted = target >= 0

@@ -4,14 +4,15 @@ import math
 from typing import Any
 
 import torch
-from d2distill.common.distillers._contrast import contrast_products, draw_contrast, last_of_each
-from d2distill.common.distillers._numerics import batch_mean
-from d2distill.common.distillers._processes import all_ranks, sum_over_ranks
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._contrast import contrast_logits, last_of_each, sample_negatives
+from d2distill.common.distillers._distributed import all_gather_rows, all_reduce_sum
+from d2distill.common.distillers._numerics import batch_mean
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 
 __all__ = ["CRD", "crd_loss"]
 
@@ -108,15 +109,15 @@ class CRD(Distiller):
         with torch.autocast(device.type, enabled=False):
             of_student = F.normalize(self.embed_student(student.pooled.to(self.z.dtype)))
             of_teacher = F.normalize(self.embed_teacher(teacher.pooled.detach().to(self.z.dtype)))
-            everywhere, classes, *embeddings = all_ranks(index, target.long(), of_student, of_teacher)
+            everywhere, classes, *embeddings = all_gather_rows(index, target.long(), of_student, of_teacher)
             last = last_of_each(everywhere)
             if not self.all_known:
                 self.labels[everywhere] = classes[last]
                 self.order.copy_(self.labels.argsort(stable=True))
             contrast = self._contrast(index, ctx.contrast_index)
             products = [
-                contrast_products(of_student, self.bank_teacher, contrast) / self.cfg.T,
-                contrast_products(of_teacher, self.bank_student, contrast) / self.cfg.T,
+                contrast_logits(of_student, self.bank_teacher, contrast) / self.cfg.T,
+                contrast_logits(of_teacher, self.bank_student, contrast) / self.cfg.T,
             ]
             self._fix_z(products)
             loss = sum(crd_loss(p - z.log(), self.num_samples) for p, z in zip(products, self.z, strict=True))
@@ -128,7 +129,7 @@ class CRD(Distiller):
     def _contrast(self, index: Tensor, given: Tensor | None) -> Tensor:
         if given is None:
             positives = index if self.cfg.MODE == "exact" else None
-            return draw_contrast(self.labels[index], self.order, self.labels[self.order], self.cfg.K, positives)
+            return sample_negatives(self.labels[index], self.order, self.labels[self.order], self.cfg.K, positives)
         if given.shape[1] < 2:
             raise ValueError(f"{self.name}: contrast_index holds a positive and its negatives, not {given.shape[1]}")
         return given.long().to(index.device, non_blocking=True)
@@ -137,7 +138,7 @@ class CRD(Distiller):
     def _fix_z(self, products: list[Tensor]) -> None:
         """Set Z where it is unset; done in every step, since asking whether it is would wait for the device."""
         count = products[0].new_full((1,), products[0].numel())
-        *sums, count = sum_over_ranks(torch.cat([*(p.exp().sum()[None] for p in products), count]))
+        *sums, count = all_reduce_sum(torch.cat([*(p.exp().sum()[None] for p in products), count]))
         fresh = self.num_samples * torch.stack(sums) / count.clamp(min=1)
         self.z.copy_(torch.where((self.z < 0) & (count > 0), fresh, self.z))
 

@@ -1,10 +1,11 @@
 """Channel-wise distillation: where each channel of a feature map looks."""
 
-from d2distill.common.distillers._levels import LevelDistiller, same_size
-from d2distill.common.distillers._numerics import batch_mean, kl_per_sample
-from d2distill.common.distillers.base import DISTILLERS
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._levels import LevelDistiller, resize_pairs_to_teacher
+from d2distill.common.distillers._numerics import batch_mean, kl_per_sample
+from d2distill.common.distillers.base import DISTILLERS
 
 __all__ = ["CWD", "cwd_loss"]
 
@@ -31,7 +32,7 @@ def cwd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], temperatu
     """
     return temperature**2 * sum(
         batch_mean(kl_per_sample(*(F.log_softmax(maps.flatten(2).flatten(0, 1) / temperature, dim=1) for maps in pair)))
-        for pair in same_size(feats_student, feats_teacher)
+        for pair in resize_pairs_to_teacher(feats_student, feats_teacher)
     )
 
 

@@ -1,16 +1,17 @@
 """Distillation of relations between classes and between samples."""
 
-from d2distill.common.distillers._numerics import at_least_float32, centred
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import upcast, zero_mean
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["DIST", "dist_loss"]
 
 
 def _correlation(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
     """Pearson correlation along `dim`; 0, without a gradient, where one of the two is constant."""
-    x, y = centred(x, dim), centred(y, dim)
+    x, y = zero_mean(x, dim), zero_mean(y, dim)
     return (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim) + eps)
 
 
@@ -36,11 +37,11 @@ def dist_loss(
     Returns:
         0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
-    student = at_least_float32(logits_student)
+    student = upcast(logits_student)
     if not len(student):
         return student.sum()
     student = F.softmax(student / temperature, dim=1)
-    teacher = F.softmax(at_least_float32(logits_teacher).detach() / temperature, dim=1)
+    teacher = F.softmax(upcast(logits_teacher).detach() / temperature, dim=1)
     rows, columns = (1 - _correlation(student, teacher, dim).mean() for dim in (1, 0))
     return temperature**2 * (beta * rows + gamma * columns)
 

@@ -1,10 +1,11 @@
 """Decoupled knowledge distillation."""
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["DKD", "decoupled_kl", "dkd_loss"]
 
@@ -37,7 +38,7 @@ def decoupled_kl(
     is_target = F.one_hot(target, logits_student.shape[1]).bool()
     pairs, others = [], []
     for logits in (logits_student, logits_teacher.detach()):
-        scaled = at_least_float32(logits) / temperature
+        scaled = upcast(logits) / temperature
         rest = scaled.masked_fill(is_target, -torch.inf)
         odds = scaled[is_target] - rest.logsumexp(1)
         pairs.append(torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1))

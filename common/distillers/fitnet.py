@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from d2distill.common.distillers._features import BatchNorm, resize
-from d2distill.common.distillers._numerics import at_least_float32, mse, no_autocast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._features import BatchNorm, resize
+from d2distill.common.distillers._numerics import mse, no_autocast, upcast
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 
 __all__ = ["FitNet", "fitnet_loss"]
 
@@ -86,5 +87,5 @@ class FitNet(Distiller):
         feat_student, feat_teacher = (of.feats[self.cfg.HINT_LAYER] for of in (student, teacher))
         # In half precision large maps have gradients of the regressor that are not finite.
         with no_autocast(feat_student):
-            regressed = self.regressor(at_least_float32(feat_student), feat_teacher.shape[2:])
+            regressed = self.regressor(upcast(feat_student), feat_teacher.shape[2:])
             return {"loss_fitnet": fitnet_loss(regressed, feat_teacher)}

@@ -1,9 +1,10 @@
 """Knowledge distillation by softened class probabilities."""
 
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["KD", "kd_loss"]
 
@@ -22,8 +23,8 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     Returns:
         0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
-    log_student = F.log_softmax(at_least_float32(logits_student) / temperature, dim=1)
-    log_teacher = F.log_softmax(at_least_float32(logits_teacher).detach() / temperature, dim=1)
+    log_student = F.log_softmax(upcast(logits_student) / temperature, dim=1)
+    log_teacher = F.log_softmax(upcast(logits_teacher).detach() / temperature, dim=1)
     return temperature**2 * batch_mean(kl_per_sample(log_student, log_teacher))
 
 

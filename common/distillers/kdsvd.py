@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from d2distill.common.distillers._features import FeatureDistiller, matched
-from d2distill.common.distillers._numerics import no_autocast
-from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
+from d2distill.common.distillers._numerics import no_autocast
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 
 __all__ = ["KDSVD", "kdsvd_loss"]
 
@@ -43,7 +44,7 @@ def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int 
         raise ValueError(f"consecutive maps are compared, which takes two or more, but there are {len(feats_student)}")
     total, before = 0.0, None
     with no_autocast(feats_student[0]):
-        for student, teacher in matched(feats_student, feats_teacher):
+        for student, teacher in pool_pairs_to_smaller(feats_student, feats_teacher):
             values, vectors_teacher = _right_singular(teacher, k)
             _, vectors_student = _right_singular(student, k + 3)
             weights = F.normalize(values, dim=1).unsqueeze(1)
@@ -90,7 +91,7 @@ class KDSVD(FeatureDistiller):
         self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
     ) -> None:
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        if len(self.stages(student_spec, teacher_spec)[0]) < 2:
+        if len(self.select_pairs(student_spec, teacher_spec)[0]) < 2:
             raise ValueError(f"{self.name} relates consecutive maps, which takes two or more of each network")
 
     @classmethod

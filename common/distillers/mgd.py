@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from d2distill.common.distillers._levels import LevelDistiller, same_size
-from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+
+from d2distill.common.distillers._levels import LevelDistiller, resize_pairs_to_teacher
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 
 __all__ = ["MGD", "mgd_loss", "random_mask"]
 
@@ -43,7 +44,7 @@ def mgd_loss(feats_generated: list[Tensor], feats_teacher: list[Tensor]) -> Tens
     Raises:
         ValueError: maps of different channels.
     """
-    pairs = same_size(feats_generated, feats_teacher)
+    pairs = resize_pairs_to_teacher(feats_generated, feats_teacher)
     return sum((generated - teacher).square().sum() / max(len(teacher), 1) for generated, teacher in pairs)
 
 
@@ -66,7 +67,7 @@ class MGD(LevelDistiller):
             raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {cfg.MASK!r}')
         if not 0 <= cfg.LAMBDA < 1:
             raise ValueError(f"{self.name}: LAMBDA, the part that is masked, is in [0, 1), but was given {cfg.LAMBDA}")
-        channels = [t[0] for t in self.stages(student_spec, teacher_spec)[1]]
+        channels = [t[0] for t in self.select_pairs(student_spec, teacher_spec)[1]]
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))
             for c in channels
@@ -78,7 +79,7 @@ class MGD(LevelDistiller):
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         # Resized before masking: a mask of the student's size would be blurred.
-        resized = [student for student, _ in same_size(feats_student, feats_teacher)]
+        resized = [student for student, _ in resize_pairs_to_teacher(feats_student, feats_teacher)]
         generated = [
             generator(student * random_mask(student, self.cfg.LAMBDA, self.cfg.MASK))
             for generator, student in zip(self.generators, resized, strict=True)

@@ -1,10 +1,11 @@
 """Normalised distillation: soft cross-entropies of the target class and of the others among themselves."""
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 
 __all__ = ["NKD", "nkd_loss"]
 
@@ -38,13 +39,13 @@ def nkd_loss(
 
 
 def _target_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
     p_teacher, log_p_student = F.softmax(teacher, dim=1), F.log_softmax(student, dim=1)
     return -batch_mean((p_teacher * log_p_student).gather(1, target[:, None])[:, 0])
 
 
 def _other_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
     if student.shape[1] < 2:
         raise ValueError(f"the target is set against other classes, but the logits have {student.shape[1]}")
     label = target[:, None]

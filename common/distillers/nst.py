@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from d2distill.common.distillers._features import FeatureDistiller, matched
+from torch import Tensor
+
+from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
 from d2distill.common.distillers._numerics import l2_normalize, no_autocast
 from d2distill.common.distillers.base import DISTILLERS
-from torch import Tensor
 
 __all__ = ["NST", "nst_loss"]
 
@@ -40,7 +41,7 @@ def nst_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
 
     total = 0.0
     with no_autocast(feats_student[0]):
-        for pair in matched(feats_student, feats_teacher):
+        for pair in pool_pairs_to_smaller(feats_student, feats_teacher):
             s, t = (l2_normalize(feats.flatten(2), dim=2) for feats in pair)
             total = total + kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t)
     return total

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, align
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean
-from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, align
+from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 
 __all__ = ["OFD", "ofd_loss", "ofd_margin"]
 
@@ -40,10 +41,10 @@ def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: 
     """
     total = 0.0
     for i, (student, teacher, margin) in enumerate(zip(feats_student, feats_teacher, margins, strict=True)):
-        student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
+        student, teacher = upcast(student), upcast(teacher).detach()
         if student.shape[2:] != teacher.shape[2:]:
             teacher = F.adaptive_avg_pool2d(teacher, student.shape[2:])
-        teacher = torch.maximum(teacher, at_least_float32(margin).view(1, -1, 1, 1))
+        teacher = torch.maximum(teacher, upcast(margin).view(1, -1, 1, 1))
         error = (student - teacher).square() * ((student > teacher) | (teacher > 0))
         total = total + batch_mean(error.flatten(1).sum(1)) / 2 ** (len(feats_student) - 1 - i)
     return total
@@ -65,7 +66,7 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     ratio = mean / std.clamp_min(torch.finfo(torch.float64).tiny)
     negative = torch.special.ndtr(-ratio)
     expected = mean - std * torch.exp(-(ratio**2) / 2) / math.sqrt(2 * math.pi) / negative
-    return torch.where(negative > 1e-3, expected, -3 * std).to(at_least_float32(bias).dtype)
+    return torch.where(negative > 1e-3, expected, -3 * std).to(upcast(bias).dtype)
 
 
 def _connector(channels_student: int, channels_teacher: int) -> nn.Sequential:
@@ -98,7 +99,7 @@ class OFD(FeatureDistiller):
             )
         self.student_maps = "feats" if student_spec.preacts is None else "preacts"
         self.teacher_maps = "feats" if teacher_spec.preacts is None else "preacts"
-        stages = align(*super().stages(student_spec, teacher_spec), teacher_spec.bn_before_relu)
+        stages = align(*super().select_pairs(student_spec, teacher_spec), teacher_spec.bn_before_relu)
         self.connectors = nn.ModuleList()
         for i, (student_shape, teacher_shape, norm) in enumerate(zip(*stages, strict=True)):
             if norm.num_features != teacher_shape[0]:

@@ -1,17 +1,18 @@
 """Distillation of feature maps by their correlation."""
 
 import torch
-from d2distill.common.distillers._levels import LevelDistiller, same_size
-from d2distill.common.distillers._numerics import centred
-from d2distill.common.distillers.base import DISTILLERS
 from torch import Tensor
+
+from d2distill.common.distillers._levels import LevelDistiller, resize_pairs_to_teacher
+from d2distill.common.distillers._numerics import zero_mean
+from d2distill.common.distillers.base import DISTILLERS
 
 __all__ = ["PKD", "pkd_loss"]
 
 
 def _standardize(maps: Tensor, eps: float = 1e-6) -> Tensor:
     """Each channel with zero mean and unit unbiased deviation over batch and space; a constant one becomes 0."""
-    difference = centred(maps, (0, 2, 3))
+    difference = zero_mean(maps, (0, 2, 3))
     # The norm's gradient is 0 for a constant channel; that of a square root would be infinite.
     norm = torch.linalg.vector_norm(difference, dim=(0, 2, 3), keepdim=True)
     return difference / (norm / max(maps[:, 0].numel() - 1, 1) ** 0.5 + eps)
@@ -37,7 +38,7 @@ def pkd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
     """
     return sum(
         (_standardize(student) - _standardize(teacher)).square().sum() / max(student.numel(), 1) / 2
-        for student, teacher in same_size(feats_student, feats_teacher)
+        for student, teacher in resize_pairs_to_teacher(feats_student, feats_teacher)
     )
 
 

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, element_mean, no_autocast
+from torch import Tensor
+
+from d2distill.common.distillers._numerics import element_mean, no_autocast, upcast
 from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
 from d2distill.common.outputs import Outputs
-from torch import Tensor
 
 __all__ = ["PKT", "pkt_loss"]
 
@@ -29,7 +30,7 @@ def pkt_loss(embedding_student: Tensor, embedding_teacher: Tensor, eps: float = 
     """
 
     def probabilities(embedding: Tensor) -> Tensor:
-        embedding = at_least_float32(embedding)
+        embedding = upcast(embedding)
         unit = embedding / (torch.linalg.vector_norm(embedding, dim=1, keepdim=True) + eps)
         similarity = (unit @ unit.T + 1) / 2
         return similarity / similarity.sum(1, keepdim=True)

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, matched
-from d2distill.common.distillers._numerics import mse
-from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, pool_pairs_to_smaller
+from d2distill.common.distillers._numerics import mse
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import Outputs, OutputSpec
 
 __all__ = ["ReviewKD", "hcl_loss"]
 
@@ -36,7 +37,7 @@ def hcl_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
         ValueError: lists of different length.
     """
     total = 0.0
-    for student, teacher in matched(feats_student, feats_teacher):
+    for student, teacher in pool_pairs_to_smaller(feats_student, feats_teacher):
         loss, weight, weights = mse(student, teacher), 1.0, 1.0
         for level in (4, 2, 1):
             if level < min(student.shape[2:]):
@@ -98,7 +99,7 @@ class ReviewKD(FeatureDistiller):
         self.student_maps = "preacts" if cfg.STUDENT_PREACT else "feats"
         self.teacher_maps = "feats" if teacher_spec.preacts is None else "preacts"
         self.with_pooled = student_spec.pooled is not None and teacher_spec.pooled is not None
-        shapes_student, shapes_teacher = self.stages(student_spec, teacher_spec)
+        shapes_student, shapes_teacher = self.select_pairs(student_spec, teacher_spec)
         mid = min(512, shapes_student[-1][0])
         self.fusions = nn.ModuleList(
             Fusion(s[0], mid, t[0], deepest=i == len(shapes_student) - 1)
@@ -109,8 +110,8 @@ class ReviewKD(FeatureDistiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 5.0, "WARMUP": 20, "STUDENT_PREACT": False}
 
-    def stages(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
-        maps_student, maps_teacher = super().stages(student, teacher)
+    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+        maps_student, maps_teacher = super().select_pairs(student, teacher)
         if not self.with_pooled:
             return maps_student, maps_teacher
         return [*maps_student, _as_map(student.pooled)], [*maps_teacher, _as_map(teacher.pooled)]

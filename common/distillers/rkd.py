@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, l2_normalize, no_autocast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import l2_normalize, no_autocast, upcast
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs
 
 __all__ = ["RKD", "rkd_loss"]
 
@@ -41,7 +42,7 @@ def rkd_loss(
     """
 
     def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = at_least_float32(embedding)
+        embedding = upcast(embedding)
         # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbours far from the origin.
         differences = embedding.unsqueeze(0) - embedding.unsqueeze(1)
         distances = differences.square().sum(2).clamp_min(eps)

@@ -1,10 +1,11 @@
 """Distillation with logits that the labels refine."""
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
 
 __all__ = ["RLD", "rld_loss"]
 
@@ -55,7 +56,7 @@ def rld_loss(
 
 
 def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
     if student.shape[1] < 2:
         raise ValueError(f"the target is set against other classes, but the logits have {student.shape[1]}")
     of_student, of_teacher = (
@@ -66,7 +67,7 @@ def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Ten
 
 
 def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    student, teacher = at_least_float32(logits_student), at_least_float32(logits_teacher).detach()
+    student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
     misleading = teacher >= teacher.gather(1, target[:, None])
     of_student, of_teacher = (
         F.log_softmax((part / temperature).masked_fill(misleading, _HIDDEN), dim=1) for part in (student, teacher)

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from d2distill.common.distillers._numerics import at_least_float32, element_mean, l2_normalize, no_autocast
+from torch import Tensor
+
+from d2distill.common.distillers._numerics import element_mean, l2_normalize, no_autocast, upcast
 from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
 from d2distill.common.outputs import Outputs
-from torch import Tensor
 
 __all__ = ["SP", "sp_loss"]
 
@@ -31,7 +32,7 @@ def sp_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
     """
 
     def similarities(feats: Tensor) -> Tensor:
-        flat = at_least_float32(feats).flatten(1)
+        flat = upcast(feats).flatten(1)
         return l2_normalize(flat @ flat.T, dim=1)
 
     with no_autocast(feats_student[0]):

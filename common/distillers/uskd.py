@@ -1,12 +1,13 @@
 """Self-distillation with soft labels that the student makes for itself."""
 
 import torch
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
+from d2distill.common.outputs import Outputs, OutputSpec
 
 __all__ = ["USKD", "uskd_loss", "zipf_labels"]
 
@@ -31,7 +32,7 @@ def zipf_labels(logits_student: Tensor, logits_weak: Tensor, target: Tensor) -> 
         (N, C), rows that sum to 1, 0 at the target.
     """
     label = target[:, None]
-    weak, final = F.softmax(at_least_float32(logits_weak), 1), F.log_softmax(at_least_float32(logits_student), 1)
+    weak, final = F.softmax(upcast(logits_weak), 1), F.log_softmax(upcast(logits_student), 1)
     score = sum(part / (1 - part.gather(1, label) + 1e-6) for part in (weak, final))
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     zipf = rank.to(score.dtype).reciprocal().scatter(1, label, 0.0)
@@ -72,7 +73,7 @@ def uskd_loss(
             f"the weak logits are {tuple(logits_weak.shape)}, but the logits {tuple(logits_student.shape)}: "
             "each row of the logits needs a feature of its own"
         )
-    student, weak, label = at_least_float32(logits_student), at_least_float32(logits_weak), target[:, None]
+    student, weak, label = upcast(logits_student), upcast(logits_weak), target[:, None]
     log_p = F.log_softmax(student, dim=1).gather(1, label)[:, 0]
     square = log_p.detach().exp() ** 2
     target_part = (1 + square - batch_mean(square)) * log_p
@@ -114,7 +115,7 @@ class USKD(Distiller):
 
     def losses(self, student: Outputs, teacher: Outputs | None, target: Tensor, ctx: Context) -> dict[str, Tensor]:
         with torch.autocast(student.logits.device.type, enabled=False):
-            middle = at_least_float32(student.feats[-2]).mean((2, 3))
+            middle = upcast(student.feats[-2]).mean((2, 3))
             weak = self.head(middle.to(self.head.weight.dtype))
             loss = uskd_loss(student.logits, weak, target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.MU)
         return {f"loss_{self.name.lower()}": loss}

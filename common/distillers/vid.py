@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import torch
-from d2distill.common.distillers._features import FeatureDistiller, match_size
-from d2distill.common.distillers._numerics import at_least_float32, element_mean
-from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d2distill.common.distillers._features import FeatureDistiller, pool_to_smaller
+from d2distill.common.distillers._numerics import element_mean, upcast
+from d2distill.common.distillers.base import DISTILLERS
+from d2distill.common.outputs import OutputSpec
 
 __all__ = ["VID", "vid_loss"]
 
@@ -30,8 +31,8 @@ def vid_loss(mean_student: Tensor, feat_teacher: Tensor, variance: Tensor) -> Te
     Returns:
         0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
     """
-    error = at_least_float32(mean_student) - at_least_float32(feat_teacher).detach()
-    variance = at_least_float32(variance).view(1, -1, 1, 1)
+    error = upcast(mean_student) - upcast(feat_teacher).detach()
+    variance = upcast(variance).view(1, -1, 1, 1)
     return element_mean((error.square() / variance + variance.log()) / 2)
 
 
@@ -62,7 +63,7 @@ class VID(FeatureDistiller):
         super().__init__(cfg, student_spec, teacher_spec, num_samples)
         if cfg.INIT_VAR <= cfg.EPS:
             raise ValueError(f"{self.name}: INIT_VAR ({cfg.INIT_VAR}) has to be above EPS ({cfg.EPS})")
-        pairs = list(zip(*self.stages(student_spec, teacher_spec), strict=True))
+        pairs = list(zip(*self.select_pairs(student_spec, teacher_spec), strict=True))
         self.regressors = nn.ModuleList(_regressor(s[0], t[0]) for s, t in pairs)
         inverse_softplus = math.log(math.expm1(cfg.INIT_VAR - cfg.EPS))
         self.log_scales = nn.ParameterList(torch.full((t[0],), inverse_softplus) for _, t in pairs)
@@ -75,6 +76,6 @@ class VID(FeatureDistiller):
         total = 0.0
         pairs = zip(feats_student, feats_teacher, self.regressors, self.log_scales, strict=True)
         for student, teacher, regressor, log_scale in pairs:
-            student, teacher = match_size(student, teacher)
+            student, teacher = pool_to_smaller(student, teacher)
             total = total + vid_loss(regressor(student), teacher, F.softplus(log_scale) + self.cfg.EPS)
         return total

@@ -1,9 +1,10 @@
 """Weighted matching to the power-transformed teacher."""
 
-from d2distill.common.distillers._numerics import at_least_float32, batch_mean, kl_per_sample
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from torch import Tensor
 from torch.nn import functional as F
+
+from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 
 __all__ = ["WTTM", "wttm_loss"]
 
@@ -24,8 +25,8 @@ def wttm_loss(logits_student: Tensor, logits_teacher: Tensor, gamma: float) -> T
     Returns:
         0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
-    log_student = F.log_softmax(at_least_float32(logits_student), dim=1)
-    log_power = gamma * F.log_softmax(at_least_float32(logits_teacher).detach(), dim=1)
+    log_student = F.log_softmax(upcast(logits_student), dim=1)
+    log_power = gamma * F.log_softmax(upcast(logits_teacher).detach(), dim=1)
     log_weight = log_power.logsumexp(1)
     return batch_mean(log_weight.exp() * kl_per_sample(log_student, log_power - log_weight[:, None]))
 

@@ -11,12 +11,13 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
-from d2distill.common.engine.weights import differences
-from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
-__all__ = ["RunCheckpointer", "check_tensors", "save_student", "write_atomically"]
+from d2distill.common.engine.weights import differences
+from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
+
+__all__ = ["RunCheckpointer", "assert_finite_tensors", "save_student", "write_atomically"]
 
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
@@ -55,7 +56,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], None]) -> No
         os.close(folder)
 
 
-def check_tensors(tensors: Mapping[str, Any]) -> None:
+def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
     """See that the floating tensors among the values are finite. Their device is waited for once.
 
     Raises:
@@ -77,7 +78,7 @@ def save_student(path: str | Path, state_dict: dict[str, Tensor]) -> None:
     Raises:
         DivergedError: its weights are not finite.
     """
-    check_tensors(state_dict)
+    assert_finite_tensors(state_dict)
     write_atomically(path, lambda file: torch.save({"model": state_dict}, file))
 
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from d2distill.common.config import resolve_device
-from d2distill.common.errors import ConfigError, UserError
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
@@ -13,10 +11,13 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["broadcast_buffers", "check_processes", "on_main", "synchronize_batch_norms", "wrap_student"]
+from d2distill.common.config import resolve_device
+from d2distill.common.errors import ConfigError, UserError
+
+__all__ = ["broadcast_buffers", "check_processes", "run_on_main_process", "synchronize_batch_norms", "wrap_student"]
 
 
-def on_main(action: Callable[[], Any]) -> None:
+def run_on_main_process(action: Callable[[], Any]) -> None:
     """Do something in the main process alone, while the others wait. All call it.
 
     Raises:

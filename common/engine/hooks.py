@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from d2distill.common.engine.checkpoint import RunCheckpointer
-from d2distill.common.engine.distributed import on_main
-from d2distill.common.engine.preemption import Preemption
-from d2distill.common.errors import OutputError
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
+
+from d2distill.common.engine.checkpoint import RunCheckpointer
+from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.preemption import Preemption
+from d2distill.common.errors import OutputError
 
 __all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
 
@@ -49,7 +50,7 @@ class EvaluationHook(HookBase):
         if done % self._period and done != self.trainer.max_iter:
             return
         results = dict(self._evaluate())
-        on_main(lambda: self._note(results, done))
+        run_on_main_process(lambda: self._note(results, done))
 
     def _note(self, results: dict[str, float], done: int) -> None:
         if not results:
@@ -90,7 +91,7 @@ class WriterHook(PeriodicWriter):
         self.trainer.log_metrics()
         if length:
             self.trainer.storage.put_scalar("epoch", done / length, smoothing_hint=False)
-        on_main(self._write)
+        run_on_main_process(self._write)
 
     def _write(self) -> None:
         try:
@@ -132,7 +133,7 @@ class CheckpointHook(HookBase):
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if self._preemption.any_process():
+        if self._preemption.requested_on_any_rank():
             self.save_and_stop()
         if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter:
             self.save()
@@ -144,9 +145,9 @@ class CheckpointHook(HookBase):
             DivergedError: in all of them, where losses, weights or the optimiser's state are not finite.
             OutputError: in all of them, where the file cannot be written.
         """
-        self.trainer.check_finite()
+        self.trainer.gather_finite_means()
         self.trainer.collect_state()
-        on_main(self._write)
+        run_on_main_process(self._write)
 
     def save_and_stop(self) -> None:
         """Save after the present step and end the process. All processes call it."""
@@ -156,7 +157,7 @@ class CheckpointHook(HookBase):
 
     def _write(self) -> None:
         # A last update may break what losses show only in the next step, and statistics break before any loss does.
-        self.trainer.check_state()
+        self.trainer.assert_state_finite()
         self._checkpointer.save(f"model_{self.trainer.iter + 1:07d}", **self._extra)
 
     def after_train(self) -> None:

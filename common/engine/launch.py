@@ -12,11 +12,12 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from d2distill.common.engine.job import Job
-from d2distill.common.errors import ConfigError, UserError
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
+
+from d2distill.common.engine.job import Job
+from d2distill.common.errors import ConfigError, UserError
 
 __all__ = ["command", "launch"]
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from d2distill.common.errors import UserError
 from torch.utils.data import DataLoader, Dataset, default_collate
+
+from d2distill.common.errors import UserError
 
 __all__ = ["WorkerLoader"]
 

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from d2distill.common.errors import DivergedError
 from torch import Tensor
+
+from d2distill.common.errors import DivergedError
 
 __all__ = ["MeanMetrics", "average_states"]
 

@@ -8,15 +8,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from d2distill.common.errors import UserError
 from detectron2.utils import comm
 
-__all__ = ["Preemption", "Unfinished", "WatchedBatches"]
+from d2distill.common.errors import UserError
+
+__all__ = ["EvaluationInterrupted", "InterruptibleLoader", "Preemption"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
 
-class Unfinished(Exception):
+class EvaluationInterrupted(Exception):
     """An evaluation was left, by all processes.
 
     Attributes:
@@ -49,7 +50,7 @@ class Preemption:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
-    def any_process(self) -> bool:
+    def requested_on_any_rank(self) -> bool:
         """Whether any process of the job was asked. All call it."""
         if comm.get_world_size() == 1:
             return self.requested
@@ -59,7 +60,7 @@ class Preemption:
         return bool(flag)
 
 
-class WatchedBatches:
+class InterruptibleLoader:
     """Batches of an evaluation, which ends early where the job is to stop, for a scheduler does not wait for it, or
     where one of them cannot be had.
 
@@ -68,7 +69,7 @@ class WatchedBatches:
         preemption: what is watched.
 
     Raises:
-        Unfinished: in all processes, after their last batch, where one of them was asked to stop or had an error.
+        EvaluationInterrupted: in all processes, after their last batch, where one was asked to stop or had an error.
     """
 
     def __init__(self, batches: Iterable[Any], preemption: Preemption) -> None:
@@ -90,4 +91,4 @@ class WatchedBatches:
         asked, errors = zip(*comm.all_gather((self.preemption.requested, error)), strict=True)
         errors = [error for error in errors if error is not None]
         if any(asked) or errors:
-            raise Unfinished(None if any(asked) else errors[0])
+            raise EvaluationInterrupted(None if any(asked) else errors[0])

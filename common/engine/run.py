@@ -10,15 +10,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from d2distill.common.config import import_extensions
-from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from d2distill.common.engine.distributed import check_processes, on_main
-from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from d2distill.common.engine.preemption import Preemption, Unfinished, WatchedBatches
-from d2distill.common.engine.settings import changes, flat_settings, group_settings, renew_groups
-from d2distill.common.engine.trainer import StepTrainer
-from d2distill.common.engine.writers import build_writers
-from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
 from detectron2.engine import hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -27,6 +18,16 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
+
+from d2distill.common.config import import_extensions
+from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from d2distill.common.engine.distributed import check_processes, run_on_main_process
+from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
+from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
+from d2distill.common.engine.trainer import StepTrainer
+from d2distill.common.engine.writers import build_writers
+from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
 
 __all__ = ["RunTrainer", "prepare_run", "start_logs"]
 
@@ -77,7 +78,7 @@ class RunTrainer(StepTrainer):
         self.settings = flat_settings(cfg)
         self.facts = {**{key: self.settings[key] for key in self.fixed}, **facts}
         self._schedule = schedule
-        self._groups = group_settings(optimizer)
+        self._groups = param_group_hparams(optimizer)
         self.checkpointer = RunCheckpointer(network, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP, trainer=self)
         # Of training and evaluation, over all restarts.
         self.seconds = 0.0
@@ -96,9 +97,9 @@ class RunTrainer(StepTrainer):
         """More metrics, taken once after the training; empty beside the main process."""
         return {}
 
-    def watched(self, batches: Iterable[Any]) -> WatchedBatches:
+    def watched(self, batches: Iterable[Any]) -> InterruptibleLoader:
         """Batches for :meth:`test` that end where the job is to stop, or one cannot be had."""
-        return WatchedBatches(batches, self.preemption)
+        return InterruptibleLoader(batches, self.preemption)
 
     def student_state(self) -> dict[str, Tensor]:
         """The student's state dict, as a stock network of its kind loads it."""
@@ -136,7 +137,7 @@ class RunTrainer(StepTrainer):
             )
         self.checkpointer.restore(path, saved)
         done = self.iter + 1
-        changed = changes(saved.get("settings", {}), self.settings)
+        changed = config_diff(saved.get("settings", {}), self.settings)
         if done == self.max_iter:
             logger.info(f"All {self._amount(done)} are done already")
         elif changed:
@@ -157,7 +158,7 @@ class RunTrainer(StepTrainer):
         """
         writers: list[EventWriter] = []
         # Only now, so that a call that fails leaves the folder of an earlier run as it was.
-        on_main(lambda: writers.extend(self._begin(start)))
+        run_on_main_process(lambda: writers.extend(self._begin(start)))
         self._writer = WriterHook(writers, self.cfg.LOG_PERIOD, self.epoch_length)
         extra = {**self.facts, "settings": self.settings}
         self._saver = CheckpointHook(self.checkpointer, checkpoint_periods, self.preemption, extra)
@@ -166,7 +167,7 @@ class RunTrainer(StepTrainer):
         try:
             self.train(start, self.max_iter)
             results = {**(self.evaluation.summary() if comm.is_main_process() else {}), **self.last_test()}
-            on_main(lambda: self._finish(results))
+            run_on_main_process(lambda: self._finish(results))
         except DivergedError as error:
             diverged = DivergedError(error.what, self._way_on())
             logger.error(diverged)
@@ -219,7 +220,7 @@ class RunTrainer(StepTrainer):
         """Do what follows a step; where its evaluation is left half done, save what was done before it, and end."""
         try:
             finish()
-        except Unfinished as stop:
+        except EvaluationInterrupted as stop:
             latest = self.storage.latest().items()
             self._unfinished = {name: value for name, (value, step) in latest if step == self.iter and name == "lr"}
             if stop.error is None:
@@ -240,7 +241,7 @@ class RunTrainer(StepTrainer):
                 "asked for: a run can be made longer, but not shorter than it is"
             )
         super().load_state_dict(state_dict)
-        renew_groups(self.optimizer, self._schedule, state_dict.get("groups", self._groups), self._groups)
+        apply_new_hyperparams(self.optimizer, self._schedule, state_dict.get("groups", self._groups), self._groups)
         self.seconds = state_dict["seconds"]
         self._unfinished = state_dict["unfinished"]
 
@@ -259,7 +260,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     # Processes that Detectron2 started have imported nothing yet.
     import_extensions(cfg.IMPORTS)
     check_processes(cfg)
-    on_main(lambda: _make_folder(cfg.OUTPUT_DIR))
+    run_on_main_process(lambda: _make_folder(cfg.OUTPUT_DIR))
     if not args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from d2distill.common.errors import DataError, UserError
 
 

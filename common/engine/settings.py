@@ -7,7 +7,7 @@ from detectron2.solver import LRMultiplier
 from fvcore.common.config import CfgNode
 from torch.optim import Optimizer
 
-__all__ = ["changes", "flat_settings", "group_settings", "renew_groups"]
+__all__ = ["apply_new_hyperparams", "config_diff", "flat_settings", "param_group_hparams"]
 
 #: Which folder it is, and what a run only begins with: another value changes nothing in a run that goes on.
 _OF_NO_EFFECT = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.STUDENT.WEIGHTS")
@@ -24,18 +24,18 @@ def flat_settings(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def config_diff(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``"KEY old -> new"`` for what both have and that makes a difference to a run that goes on."""
     keys = [key for key in now if key in before and key not in _OF_NO_EFFECT]
     return [f"{key} {before[key]!r} -> {now[key]!r}" for key in keys if before[key] != now[key]]
 
 
-def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+def param_group_hparams(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Of each group of a freshly built optimiser everything but its parameters and the scheduled learning rate."""
     return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
 
 
-def renew_groups(
+def apply_new_hyperparams(
     optimizer: Optimizer, schedule: LRMultiplier, before: list[dict[str, Any]], now: list[dict[str, Any]]
 ) -> None:
     """Give a restored optimiser the settings that it is built with `now` and was not `before`, and its learning rates.

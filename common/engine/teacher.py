@@ -4,16 +4,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from d2distill.common.distillers import Distiller
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batch_statistics", "leave_teacher_out_of_checkpoints", "passes", "teaching"]
+from d2distill.common.distillers import Distiller
+
+__all__ = ["batch_statistics", "exclude_teacher_from_state_dict", "passes", "teaching"]
 
 _PREFIX = "teacher."
 
 
-def leave_teacher_out_of_checkpoints(model: nn.Module) -> None:
+def exclude_teacher_from_state_dict(model: nn.Module) -> None:
     """Make ``model.state_dict()`` end without, and ``model.load_state_dict()`` expect nothing of, ``model.teacher``."""
     model.register_state_dict_post_hook(_drop)
     model.register_load_state_dict_post_hook(_expect_none)

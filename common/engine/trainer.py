@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from d2distill.common.engine.checkpoint import check_tensors
-from d2distill.common.engine.metrics import MeanMetrics, average_states
-from d2distill.common.errors import DivergedError, UserError
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+
+from d2distill.common.engine.checkpoint import assert_finite_tensors
+from d2distill.common.engine.metrics import MeanMetrics, average_states
+from d2distill.common.errors import DivergedError, UserError
 
 __all__ = ["StepTrainer", "seed_step"]
 
@@ -72,7 +73,7 @@ class StepTrainer(TrainerBase):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
         self.metrics = MeanMetrics()
         # Of what the model itself puts into the event storage.
-        self.noted = MeanMetrics(finite=False)
+        self.model_scalars = MeanMetrics(finite=False)
         self._metric_states: list[dict[str, Any]] = []
         self._batches: Iterator[Any] = iter(())
 
@@ -102,7 +103,7 @@ class StepTrainer(TrainerBase):
                 losses = self.compute_losses(batch)
             except FloatingPointError as error:  # Detectron2's networks look at what they compute
                 raise DivergedError(str(error)) from error
-        self.noted.update({name: value for name, (value, _) in notes.latest().items()})
+        self.model_scalars.update({name: value for name, (value, _) in notes.latest().items()})
         self.storage._vis_data += notes._vis_data
         self.storage._histograms += notes._histograms
         self.optimizer.zero_grad()
@@ -126,16 +127,16 @@ class StepTrainer(TrainerBase):
 
     def log_metrics(self) -> None:
         """Put the means since the last call, over all processes, into the event storage."""
-        notes = comm.all_gather(self.noted.compute())
-        gathered = [{**losses, **own} for losses, own in zip(self.check_finite(), notes, strict=True)]
+        notes = comm.all_gather(self.model_scalars.compute())
+        gathered = [{**losses, **own} for losses, own in zip(self.gather_finite_means(), notes, strict=True)]
         self.metrics.reset()
-        self.noted.reset()
+        self.model_scalars.reset()
         for name in {name: None for means in gathered for name in means}:
             # They are means already: smoothing them once more would depend on when the run was restarted.
             values = [means[name] for means in gathered if name in means]
             self.storage.put_scalar(name, np.mean(values), smoothing_hint=False)
 
-    def check_finite(self) -> list[dict[str, float]]:
+    def gather_finite_means(self) -> list[dict[str, float]]:
         """Every process's means of the losses since the last log line.
 
         Raises:
@@ -151,7 +152,7 @@ class StepTrainer(TrainerBase):
                 raise means
         return gathered
 
-    def check_state(self) -> None:
+    def assert_state_finite(self) -> None:
         """See that this process's weights and its optimiser's state may be saved.
 
         Raises:
@@ -160,7 +161,7 @@ class StepTrainer(TrainerBase):
         tensors = {name.removeprefix("module."): value for name, value in self.model.state_dict().items()}
         for index, state in enumerate(self.optimizer.state.values()):
             tensors.update({f"{name} of the optimiser's parameter {index}": value for name, value in state.items()})
-        check_tensors(tensors)
+        assert_finite_tensors(tensors)
 
     def collect_state(self) -> None:
         """Bring to the main process what differs between them. All call it before that one saves."""
@@ -175,14 +176,14 @@ class StepTrainer(TrainerBase):
         }
 
     def _own_metrics(self) -> list[dict[str, Any]]:
-        return [self.metrics.state_dict(), self.noted.state_dict()]
+        return [self.metrics.state_dict(), self.model_scalars.state_dict()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.scaler.load_state_dict(state_dict["scaler"])
         states = state_dict["metrics"]
-        for metrics, own in zip((self.metrics, self.noted), zip(*states, strict=True), strict=True):
+        for metrics, own in zip((self.metrics, self.model_scalars), zip(*states, strict=True), strict=True):
             # Of another number of processes the average is taken: it is what is logged.
             metrics.load_state_dict(
                 own[comm.get_rank()] if len(own) == comm.get_world_size() else average_states(list(own))

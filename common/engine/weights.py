@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import CheckpointError
-from torch import Tensor, nn
 
 __all__ = ["differences", "load_weights", "read_content", "read_weights", "state_dict_of"]
 

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.errors import DataError
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
 __all__ = ["build_writers", "drop_lines_from", "read_metrics"]
 

@@ -1,11 +1,12 @@
 """torchvision's MobileNetV2 (Sandler et al., CVPR 2018) as Detectron2 backbones."""
 
-from d2distill.common.errors import ConfigError
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
+
+from d2distill.common.errors import ConfigError
 
 __all__ = ["MobileNetV2", "build_mobilenetv2_fpn_backbone", "build_retinanet_mobilenetv2_fpn_backbone"]
 

@@ -3,13 +3,14 @@
 import os
 from typing import Any
 
-from d2distill.common.errors import ConfigError, DataError, UserError, nearest
-from d2distill.detection.config import num_classes
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
+
+from d2distill.common.errors import ConfigError, DataError, UserError, did_you_mean
+from d2distill.detection.config import num_classes
 
 from .locate import ROOT_VARIABLE, data_path
 
@@ -34,7 +35,7 @@ def register_datasets(cfg: CfgNode) -> None:
             raise ConfigError(f"{key} is {entry!r}, but must have the keys {' and '.join(_KEYS)}")
         for given in entry:
             if given not in _KEYS:
-                raise ConfigError(f"unknown config key {key}.{given}{nearest(given, _KEYS)}")
+                raise ConfigError(f"unknown config key {key}.{given}{did_you_mean(given, _KEYS)}")
         for needed in _KEYS:
             if not isinstance(entry.get(needed), str) or not entry[needed]:
                 raise ConfigError(f"{key}.{needed} must be a path, but is {entry.get(needed, 'not there')!r}")
@@ -114,7 +115,7 @@ def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
 def _check_name(name: str, key: str) -> None:
     if name not in DatasetCatalog:
         raise ConfigError(
-            f"{key}: no data set {name} is registered{nearest(name, DatasetCatalog.list())}; DATASETS.REGISTER "
+            f"{key}: no data set {name} is registered{did_you_mean(name, DatasetCatalog.list())}; DATASETS.REGISTER "
             "registers one of your own"
         )
 

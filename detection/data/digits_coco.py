@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from d2distill.common.digits import load_digits_split
-from d2distill.common.errors import DataError
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 from PIL import Image
+
+from d2distill.common.digits import load_digits_split
+from d2distill.common.errors import DataError
 
 from .digits_scene import draw_scene
 from .locate import ROOT_VARIABLE, data_path

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from d2distill.common.engine.loading import WorkerLoader
-from d2distill.common.errors import DataError
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Dataset
+
+from d2distill.common.engine.loading import WorkerLoader
+from d2distill.common.errors import DataError
 
 from .catalog import load_test_set
 from .sampling import build_batch_sampler

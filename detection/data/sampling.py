@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from d2distill.common.errors import ConfigError, DataError
 from detectron2.config import CfgNode
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler
+
+from d2distill.common.errors import ConfigError, DataError
 
 __all__ = ["TrainBatchSampler", "build_batch_sampler", "build_sampler"]
 

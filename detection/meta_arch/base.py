@@ -5,16 +5,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from d2distill.common.config import chosen_methods
-from d2distill.common.distillers import Context, Distiller
-from d2distill.common.engine.teacher import leave_teacher_out_of_checkpoints, passes, teaching
-from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs, OutputSpec
-from d2distill.detection.teacher import Teacher, build_teacher
 from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+
+from d2distill.common.config import chosen_methods
+from d2distill.common.distillers import Context, Distiller
+from d2distill.common.engine.teacher import exclude_teacher_from_state_dict, passes, teaching
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.detection.teacher import Teacher, build_teacher
 
 __all__ = ["DistillDetector"]
 
@@ -47,7 +48,7 @@ class DistillDetector(nn.Module):
         needs = {part for distiller in self.distillers.values() for part in distiller.needs}
         self._looks_at_scores = "logits" in needs
         self._levels = list(levels(self.backbone)) if "feats" in needs else []
-        leave_teacher_out_of_checkpoints(self)
+        exclude_teacher_from_state_dict(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

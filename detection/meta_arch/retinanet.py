@@ -3,15 +3,16 @@
 from typing import Any
 
 import torch
-from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import OutputSpec
-from d2distill.detection.meta_arch.base import Call, DistillDetector, levels
-from d2distill.detection.teacher import Teacher
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
+
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import OutputSpec
+from d2distill.detection.meta_arch.base import Call, DistillDetector, levels
+from d2distill.detection.teacher import Teacher
 
 __all__ = ["DistillRetinaNet"]
 

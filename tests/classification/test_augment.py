@@ -7,6 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
 from d2distill.classification.data import (
     augmentation_names,
     build_augmentation,
@@ -15,11 +19,7 @@ from d2distill.classification.data import (
     sample,
     sample_rng,
 )
-from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
-
-from tests.fixtures_data import class_images, write_cifar100, write_image_folder
+from tests.dataset_files import class_images, write_cifar100, write_image_folder
 
 RECIPES = ["crop", "crop_flip", "none", "resized_crop_flip", "rotate_flip"]
 RANDOM_RECIPES = [name for name in RECIPES if name != "none"]

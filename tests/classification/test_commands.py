@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from d2distill.classification.config import load_cfg
 from d2distill.classification.models import build_model
 from d2distill.classification.trainer import evaluate, train
 from d2distill.common.errors import CheckpointError
-
-from tests.fixtures_data import write_cifar100, write_image_folder
+from tests.dataset_files import write_cifar100, write_image_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["SOLVER.EPOCHS", "1", "DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu"]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from d2distill.classification.compare import Entry, draw_curves, run_all, table
 from d2distill.common.errors import UserError
 

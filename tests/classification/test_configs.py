@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from d2distill.classification.config import get_cfg, image_size, load_cfg, validate
 from d2distill.classification.data import dataset_info
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
-from d2distill.classification.networks import describe
+from d2distill.classification.networks import infer_output_spec
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.classification.trainer import load_datasets, train
 from d2distill.common.config import chosen_methods, resolve_device
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError
-
 from tests.goldens.fill import array
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "cls").glob("*.yaml"))
@@ -91,10 +91,11 @@ def test_stages_of_mobilenetv1_as_published():
     for name, pairs in shapes.items():
         cfg = load(CONFIGS[0].parent / f"imagenet_r50_mv1_{name}.yaml")
         student, teacher = (
-            describe(build_model(f"imagenet/{node.NAME}", 1000), 224) for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER)
+            infer_output_spec(build_model(f"imagenet/{node.NAME}", 1000), 224)
+            for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER)
         )
         (method,) = chosen_methods(cfg).values()
-        stages = method(cfg.DISTILL[name.upper()], student, teacher).stages(student, teacher)
+        stages = method(cfg.DISTILL[name.upper()], student, teacher).select_pairs(student, teacher)
         assert [(s[0], t[0]) for s, t in zip(*stages, strict=True)] == pairs
 
 

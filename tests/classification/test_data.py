@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from d2distill.classification.data import (
     DATASET_REGISTRY,
     ArrayDataset,
@@ -26,9 +28,7 @@ from d2distill.classification.data import (
     register_dataset,
 )
 from d2distill.common.engine.safe_pickle import load_arrays
-from PIL import Image
-
-from tests import fixtures_data as write
+from tests import dataset_files as write
 
 BUILT_IN = ["cifar10", "cifar100", "digits", "fashion_mnist", "folder", "imagenet", "tiny_imagenet"]
 

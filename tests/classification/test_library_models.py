@@ -9,11 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
+
 from d2distill.classification.config import get_cfg
 from d2distill.classification.models import build_model
 from d2distill.classification.models.library import last_classifier, tokens_to_map
 from d2distill.classification.solver import build_optimizer
-from torch import nn
 
 # Name, image size, image_size option, (channels, side) of the maps, D of the pooled vector.
 TIMM = [

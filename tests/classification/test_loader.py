@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from d2distill.classification.data import build_dataset, sample_rng
 from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
 from d2distill.classification.evaluation import AccuracyEvaluator

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from d2distill.common.errors import ConfigError
 
-from tests.classification.methods import (
+from d2distill.common.errors import ConfigError
+from tests.classification.distill_models import (
     METHODS,
     ON_LOGITS,
     WITH_TEACHER,

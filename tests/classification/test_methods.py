@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from d2distill.classification.networks import describe
+from torch import nn
+
+from d2distill.classification.networks import infer_output_spec
 from d2distill.common.distillers import DISTILLERS, Context
 from d2distill.common.errors import ConfigError
 from d2distill.common.outputs import Outputs
-from torch import nn
-
-from tests.classification.methods import (
+from tests.classification.distill_models import (
     CLASSES,
     METHODS,
     WITH_TEACHER,
@@ -27,7 +27,7 @@ from tests.classification.methods import (
     seeded_losses,
     train_step,
 )
-from tests.restarts import assert_identical
+from tests.interruptions import assert_identical
 
 per_method = pytest.mark.parametrize("name", METHODS)
 
@@ -166,7 +166,7 @@ def large_outputs(spec, scale, seed):
 def test_outputs_of_any_scale(name, scales, dtype):
     distiller = build(name, key(name, "WARMUP"), 0).distillers[name.lower()]
     student, teacher = (
-        large_outputs(describe(network(network_name, 32), 32), scale, seed)
+        large_outputs(infer_output_spec(network(network_name, 32), 32), scale, seed)
         for seed, (network_name, scale) in enumerate(zip(("resnet8", "resnet14"), scales, strict=True))
     )
     batch = make_batch()

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from d2distill.classification.config import get_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
@@ -13,9 +16,6 @@ from d2distill.common.engine.checkpoint import save_student
 from d2distill.common.engine.weights import read_weights
 from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.common.outputs import Outputs
-from torch import nn
-from torch.nn import functional as F
-
 from tests.goldens.fill import array, fill_by_name
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from d2distill.classification.models import build_model, model_names, register
 from d2distill.classification.models.base import channel_shuffle
 from d2distill.common.outputs import Outputs
-from torch import nn
-
 from tests.goldens.fill import array, fill_by_name
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

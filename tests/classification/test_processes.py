@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
+from timm.layers import BatchNormAct2d
+
 from d2distill.classification.trainer import ClassificationTrainer, load_datasets
 from d2distill.common.engine.distributed import synchronize_batch_norms
 from d2distill.common.engine.trainer import StepTrainer, seed_step
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError, DivergedError
-from detectron2.layers import NaiveSyncBatchNorm
-from timm.layers import BatchNormAct2d
-
-from tests.classification.runs import run, small_cfg, state
-from tests.restarts import assert_identical
-from tests.slurm import slurm
+from tests.classification.tiny_training import run, small_cfg, state
+from tests.fake_slurm import slurm
+from tests.interruptions import assert_identical
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ("-m", "tests.classification.processes")
+PROGRAM = ("-m", "tests.classification.multi_process_training")
 EQUAL = ("plain", "nine", "one", "dot")
 
 
@@ -127,11 +127,11 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
     model = torch.nn.Linear(1, 1)
     trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.1), iter, seed=0)
     trainer.metrics.update({"loss": torch.tensor(1.0)})
-    assert trainer.check_finite() == [{"loss": 1.0}]
+    assert trainer.gather_finite_means() == [{"loss": 1.0}]
     other = DivergedError("of the other process.")
     monkeypatch.setattr("d2distill.common.engine.trainer.comm.all_gather", lambda own: [own, other])
     with pytest.raises(FloatingPointError, match="of the other process"):
-        trainer.check_finite()
+        trainer.gather_finite_means()
 
 
 def test_synchronised_batch_norms():
@@ -209,7 +209,7 @@ def test_errors_are_said_in_one_line(tmp_path):
 NUM_GPUS = """
 import argparse, sys, torch
 from d2distill.common.engine.launch import launch
-from tests.classification.processes import main
+from tests.classification.multi_process_training import main
 if __name__ == "__main__":
     torch.cuda.device_count = lambda: 2
     args = argparse.Namespace(num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import HookBase
+
 from d2distill.classification.trainer import ClassificationTrainer, load_datasets
 from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
 from d2distill.common.engine.run import prepare_run
 from d2distill.common.engine.writers import drop_lines_from, read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
-from detectron2.engine import HookBase
-
-from tests.classification.runs import STEPS, run, small_cfg, state
-from tests.restarts import assert_identical, fail_in_evaluation
+from tests.classification.tiny_training import STEPS, run, small_cfg, state
+from tests.interruptions import assert_identical, fail_in_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def unbroken(unbroken_folder):
 
 
 def start(folder, workers, moment, step):
-    command = [sys.executable, "-m", "tests.classification.runs", str(folder), str(workers), moment, str(step)]
+    command = [sys.executable, "-m", "tests.classification.tiny_training", str(folder), str(workers), moment, str(step)]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 

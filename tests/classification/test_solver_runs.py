@@ -8,16 +8,16 @@ import shutil
 
 import pytest
 import torch
+
 from d2distill.classification.config import validate
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import why_not_one_sample
 from d2distill.classification.trainer import ClassificationTrainer, load_datasets
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
-
-from tests.classification.methods import WITH_TEACHER, loss_of
-from tests.classification.runs import STEPS, run, small_cfg, state
-from tests.restarts import assert_identical
+from tests.classification.distill_models import WITH_TEACHER, loss_of
+from tests.classification.tiny_training import STEPS, run, small_cfg, state
+from tests.interruptions import assert_identical
 
 ALONE = [name for name, _ in DISTILLERS if name not in WITH_TEACHER]
 TWO = ["wrn_16_1", "resnet8"]

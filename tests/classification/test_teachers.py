@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
+
 from d2distill.classification.modeling import build_distiller
 from d2distill.common.distillers import DISTILLERS, Context, kd_loss, nkd_loss, rld_loss, standardize_logits
 from d2distill.common.errors import ConfigError
 from d2distill.common.outputs import Outputs
-from torch import nn
-
-from tests.classification.methods import (
+from tests.classification.distill_models import (
     CLASSES,
     ON_LOGITS,
     STANDARDIZED,

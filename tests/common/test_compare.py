@@ -1,6 +1,7 @@
 """Runs side by side, with a command that only pretends to train."""
 
 import pytest
+
 from d2distill.common.engine.compare import Entry, mean_std, train_all
 from d2distill.common.errors import UserError
 

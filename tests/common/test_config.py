@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from d2distill.common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
 from d2distill.common.distillers import DISTILLERS, LogitDistiller
 from d2distill.common.errors import ConfigError

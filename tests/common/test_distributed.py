@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from d2distill.common.config import CfgNode
-from d2distill.common.engine.distributed import check_processes, on_main
-from d2distill.common.errors import ConfigError, OutputError
 from detectron2.utils import comm
+
+from d2distill.common.config import CfgNode
+from d2distill.common.engine.distributed import check_processes, run_on_main_process
+from d2distill.common.errors import ConfigError, OutputError
 
 
 def check(monkeypatch, device, processes, here, batch=8, gpus=4):
@@ -56,9 +57,9 @@ def test_what_the_main_process_cannot_do_ends_the_others_as_well(monkeypatch):
         raise error
 
     with pytest.raises(OutputError, match="disk full"):
-        on_main(fail)
+        run_on_main_process(fail)
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
     monkeypatch.setattr(comm, "all_gather", lambda own: [error, own])
     with pytest.raises(OutputError, match="disk full"):
-        on_main(fail)
+        run_on_main_process(fail)
     assert done == [0]

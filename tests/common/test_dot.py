@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from d2distill.common.engine.dot import DOT
 from torch import nn
+
+from d2distill.common.engine.dot import DOT
 
 STEPS = 5
 

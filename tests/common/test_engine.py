@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.events import EventStorage, get_event_storage
+
 from d2distill.common.engine import writers
 from d2distill.common.engine.checkpoint import RunCheckpointer, save_student
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import MeanMetrics, average_states
-from d2distill.common.engine.preemption import Preemption, Unfinished, WatchedBatches
+from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
 from d2distill.common.engine.trainer import StepTrainer
 from d2distill.common.errors import DivergedError
-from detectron2.utils.events import EventStorage, get_event_storage
 
 NAN = float("nan")
 
@@ -57,7 +58,9 @@ def test_a_checkpoint_at_multiples_and_after_the_last_step():
     names = []
     checkpointer = SimpleNamespace(save=lambda name, **facts: names.append((name, facts)))
     hook = CheckpointHook(checkpointer, [4, 6], Preemption(), {"SEED": 3})
-    after_each_step(hook, 9, **dict.fromkeys(("check_finite", "collect_state", "check_state"), lambda: None))
+    after_each_step(
+        hook, 9, **dict.fromkeys(("gather_finite_means", "collect_state", "assert_state_finite"), lambda: None)
+    )
     assert names == [(f"model_000000{step}", {"SEED": 3}) for step in (4, 6, 8, 9)]
 
 
@@ -105,19 +108,19 @@ def test_one_state_for_several_processes():
 
 def test_an_evaluation_stops_at_the_next_batch():
     preemption, seen = Preemption(), []
-    with pytest.raises(Unfinished):
-        for batch in WatchedBatches(range(5), preemption):
+    with pytest.raises(EvaluationInterrupted):
+        for batch in InterruptibleLoader(range(5), preemption):
             seen.append(batch)
             preemption.requested = batch == 1
     assert seen == [0, 1]
-    assert list(WatchedBatches(range(3), Preemption())) == [0, 1, 2]
+    assert list(InterruptibleLoader(range(3), Preemption())) == [0, 1, 2]
 
 
 def test_sigterm_is_given_back():
     before, preemption = signal.getsignal(signal.SIGTERM), Preemption()
     preemption.install()
     signal.raise_signal(signal.SIGTERM)
-    assert preemption.any_process()
+    assert preemption.requested_on_any_rank()
     preemption.remove()
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -1,6 +1,7 @@
 """A process's place in a job, as torchrun and SLURM tell it; and how commands end."""
 
 import pytest
+
 from d2distill.common.engine.job import Job
 from d2distill.common.engine.launch import command
 from d2distill.common.errors import ConfigError

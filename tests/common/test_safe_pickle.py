@@ -8,6 +8,7 @@ from collections import OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
+
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import CheckpointError, DataError
 

@@ -1,8 +1,8 @@
 import pytest
+
 from d2distill.detection.config import get_cfg
 from d2distill.detection.data.digits_coco import prepare
-
-from tests.detection.runs import make_tiny
+from tests.detection.tiny_training import make_tiny
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def digits_coco(datasets_root):
 
 @pytest.fixture(scope="session")
 def tiny(datasets_root):
-    """That folder, with what tests.detection.runs trains on."""
+    """That folder, with what tests.detection.tiny_training trains on."""
     make_tiny(datasets_root)
     return datasets_root
 

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from d2distill.common.errors import ConfigError
-from d2distill.detection.backbone import MobileNetV2, build_mobilenetv2_fpn_backbone
-from d2distill.detection.weight_names import nested_mobilenetv2_names
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
 from torchvision.models import mobilenet_v2
 
-from tests.detection.building import FPN, KEYS, detector_cfg, drawn
+from d2distill.common.errors import ConfigError
+from d2distill.detection.backbone import MobileNetV2, build_mobilenetv2_fpn_backbone
+from d2distill.detection.weight_names import nested_mobilenetv2_names
+from tests.detection.stock_detectors import FPN, KEYS, detector_cfg, drawn
 
 
 @pytest.mark.parametrize(

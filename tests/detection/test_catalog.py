@@ -4,11 +4,12 @@ import json
 import os
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
 from d2distill.common.errors import ConfigError, DataError
 from d2distill.detection.config import get_cfg, load_cfg
 from d2distill.detection.data import check_test_sets, load_test_set, load_training_set, register_datasets
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 
 POLYGON = [[1, 1, 5, 1, 5, 5]]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from d2distill.common.engine.launch import command
 from d2distill.common.engine.writers import read_metrics
 from d2distill.detection.train_net import main
-
-from tests.detection.runs import STEPS, TINY, run, state, tiny_cfg
-from tests.restarts import assert_identical
+from tests.detection.tiny_training import STEPS, TINY, run, state, tiny_cfg
+from tests.interruptions import assert_identical
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

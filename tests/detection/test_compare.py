@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from d2distill.detection.compare import Entry, results_of, table
-from d2distill.detection.config import load_cfg
-from d2distill.detection.draw import draw_detections
 from detectron2.modeling import build_model
 from PIL import Image
 
-from tests.detection.runs import TINY
+from d2distill.detection.compare import Entry, results_of, table
+from d2distill.detection.config import load_cfg
+from d2distill.detection.draw import draw_detections
+from tests.detection.tiny_training import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER, STUDENT = (f"configs/det/digits_{name}.yaml" for name in ("r18", "r50_narrow"))

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode, add_distill_config, get_cfg, load_cfg, teacher_cfg, validate
-
-from tests.detection.small import batch, build, step
+from tests.detection.tiny_detectors import batch, build, step
 
 CONFIGS = sorted(Path("configs/det").glob("*.yaml"))
 # Few proposals and classes: the widths stay.

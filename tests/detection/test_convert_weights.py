@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 import torchvision
-from d2distill.common.errors import CheckpointError, ConfigError
-from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
-from d2distill.detection.weights import load_student, load_teacher, read_detector
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors.torch import load_file
 
-from tests.detection.building import detector, drawn, equal, save
+from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
+from d2distill.detection.weights import load_student, load_teacher, read_detector
+from tests.detection.stock_detectors import detector, drawn, equal, save
 
 ROOT = Path(__file__).parents[2]
 MOBILENET = "build_mobilenetv2_fpn_backbone"

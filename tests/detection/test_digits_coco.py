@@ -12,17 +12,18 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from d2distill.common.digits import load_digits_split
-from d2distill.common.errors import DataError
-from d2distill.detection.data import digits_coco as module
-from d2distill.detection.data.digits_coco import make, prepare
-from d2distill.detection.data.digits_scene import draw_scene, outline
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
 from PIL import Image
 from pycocotools.coco import COCO
 from scipy.ndimage import binary_fill_holes
+
+from d2distill.common.digits import load_digits_split
+from d2distill.common.errors import DataError
+from d2distill.detection.data import digits_coco as module
+from d2distill.detection.data.digits_coco import make, prepare
+from d2distill.detection.data.digits_scene import draw_scene, outline
 
 
 def digest(folder, split):

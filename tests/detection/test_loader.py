@@ -8,15 +8,16 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetMapper
+from detectron2.data.samplers import TrainingSampler
+from PIL import Image
+
 from d2distill.common.engine.trainer import seed_step
 from d2distill.common.errors import ConfigError, DataError
 from d2distill.detection.config import get_cfg
 from d2distill.detection.data import build_test_loader, build_train_loader, load_training_set
 from d2distill.detection.data.loader import MappedImages
 from d2distill.detection.data.sampling import TrainBatchSampler, build_batch_sampler, build_sampler
-from detectron2.data import DatasetMapper
-from detectron2.data.samplers import TrainingSampler
-from PIL import Image
 
 SHAPES = [(8, 6), (6, 8), (7, 7), (9, 5), (5, 9), (8, 6), (8, 7)]
 

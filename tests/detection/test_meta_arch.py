@@ -4,16 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from d2distill.common.distillers import DISTILLERS, Context, dkd_loss
-from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs
-from d2distill.detection.meta_arch.base import crop, levels, recorded
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from tests.detection.small import batch, build, image, plain, small_cfg, step
+from d2distill.common.distillers import DISTILLERS, Context, dkd_loss
+from d2distill.common.errors import ConfigError
+from d2distill.common.outputs import Outputs
+from d2distill.detection.meta_arch.base import crop, levels, recorded
+from tests.detection.tiny_detectors import batch, build, image, plain, small_cfg, step
 
 ARCHITECTURES = ["review_dkd_r101_r18", "retinanet_bckd_r101_r50"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
-
-from tests.detection.runs import STEPS, run, state, tiny_cfg
-from tests.detection.small import small_cfg
-from tests.restarts import assert_identical
+from tests.detection.tiny_detectors import small_cfg
+from tests.detection.tiny_training import STEPS, run, state, tiny_cfg
+from tests.interruptions import assert_identical
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,16 @@ def unbroken(tmp_path_factory, tiny):
 
 
 def start(folder, name, workers, moment, step):
-    command = [sys.executable, "-m", "tests.detection.runs", str(folder), name, str(workers), moment, str(step)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.detection.tiny_training",
+        str(folder),
+        name,
+        str(workers),
+        moment,
+        str(step),
+    ]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from d2distill.common.engine.writers import read_metrics
 
-from tests.detection.runs import STEPS, tiny_cfg
-from tests.slurm import slurm
+from d2distill.common.engine.writers import read_metrics
+from tests.detection.tiny_training import STEPS, tiny_cfg
+from tests.fake_slurm import slurm
 
 
 @pytest.mark.slow

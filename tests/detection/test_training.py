@@ -6,17 +6,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 import yaml
-from d2distill.common.errors import ConfigError
-from d2distill.detection.config import load_cfg
-from d2distill.detection.data import load_training_set, register_datasets
-from d2distill.detection.trainer import DetectionTrainer
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
 
-from tests.detection.runs import run, tiny_cfg
-from tests.detection.small import SMALL, TEACHER, build, small_cfg
-from tests.restarts import assert_identical
+from d2distill.common.errors import ConfigError
+from d2distill.detection.config import load_cfg
+from d2distill.detection.data import load_training_set, register_datasets
+from d2distill.detection.trainer import DetectionTrainer
+from tests.detection.tiny_detectors import SMALL, TEACHER, build, small_cfg
+from tests.detection.tiny_training import run, tiny_cfg
+from tests.interruptions import assert_identical
 
 SHORT = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "TEST.EVAL_PERIOD": 0}
 

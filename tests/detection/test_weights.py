@@ -7,14 +7,14 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from d2distill.common.engine import weights as common_weights
-from d2distill.common.errors import CheckpointError
-from d2distill.detection.weights import has_teacher, load_student, load_teacher, read_detector
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18, resnet50
 
-from tests.detection.building import KEYS, detector, drawn, equal, save
+from d2distill.common.engine import weights as common_weights
+from d2distill.common.errors import CheckpointError
+from d2distill.detection.weights import has_teacher, load_student, load_teacher, read_detector
+from tests.detection.stock_detectors import KEYS, detector, drawn, equal, save
 
 BACKBONE = "backbone.bottom_up."
 MOBILENET = "build_mobilenetv2_fpn_backbone"

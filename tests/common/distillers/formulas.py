@@ -19,7 +19,7 @@ def pooled(x, height, width):
     return out
 
 
-def same_size(s, t):
+def resize_pairs_to_teacher(s, t):
     height, width = (min(a, b) for a, b in zip(s.shape[2:], t.shape[2:], strict=True))
     return pooled(s.double(), height, width), pooled(t.double(), height, width)
 
@@ -27,7 +27,7 @@ def same_size(s, t):
 def at(feats_student, feats_teacher, p=2):
     total = 0.0
     for s, t in zip(feats_student, feats_teacher, strict=True):
-        s, t = same_size(s, t)
+        s, t = resize_pairs_to_teacher(s, t)
         errors = []
         for n in range(len(s)):
             attention = []
@@ -51,7 +51,7 @@ def nst(feats_student, feats_teacher):
 
     total = 0.0
     for s, t in zip(feats_student, feats_teacher, strict=True):
-        s, t = same_size(s, t)
+        s, t = resize_pairs_to_teacher(s, t)
         total += kernel_mean(t, t) + kernel_mean(s, s) - 2 * kernel_mean(s, t)
     return total
 
@@ -70,7 +70,7 @@ def sp(feats_student, feats_teacher):
 def kdsvd(feats_student, feats_teacher, k=1):
     total, before = 0.0, None
     for s, t in zip(feats_student, feats_teacher, strict=True):
-        s, t = same_size(s, t)
+        s, t = resize_pairs_to_teacher(s, t)
         now = []
         for n in range(len(s)):
             _, values, vh = np.linalg.svd(t[n].reshape(-1, t.shape[3]).numpy(), full_matrices=False)
@@ -95,7 +95,7 @@ def kdsvd(feats_student, feats_teacher, k=1):
 def hcl(feats_student, feats_teacher):
     total = 0.0
     for s, t in zip(feats_student, feats_teacher, strict=True):
-        s, t = same_size(s, t)
+        s, t = resize_pairs_to_teacher(s, t)
         terms = [((s - t) ** 2).mean().item()]
         for level in (4, 2, 1):
             if level < min(s.shape[2:]):

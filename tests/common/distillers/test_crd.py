@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from d2distill.common.distillers import Context, crd_loss
-from d2distill.common.distillers._contrast import contrast_products, last_of_each
-from d2distill.common.outputs import Outputs
 from torch.nn import functional as F
 
-from tests.common.distillers.building import build, settings
+from d2distill.common.distillers import Context, crd_loss
+from d2distill.common.distillers._contrast import contrast_logits, last_of_each
+from d2distill.common.outputs import Outputs
+from tests.common.distillers.single_method import build, settings
 from tests.goldens.fill import array
 
 SAMPLES, CLASSES = 40, 4
@@ -66,7 +66,7 @@ def test_finite_for_any_score():
 def test_products_either_way(num_samples):
     bank, contrast = array(2, num_samples, 8).double(), torch.randint(num_samples, (5, 20))
     embedding = array(3, 5, 8).double().requires_grad_()
-    value = contrast_products(embedding, bank, contrast)
+    value = contrast_logits(embedding, bank, contrast)
     expected = (embedding[:, None] * bank[contrast]).sum(2)
     assert torch.allclose(value, expected)
     weight = array(4, 5, 20).double()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from d2distill.common.distillers import Context
-from d2distill.common.distillers._contrast import draw_contrast
-from d2distill.common.outputs import Outputs
 
+from d2distill.common.distillers import Context
+from d2distill.common.distillers._contrast import sample_negatives
+from d2distill.common.outputs import Outputs
 from tests.common.distillers.test_crd import LABELS, SAMPLES, make, outputs, step
 
 # Imbalanced, unsorted, with numbers left out.
@@ -15,7 +15,7 @@ TABLE = torch.tensor([7, 0, 0, 3, 0, 7, 0, 0, 3, 0, 0, 0])
 def draw(labels, index, num_negatives, exact=True):
     index = torch.as_tensor(index)
     order = labels.argsort(stable=True)
-    return draw_contrast(labels[index], order, labels[order], num_negatives, index if exact else None)
+    return sample_negatives(labels[index], order, labels[order], num_negatives, index if exact else None)
 
 
 def chi_square(drawn, allowed):

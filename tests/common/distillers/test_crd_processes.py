@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from d2distill.common.distillers import Context
-from d2distill.common.outputs import Outputs
 from torch import distributed, multiprocessing
 
+from d2distill.common.distillers import Context
+from d2distill.common.outputs import Outputs
 from tests.common.distillers.test_crd import LABELS, SAMPLES, make, outputs
 
 # Per step the samples of rank 0 and of rank 1: of equal and of other numbers, none on one, none at all, one on both.

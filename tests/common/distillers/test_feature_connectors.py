@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from d2distill.common.config import CfgNode, add_distill_defaults
-from d2distill.common.distillers import DISTILLERS, Context, FeatureDistiller, hcl_loss, ofd_margin, vid_loss
-from d2distill.common.outputs import Outputs
 from torch import nn
 from torch.nn import functional as F
 
+from d2distill.common.config import CfgNode, add_distill_defaults
+from d2distill.common.distillers import DISTILLERS, Context, FeatureDistiller, hcl_loss, ofd_margin, vid_loss
+from d2distill.common.outputs import Outputs
 from tests.goldens.fill import array
 
 FEATURE_METHODS = ["FitNet", "AT", "NST", "KDSVD", "OFD", "VID", "SP", "ReviewKD"]
@@ -143,7 +143,7 @@ def test_without_pooled_and_from_entry_zero(name):
     step(method, student, teacher)
     if settings:
         assert all(feat.grad is not None and feat.grad.abs().sum() > 0 for feat in student.feats)
-        assert len(method.stages(student, teacher)[0]) == 5
+        assert len(method.select_pairs(student, teacher)[0]) == 5
 
 
 @pytest.mark.parametrize("name", [n for n in FEATURE_METHODS if issubclass(DISTILLERS.get(n), FeatureDistiller)])

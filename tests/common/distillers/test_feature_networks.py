@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
+
 from d2distill.classification.models import build_model
-from d2distill.classification.networks import describe
+from d2distill.classification.networks import infer_output_spec
 from d2distill.common.config import CfgNode, add_distill_defaults
 from d2distill.common.distillers import DISTILLERS, Context
-
 from tests.goldens.fill import array
 
 METHODS = ["FitNet", "AT", "NST", "PKT", "KDSVD", "OFD", "RKD", "VID", "SP", "ReviewKD"]
@@ -25,7 +25,7 @@ PAIRS = [
 def network(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=10)
-    return model, describe(model, 32)
+    return model, infer_output_spec(model, 32)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from d2distill.common.distillers import (
     at_loss,
     fitnet_loss,
@@ -14,7 +15,6 @@ from d2distill.common.distillers import (
     sp_loss,
     vid_loss,
 )
-
 from tests.goldens.fill import array
 
 

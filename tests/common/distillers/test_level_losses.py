@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from d2distill.common.distillers import Context, cwd_loss, mgd_loss, pkd_loss, random_mask
-from d2distill.common.outputs import Outputs, OutputSpec
 from torch.nn import functional as F
 
-from tests.common.distillers.building import build, settings
+from d2distill.common.distillers import Context, cwd_loss, mgd_loss, pkd_loss, random_mask
+from d2distill.common.outputs import Outputs, OutputSpec
+from tests.common.distillers.single_method import build, settings
 from tests.goldens.fill import array
 
 SHAPES = [(2, 3, 4, 4), (2, 5, 2, 3)]

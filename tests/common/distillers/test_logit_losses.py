@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+
 from d2distill.common import distillers
 from d2distill.common.distillers import DISTILLERS, LogitDistiller
-
 from tests.common.distillers import formulas
 from tests.goldens.fill import array
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from d2distill.common.distillers import (
     bckd_loss,
     decoupled_kl,
@@ -13,10 +15,8 @@ from d2distill.common.distillers import (
     wttm_loss,
 )
 from d2distill.common.outputs import Outputs
-from torch.nn import functional as F
-
 from tests.common.distillers import formulas
-from tests.common.distillers.building import build, settings
+from tests.common.distillers.single_method import build, settings
 from tests.goldens.fill import array
 
 TARGET = torch.tensor([3, 0, 99, 57, 41, 41])

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+
 from d2distill.common.distillers import DISTILLERS, Context, uskd_loss, zipf_labels
 from d2distill.common.outputs import Outputs, OutputSpec
-
-from tests.common.distillers.building import build, settings
 from tests.common.distillers.formulas import softmax
+from tests.common.distillers.single_method import build, settings
 from tests.goldens.fill import array
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from d2distill.common.distillers import DISTILLERS, Context, Distiller, LogitDistiller, kd_loss, standardize_logits
 from d2distill.common.outputs import Outputs, OutputSpec
-
-from tests.common.distillers.building import build, settings
+from tests.common.distillers.single_method import build, settings
 from tests.goldens.fill import array
 
 LOGIT_METHODS = [name for name, method in DISTILLERS if issubclass(method, LogitDistiller)]

@@ -1,6 +1,6 @@
 """Small runs of the detection trainer for the tests.
 
-As a program it trains and is killed: `python -m tests.detection.runs FOLDER NAME WORKERS MOMENT STEP`.
+As a program it trains and is killed: `python -m tests.detection.tiny_training FOLDER NAME WORKERS MOMENT STEP`.
 """
 
 import argparse
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
+
 from d2distill.detection.data import load_training_set, register_datasets
 from d2distill.detection.data.digits_coco import make
 from d2distill.detection.trainer import DetectionTrainer, train
-
-from tests.detection.small import build, plain, small_cfg
-from tests.restarts import disturb, read_state
+from tests.detection.tiny_detectors import build, plain, small_cfg
+from tests.interruptions import disturb, read_state
 
 STEPS = 6
 TINY = {name: {"JSON": f"tiny/annotations/{name}.json", "IMAGES": f"tiny/{name}"} for name in ("train", "val")}

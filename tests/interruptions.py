@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import torch
+from detectron2.engine import HookBase
+
 from d2distill.common.engine import checkpoint
 from d2distill.common.engine.run import RunTrainer
-from detectron2.engine import HookBase
 
 TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
 

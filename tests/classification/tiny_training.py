@@ -1,6 +1,6 @@
 """Small runs of the classification trainer for the tests, and what must be equal between two of them.
 
-As a program it trains and is killed: `python -m tests.classification.runs FOLDER WORKERS MOMENT STEP`.
+As a program it trains and is killed: `python -m tests.classification.tiny_training FOLDER WORKERS MOMENT STEP`.
 """
 
 import argparse
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+
 from d2distill.classification.config import get_cfg, validate
 from d2distill.classification.trainer import ClassificationTrainer, load_datasets, train
 from d2distill.common.config import CfgNode
-
-from tests.restarts import disturb, read_state
+from tests.interruptions import disturb, read_state
 
 # 3 steps an epoch (16 + 16 + 8 samples), 3 epochs.
 STEPS, EPOCH = 9, 3

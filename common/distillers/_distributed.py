@@ -10,7 +10,7 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def all_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
+def all_gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Each tensor's rows on all processes, in the order of their ranks, without a gradient.
 
     Args:
@@ -33,7 +33,7 @@ def all_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(gathered)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of `tensor`, in place, over all processes."""
     if world_size() > 1:
         distributed.all_reduce(tensor)

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-import d2distill.detection.backbone  # noqa: F401
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+
+import d2distill.detection.backbone  # noqa: F401
 
 FPN = ["res2", "res3", "res4", "res5"]
 KEYS = json.loads((Path(__file__).parents[1] / "goldens" / "detector_keys.json").read_text())

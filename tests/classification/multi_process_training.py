@@ -1,4 +1,4 @@
-"""Trainings for the tests of many processes: `python -m tests.classification.processes FOLDER CASE ...`.
+"""Trainings for the tests of many processes: `python -m tests.classification.multi_process_training FOLDER CASE ...`.
 
 Started alone, or by torchrun; the cases run one after another in the same processes, each in FOLDER/CASE.
 """
@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 
 import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
 from d2distill.classification.data.loader import Subset
 from d2distill.classification.trainer import ClassificationTrainer, load_datasets
 from d2distill.common.engine.launch import launch
 from d2distill.common.engine.run import start_logs
 from d2distill.common.engine.trainer import seed_step
 from d2distill.common.errors import DataError
-from detectron2.engine import HookBase
-from detectron2.utils import comm
-
-from tests.classification.runs import small_cfg
-from tests.restarts import fail_in_evaluation, terminate_in_evaluation
+from tests.classification.tiny_training import small_cfg
+from tests.interruptions import fail_in_evaluation, terminate_in_evaluation
 
 # An epoch of 41 samples ends with a batch that 2 processes get 5 and 4 of, one of 33 with a single sample.
 SYNCED = {"MODEL.SYNC_BN": True, "SOLVER.BASE_LR": 0.002, "SOLVER.EPOCHS": 2, "LOG_PERIOD": 1, "DISTILL.DKD.WARMUP": 0}

@@ -1,10 +1,11 @@
 """Small detectors and batches for the tests."""
 
 import torch
-from d2distill.detection.config import load_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+
+from d2distill.detection.config import load_cfg
 
 CONFIGS = "configs/det/"
 # Two anchors sizes less, few channels, few proposals: one step takes a tenth of a second.
