@@ -216,7 +216,7 @@ def test_what_a_network_notes_is_logged_as_its_mean_since_the_last_line():
     assert train(0, 6)[0] == [(0.5, 0.5), (2.5, 2.5), (4.5, 4.5)]
     trainer = train(0, 2)[1]
     trainer.metrics.update({"loss": 2.0})
-    trainer.noted.update({"noted": 2.0})
+    trainer.model_scalars.update({"noted": 2.0})
     assert train(3, 6, trainer.state_dict())[0] == [(2.5, 2.5), (4.5, 4.5)]
 
 
