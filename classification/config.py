@@ -9,7 +9,7 @@ from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
 from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import INCREASING, MOMENTUM, NUMBERS, STR_OR_LIST, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, NUMBERS, STR_OR_LIST, at_least, check_rules
 
 __all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "schedule_notes", "teacher_nodes", "validate"]
 
@@ -18,17 +18,17 @@ PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: What single settings must be, whatever the others are. The methods check their own.
 _RULES = {
     at_least(0): (
-        "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "SOLVER.BASE_LR",
-        "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS", "SOLVER.CLIP_GRAD_NORM",
-        "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS",
+        "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.MIXUP",
+        "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
+        "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
-        "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH",
+        "SOLVER.ACCUMULATE", "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH",
     ),
     STR_OR_LIST: ("MODEL.TEACHER.NAME", "MODEL.TEACHER.WEIGHTS"),
     NUMBERS: ("MODEL.TEACHER.SHARES",),
-    MOMENTUM: ("SOLVER.MOMENTUM",),
+    BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY"),
     INCREASING: ("SOLVER.STEPS",),
 }  # fmt: skip
 
@@ -85,6 +85,9 @@ def get_cfg() -> CfgNode:
     cfg.INPUT.SIZE = 0
     # A recipe of classification/data/augment.py. Empty: the data set's.
     cfg.INPUT.AUGMENTATION = ""
+    # Mixup (ICLR 2018) and cutmix (ICCV 2019): alpha of the Beta distribution; 0: off. Both: one of them in each step.
+    cfg.INPUT.MIXUP = 0.0
+    cfg.INPUT.CUTMIX = 0.0
 
     cfg.SOLVER = _CfgNode()
     cfg.SOLVER.EPOCHS = 240
@@ -104,6 +107,12 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.GAMMA = 0.1
     # Linear, from a thousandth of BASE_LR, in epochs.
     cfg.SOLVER.WARMUP_EPOCHS = 0
+    # Share of the target's probability that goes to all classes alike.
+    cfg.SOLVER.LABEL_SMOOTHING = 0.0
+    # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # Largest norm of the gradient. 0: no clipping.
     cfg.SOLVER.CLIP_GRAD_NORM = 0.0
     # Automatic mixed precision: "", "bf16" or "fp16" (with loss scaling). Losses are computed in fp32 all the same.
@@ -233,6 +242,6 @@ def validate(cfg: CfgNode) -> None:
     if solver.OPTIMIZER == "DOT":
         if not 0 <= solver.DELTA < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {solver.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
-        if not methods or solver.CLIP_GRAD_NORM or solver.AMP == "fp16":
-            raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, and bf16 or no AMP")
+        if not methods or solver.CLIP_GRAD_NORM or solver.AMP == "fp16" or solver.ACCUMULATE > 1:
+            raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, no ACCUMULATE, no fp16")
     resolve_device(cfg)

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 
 from d2distill.common.errors import ConfigError
 
-__all__ = ["INCREASING", "LIST_OF_STR", "MOMENTUM", "NUMBERS", "STR_OR_LIST", "Rule", "at_least", "check_rules"]
+__all__ = ["BELOW_ONE", "INCREASING", "LIST_OF_STR", "NUMBERS", "STR_OR_LIST", "Rule", "at_least", "check_rules"]
 
 
 class Rule(NamedTuple):
@@ -32,7 +32,7 @@ def _increasing(values: Any) -> bool:
     return _all(values, int, float) and list(values) == sorted(set(values)) and all(value >= 1 for value in values)
 
 
-MOMENTUM = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 NUMBERS = Rule("a list of numbers", lambda value: _all(value, int, float))
 INCREASING = Rule("a list of increasing numbers from 1 on", _increasing)
 LIST_OF_STR = Rule("a list of names", lambda value: _all(value, str))

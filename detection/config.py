@@ -16,7 +16,7 @@ from d2distill.common.config import CheckedMerge, add_distill_defaults, chosen_m
 from d2distill.common.config_node import absolute_file, overlay, parse_as
 from d2distill.common.data.locate import data_path
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import INCREASING, LIST_OF_STR, MOMENTUM, NUMBERS, Rule, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, Rule, at_least, check_rules
 
 __all__ = [
     "CfgNode",
@@ -37,10 +37,11 @@ _RULES = {
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
+        "SOLVER.ACCUMULATE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     ),
     LIST_OF_STR: ("DATASETS.TRAIN", "DATASETS.TEST"),
     NUMBERS: ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.MIN_SIZE_TRAIN"),
-    MOMENTUM: ("SOLVER.MOMENTUM",),
+    BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),
     INCREASING: ("SOLVER.STEPS",),
     Rule("2, Detectron2's", lambda value: value == 2): ("VERSION",),
 }  # fmt: skip
@@ -104,6 +105,10 @@ def get_cfg() -> CfgNode:
     cfg.LOG_PERIOD = 20
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
+    # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # The newest so many checkpoints stay.
     cfg.SOLVER.CHECKPOINT_KEEP = 2
     return cfg

@@ -9,7 +9,7 @@ import pytest
 from d2distill.common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
 from d2distill.common.distillers import DISTILLERS, LogitDistiller
 from d2distill.common.errors import ConfigError, DivergedError
-from d2distill.common.rules import INCREASING, LIST_OF_STR, MOMENTUM, NUMBERS, STR_OR_LIST, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, STR_OR_LIST, at_least, check_rules
 
 
 class _CfgNode(CfgNode):
@@ -179,7 +179,7 @@ def test_a_base_may_be_read_twice(cfg, tmp_path):
     ("rule", "right", "wrong"),
     [
         (at_least(1), [1, 1.5], [0, math.inf, math.nan]),
-        (MOMENTUM, [0, 0.9], [1, -1]),
+        (BELOW_ONE, [0, 0.9], [1, -1]),
         (NUMBERS, [[], (1, 2.5)], [["a"], 1, [True]]),
         (INCREASING, [[], (1, 2)], [[2, 1], [1, 1], [0], ["a"], [[1]]]),
         (LIST_OF_STR, [[], ["a"]], ["a", [1]]),
