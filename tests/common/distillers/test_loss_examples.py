@@ -219,8 +219,8 @@ def test_at():
     # ((1 + 1) / 2, 0) -> (1, 0). mean(4/25, 16/25) = 2/5.
     student, teacher = image([sqrt(3), -2]), tensor([[[[1, 0]], [[-1, 0]]]])
     check(at_loss([student], [teacher]), 2 / 5)
-    # p = 1: (3, -4) gives the same. The teacher's larger map is pooled before the power: (2, 0, 1, -1) -> (1, 0).
-    check(at_loss([image([3, -4])], [image([2, 0, 1, -1])], p=1), 2 / 5)
+    # p = 1: (3, -4) gives (3/5, 4/5). The teacher's larger map is pooled before the power: (9, -1, 3, 3) -> (4, 3).
+    check(at_loss([image([3, -4])], [image([9, -1, 3, 3])], p=1), 1 / 25)
     # Maps are added, samples averaged: the second one agrees.
     two = torch.cat([student, image([1, 0])]), torch.cat([image([1, 0])] * 2)
     check(at_loss([student, two[0]], [teacher, two[1]]), 2 / 5 + 1 / 5)
@@ -231,8 +231,8 @@ def test_nst():
     # K(t, t) = 1, K(s, t) = (9 + 16) / 25 / 2: 1/2 + 1 - 2 * 1/2 = 1/2.
     student, teacher = tensor([[[[2, 0]], [[0, 3]]]]), image([3, 4])
     check(nst_loss([student], [teacher]), 1 / 2)
-    # As many teacher channels as you like; and one more of the student's, (0, 1) again, so that there are more channels
-    # than positions: K(s, s) = (1 + 4) / 9, K(s, t) = (9 + 16 + 16) / 75: 5/9 + 1 - 82/75 = 104/225.
+    # With more channels than positions the sums are computed another way. (0, 1) twice, and the teacher's three times:
+    # K(s, s) = (1 + 4) / 9, K(s, t) = (9 + 16 + 16) / 75: 5/9 + 1 - 82/75 = 104/225.
     wide = torch.cat([student, image([0, 1])], dim=1)
     check(nst_loss([wide], [teacher.expand(1, 3, 1, 2)]), 104 / 225)
     # Maps are added, samples averaged: the second one agrees. A larger map is pooled: (0, 6, 5, 3) -> (3, 4).
@@ -272,6 +272,14 @@ def test_kdsvd():
     check(kdsvd_loss(student, [row.expand(2, 1, 1, 2)] * 2), error / 2)
     # A third map is compared with the second.
     check(kdsvd_loss([row, image([3, 4]), row], [row] * 3), 2 * error)
+
+
+def test_kdsvd_looks_for_the_teachers_vector_among_k_and_three_of_the_student():
+    # The student's vectors are the axes, in order. Its fourth is the teacher's; its fifth is not looked at.
+    first, *_, fourth, fifth = (image(row.tolist()) for row in torch.eye(5))
+    student = [tensor([5, 4, 3, 2, 1]).diag().view(1, 5, 1, 5), first]
+    check(kdsvd_loss(student, [fourth, first]), 0)
+    assert kdsvd_loss(student, [fifth, first]) > 0
 
 
 def test_kdsvd_of_two_vectors():

