@@ -31,6 +31,7 @@ from d2distill.common.distillers import (
     pkt_loss,
     rkd_loss,
     rld_loss,
+    simkd_loss,
     sp_loss,
     standardize_logits,
     uskd_loss,
@@ -201,6 +202,11 @@ def test_uskd_target_factor_has_no_gradient():
 def test_fitnet():
     # (1^2 + 3^2) / 2.
     check(fitnet_loss(image([1, 3]), image([0, 0])), 5)
+
+
+def test_simkd():
+    # The teacher's larger map is pooled, (1, 3, 2, 4) -> (2, 3): (1^2 + 3^2) / 2.
+    check(simkd_loss(image([3, 0]), image([1, 3, 2, 4])), 5)
 
 
 def test_vid():

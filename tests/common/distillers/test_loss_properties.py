@@ -61,6 +61,7 @@ LOSSES = {
     "cwd": Loss(lambda s, t, y: d.cwd_loss(s, t), *EQUAL),
     "mgd": Loss(lambda s, t, y: d.mgd_loss(s, t), *EQUAL),
     "fitnet": Loss(lambda s, t, y: d.fitnet_loss(*s, *t), [(3, 4, 4)], [(3, 4, 4)]),
+    "simkd": Loss(lambda s, t, y: d.simkd_loss(*s, *t), [(3, 4, 4)], [(3, 8, 8)]),
     "vid": Loss(vid, [(3, 4, 4)], [(3, 4, 4)]),
     "pkt": Loss(lambda s, t, y: d.pkt_loss(*s, *t), *EMBEDDINGS),
     "rkd": Loss(lambda s, t, y: d.rkd_loss(*s, *t), *EMBEDDINGS),
@@ -68,7 +69,7 @@ LOSSES = {
 WITH_TEACHER = [name for name, loss in LOSSES.items() if loss.teacher]
 #: These are not means over samples: relations between samples, or statistics of the batch.
 OVER_THE_BATCH = ["sp", "pkt", "rkd", "dist", "uskd", "pkd", "standardize"]
-SQUARES = ["hcl", "ofd", "mgd", "fitnet", "vid"]
+SQUARES = ["hcl", "ofd", "mgd", "fitnet", "simkd", "vid"]
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
