@@ -60,6 +60,20 @@ def test_names():
 # ---- numbers
 
 
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("none", {}),
+        ("crop", {"top": 4, "left": 7}),
+        ("crop_flip", {"top": 4, "left": 7, "flip": False}),
+        ("rotate_flip", {"angle": -0.6099633181840218, "flip": False}),
+        ("resized_crop_flip", {"top": 1, "left": 15, "height": 32, "width": 37, "flip": True}),
+    ],
+)
+def test_the_numbers_of_published_runs(name, numbers):
+    assert draw(name, index=11, height=40, width=56, seed=7, epoch=3) == numbers
+
+
 @pytest.mark.parametrize("name", RANDOM_RECIPES)
 def test_numbers_depend_on_seed_epoch_and_index_only(name):
     first = [draw(name, index) for index in range(50)]

@@ -20,6 +20,13 @@ from d2distill.common.errors import DataError, DivergedError
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_the_order_of_published_runs():
+    """Numbers that runs in the past have had: with others none of them could be resumed or repeated."""
+    epochs = [[6, 7, 3, 9], [5, 1, 0, 2], [4, 8]], [[1, 6, 9, 4], [8, 7, 3, 2], [0, 5]]
+    keys = [[(epoch, index) for index in batch] for epoch, batches in enumerate(epochs, 1) for batch in batches]
+    assert list(EpochBatchSampler(num_samples=10, batch_size=4, epochs=2, seed=5)) == keys
+
+
 def test_every_epoch_is_a_permutation():
     batches = list(EpochBatchSampler(num_samples=10, batch_size=4, epochs=3, seed=5))
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
