@@ -86,12 +86,12 @@ def _build_for_size(cfg: CfgNode, name: str, num_classes: int, size: int) -> nn.
         _SizeError: it does not take images of `size` x `size`.
         ValueError, ImportError: as :func:`d2distill.classification.models.build_model`.
     """
-    zoo = dataset_info(cfg.DATASETS.NAME).zoo
+    family = dataset_info(cfg.DATASETS.NAME).model_family
     try:
-        network = build_model(name, num_classes, zoo=zoo, image_size=size)
+        network = build_model(name, num_classes, model_family=family, image_size=size)
     except _SIZE_ERRORS as error:
         try:
-            build_model(name, num_classes, zoo=zoo)
+            build_model(name, num_classes, model_family=family)
         except Exception:
             raise error from None  # not because of the size
         raise _SizeError(size, error) from error

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from d2distill.classification.config import PRECISIONS, image_size
 from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
-from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.classification.modeling import build_distiller
-from d2distill.classification.networks import build_network, model_cost, why_not_one_sample
+from d2distill.classification.networks import build_network, model_cost
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
@@ -35,7 +35,7 @@ class ClassificationTrainer(RunTrainer):
         train_set, test_set: the two splits.
 
     Raises:
-        ConfigError: a network or method that does not fit, or that cannot train on an epoch's last batch.
+        ConfigError: a network or method that does not fit.
         CheckpointError: weights that are missing or of another network.
     """
 
@@ -64,7 +64,6 @@ class ClassificationTrainer(RunTrainer):
             return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
 
         self.sampler = sampler(0)
-        self._check_smallest_batch(cfg)
         self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
         augmentation = cfg.INPUT.AUGMENTATION or train_set.info.augmentation
         optimizer = build_optimizer(self.distill_model, solver)
@@ -87,25 +86,10 @@ class ClassificationTrainer(RunTrainer):
             clip=solver.CLIP_GRAD_NORM,
         )
 
-    def _check_smallest_batch(self, cfg: CfgNode) -> None:
-        """Refuse a batch size under which the first epoch would end in an error.
-
-        Most networks train on a single sample; a trial shows whether this one does.
-        """
-        whole, samples = cfg.MODEL.SYNC_BN, self.sampler.num_samples
-        reason = self.sampler.smallest(whole=whole) == 1 and why_not_one_sample(self.distill_model, image_size(cfg))
-        if reason:
-            fitting = self.sampler.without_single_samples(whole)
-            raise ConfigError(
-                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} gives a process a single sample in the last batch of "
-                f"an epoch of {samples}, and over one a batch norm here has no variance ({reason}); "
-                + (f"SOLVER.IMS_PER_BATCH {fitting} works" if fitting else "train on more samples")
-            )
-
     def compute_losses(self, batch: Any) -> dict[str, Tensor]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
         # where all have the same number, so not in an epoch's last batch.
-        share = self.sampler.share(self.iter)
+        share = self.sampler.rank_loss_weight(self.iter)
         if share == 0 and self._shares_statistics:
             # The sample it was given in place of none would count in the others' batch norms.
             batch = {name: part[:0] for name, part in batch.items()}
@@ -156,7 +140,7 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
-        train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
+        train_set = FixedSubset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
 
 

@@ -1,6 +1,5 @@
 """Short runs with every optimiser, schedule and precision; each goes on from a checkpoint as if never stopped."""
 
-import contextlib
 import copy
 import functools
 import math
@@ -12,7 +11,6 @@ import torch
 from d2distill.classification.config import validate
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import why_not_one_sample
-from d2distill.classification.trainer import ClassificationTrainer, load_datasets
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
 from tests.classification.distill_models import WITH_TEACHER, loss_of
@@ -127,25 +125,6 @@ def test_methods_without_a_teacher_need_none(tmp_path):
 def test_settings_that_do_not_go_together(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         validate(cfg_of(tmp_path, settings))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"DATASETS__TRAIN_SIZE": 65},
-            r"IMS_PER_BATCH 16 .* of 65, .*\[1, 512, 1, 1\]\)\); SOLVER\.IMS_PER_BATCH 15 works",
-        ),
-        ({"DATASETS__TRAIN_SIZE": 1}, "train on more samples"),
-        ({"DATASETS__TRAIN_SIZE": 65, "SOLVER__IMS_PER_BATCH": 15}, None),
-        ({"DATASETS__TRAIN_SIZE": 65, "INPUT__SIZE": 64}, None),
-    ],
-)
-def test_a_last_batch_that_cannot_be_trained_on(tmp_path, settings, message):
-    """Of one sample, whose maps shrink to one position."""
-    cfg = cfg_of(tmp_path, {"MODEL__STUDENT__NAME": "imagenet/ResNet18", "DISTILL__METHODS": [], **settings})
-    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
-        ClassificationTrainer(cfg, *load_datasets(cfg))
 
 
 def test_the_trial_of_one_sample_leaves_no_trace(tmp_path):
