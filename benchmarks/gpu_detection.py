@@ -27,11 +27,11 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from d2distill.common.data.locate import ROOT_VARIABLE
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import load_cfg
 from d2distill.detection.data.digits_coco import make, prepare
-from d2distill.detection.data.locate import ROOT_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 # So few channels and proposals that the script itself can be tried on a CPU.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from d2distill.classification.config import PRECISIONS, image_size
 from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
-from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.classification.modeling import DistillModel, Predictor, build_distiller
@@ -87,7 +87,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     def split_batch(batch: dict[str, Tensor], step: int) -> list[tuple[dict[str, Any], float]]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
         # where all have the same number, so not in an epoch's last batch.
-        weight = sampler.share(step)
+        weight = sampler.rank_loss_weight(step)
         if weight == 0 and sync_bn:
             # The sample it was given in place of none would count in the others' batch norms.
             batch = {name: part[:0] for name, part in batch.items()}
@@ -155,7 +155,7 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
-        train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
+        train_set = FixedSubset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
 
 

@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 
 from d2distill.classification.config import load_cfg
 from d2distill.classification.data import DATASET_REGISTRY
-from d2distill.classification.models import registry
+from d2distill.classification.models.registry import MODEL_REGISTRY
 from d2distill.classification.trainer import train
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
@@ -34,11 +34,12 @@ FAST = ["SOLVER.EPOCHS", "1", "SOLVER.IMS_PER_BATCH", "8", "DATALOADER.NUM_WORKE
 @pytest.fixture
 def registries():
     """Puts the registries back as they were."""
-    kept = [dict(maps) for maps in (DISTILLERS._obj_map, DATASET_REGISTRY._obj_map, registry._BUILDERS)]
+    maps = [registry._obj_map for registry in (DISTILLERS, DATASET_REGISTRY, MODEL_REGISTRY)]
+    kept = [dict(entries) for entries in maps]
     yield
-    for maps, before in zip((DISTILLERS._obj_map, DATASET_REGISTRY._obj_map, registry._BUILDERS), kept, strict=True):
-        maps.clear()
-        maps.update(before)
+    for entries, before in zip(maps, kept, strict=True):
+        entries.clear()
+        entries.update(before)
 
 
 @pytest.mark.parametrize("name", ["my_method", "my_model", "my_data"])

@@ -9,10 +9,9 @@ from detectron2.data.build import filter_images_with_few_keypoints, filter_image
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import ConfigError, DataError, UserError, did_you_mean
 from d2distill.detection.config import num_classes
-
-from .locate import ROOT_VARIABLE, data_path
 
 __all__ = ["check_test_sets", "load_test_set", "load_training_set", "register_datasets"]
 

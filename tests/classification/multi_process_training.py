@@ -13,7 +13,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from d2distill.classification.data.loader import Subset, build_test_loader
+from d2distill.classification.data.loader import FixedSubset, build_test_loader
 from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.launch import launch
 from d2distill.common.engine.run_folder import start_logs
@@ -59,7 +59,7 @@ def train_case(folder: Path, name: str) -> None:
     cfg = small_cfg(folder / name, **settings)
     train_set, test_set = load_datasets(cfg)
     if name not in ("unbroken", "stopped", "stopped in evaluation", "broken evaluation", "parent stopped"):
-        test_set = Subset(test_set, 99)
+        test_set = FixedSubset(test_set, 99)
     start_logs(cfg.OUTPUT_DIR)
     # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
     exact = cfg.MODEL.SYNC_BN
