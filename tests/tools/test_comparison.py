@@ -2,12 +2,13 @@
 
 import copy
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from fvcore.common.config import CfgNode
@@ -42,17 +43,11 @@ config = yaml.safe_load(Path(sys.argv[2]).read_text()) | {"SEED": int(opts["SEED
 (folder / "metrics.json").write_text(json.dumps({"iteration": 4, "epoch": 2, "top1": 90}) + "\\n")
 if opts.get("ENDS") == "by SIGTERM" and not (folder / "saved").exists():
     signal.signal(signal.SIGTERM, lambda *_: [(folder / "saved").touch(), os._exit(143)])
-    (folder / "ready").touch()
+    (folder / "ready").write_text(str(os.getpid()))
     time.sleep(100)
 (folder / "student_final.pth").touch()
 results = {"top1": 90, "best_top1": 91, "parameters": 1e6, "flops": 1e6, "seconds": 1}
 (folder / "results.json").write_text(json.dumps(results))
-"""
-# A process of its own, which a signal can be sent to.
-PROGRAM = """
-import sys
-from tests.tools.test_comparison import stopped_run
-stopped_run(sys.argv[1]).run(2)
 """
 
 
@@ -152,17 +147,19 @@ def test_a_failed_run_is_shown_by_the_end_of_its_log_and_stops_no_other(stand_in
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_runs_and_the_next_call_continues(stand_in, tmp_path, number):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        while len(list(tmp_path.glob("out/*/ready"))) < 2 and process.poll() is None:
+    def send():
+        while len(list(tmp_path.glob("out/*/ready"))) < 2:
             time.sleep(0.1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(number)
-        assert process.wait(30) == 128 + number
-    # Both had the time to save, and none is left.
-    assert len(children) == 2 and len(list(tmp_path.glob("out/*/saved"))) == 2
-    assert not [child for child in children if Path("/proc", child).exists()]
+        os.kill(os.getpid(), number)
+
     comparison = stopped_run(tmp_path)
+    Thread(target=send, daemon=True).start()
+    with pytest.raises(SystemExit) as stop:
+        comparison.run(2)
+    assert stop.value.code == 128 + number
+    # Both had the time to save, and none is left.
+    assert len(list(tmp_path.glob("out/*/saved"))) == 2
+    assert not [path for path in tmp_path.glob("out/*/ready") if Path("/proc", path.read_text()).exists()]
     comparison.run(2)
     assert list(comparison.results(comparison.entries[0])) == [0, 1]
 
