@@ -184,6 +184,7 @@ class Comparison:
         running: dict[tuple[str, int], tuple[Path, subprocess.Popen]] = {}
         failures = []
         bar = tqdm(
+            desc=f"{len(jobs) - len(waiting)}/{len(jobs)} runs, ",
             initial=sum(self._done(*job) for job in jobs),
             total=sum(self._lengths[entry.label] for entry, _ in jobs),
             bar_format="{desc}{percentage:.0f} %, {elapsed}, about {remaining} left",
@@ -191,14 +192,7 @@ class Comparison:
             miniters=0,
             mininterval=0.2 if sys.stderr.isatty() else 10,
         )
-
-        def show() -> None:
-            ended = len(jobs) - len(waiting) - len(running)
-            bar.set_description_str(f"{ended}/{len(jobs)} runs, ", refresh=False)
-            bar.update(sum(self._done(*job) for job in jobs) - bar.n)
-
         with bar, _stop_signals() as received:
-            show()
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
                     ready = [job for job in waiting if self._has_teacher(job[0])]
@@ -216,7 +210,9 @@ class Comparison:
                                 end = (folder / "console.txt").read_text().splitlines()[-8:]
                                 failures.append("\n".join([f"the run in {folder} failed:", *end]))
                                 bar.write(f"{folder} failed", file=sys.stderr)
-                    show()
+                    ended = len(jobs) - len(waiting) - len(running)
+                    bar.set_description_str(f"{ended}/{len(jobs)} runs, ", refresh=False)
+                    bar.update(sum(self._done(*job) for job in jobs) - bar.n)
             finally:
                 _stop([process for _, process in running.values()])
         if received:
