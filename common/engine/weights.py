@@ -1,6 +1,7 @@
 """Reading weights that others wrote: the one place that opens foreign files."""
 
 import argparse
+import hashlib
 import os
 import re
 import zipfile
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import CheckpointError
 
-__all__ = ["differences", "load_weights", "read_content", "read_weights", "state_dict_of"]
+__all__ = ["differences", "load_weights", "read_content", "read_weights", "state_dict_of", "weights_digest"]
 
 # How files of torch.save begin, the present form and the one before torch 1.6, whatever their names end with.
 _OF_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
@@ -217,3 +218,14 @@ def _tensors(value: Any) -> Any:
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's state dict: which weights it has, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode()
+        )
+    return digest.hexdigest()
