@@ -261,10 +261,11 @@ class Comparison:
         cfg = self.task.load_cfg(entry.config_file, self._settings(entry))
         # The teacher is part of the folder's name, and all the runs may have moved to another place.
         ignored = {*_IGNORED, self.task.teacher_key} if entry.teacher else _IGNORED
-        for seed in entry.seeds:
-            file = self.folder(entry, seed) / "config.yaml"
-            found = _flatten(file.read_text()) if file.exists() else {}
-            wanted = {**_flatten(cfg.dump()), "SEED": seed}
+        files = {seed: self.folder(entry, seed) / "config.yaml" for seed in entry.seeds}
+        for seed, file in files.items():
+            if not file.exists():
+                continue
+            found, wanted = _flatten(file.read_text()), {**_flatten(cfg.dump()), "SEED": seed}
             changed = [key for key in wanted if key in found and key not in ignored and found[key] != wanted[key]]
             if changed:
                 other = "; ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in changed[:3])
