@@ -269,7 +269,9 @@ class Comparison:
             changed = [key for key in wanted if key in found and key not in ignored and found[key] != wanted[key]]
             if changed:
                 other = "; ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in changed[:3])
-                raise ConfigError(f"{file.parent} holds another run ({other}): choose another folder, or remove it")
+                raise ConfigError(
+                    f"{file.parent} holds another run ({other}): choose another folder, or remove it and its students"
+                )
         return self.task.length(cfg.SOLVER)
 
     def _settings(self, entry: Entry) -> list[str]:
