@@ -162,7 +162,7 @@ def test_the_gpu_script_of_detectors_goes_on_where_it_stopped(tmp_path):
     assert report["losses_against_cpu"]["largest"]["of all"] < 1e-4
     for part in ("mixed_precision", "step_times"):
         assert not str(report[part]).startswith("failed"), report[part]
-    assert (tmp_path / "digits_detection_cpu.md").read_text().count("1 of 1") == 3
+    assert (tmp_path / "digits_detection_cpu.md").read_text().count("| 1       |") == 3
 
 
 @pytest.mark.slow

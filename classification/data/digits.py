@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from d2distill.common.digits import load_digits_split
+from d2distill.common.data.digits import load_digits_split
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 

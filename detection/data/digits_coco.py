@@ -22,8 +22,8 @@ from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 from PIL import Image
 
+from d2distill.common.data.digits import load_digits_split
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
-from d2distill.common.digits import load_digits_split
 from d2distill.common.errors import DataError
 
 from .digits_scene import draw_scene

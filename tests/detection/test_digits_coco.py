@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from scipy.ndimage import binary_fill_holes
 
-from d2distill.common.digits import load_digits_split
+from d2distill.common.data.digits import load_digits_split
 from d2distill.common.errors import DataError
 from d2distill.detection.data import digits_coco as module
 from d2distill.detection.data.digits_coco import make, prepare
