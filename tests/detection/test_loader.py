@@ -85,6 +85,40 @@ def test_the_order_is_detectron2s(cfg):
     assert [i for batch in batches for _, i in batch] == take(TrainingSampler(10, seed=5), 20)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        ("TrainingSampler", [[6, 0, 3, 5], [4, 1, 1, 4], [5, 3, 0, 6]]),
+        ("RepeatFactorTrainingSampler", [[5, 5, 6, 6], [1, 2, 2, 2], [5, 3, 0, 0]]),
+        ("RandomSubsetTrainingSampler", [[0, 5, 5, 0], [3, 0, 3, 5], [2, 4, 2, 4]]),
+    ],
+)
+def test_order_of_published_runs(cfg, sampler, expected):
+    """Runs of older versions resume in the order in which they began: third to fifth batch of seed 0."""
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
+    cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.9, 0.8
+    dicts = [{"width": w, "height": h, "annotations": [{"category_id": i % 3}]} for i, (w, h) in enumerate(SHAPES)]
+    batches = take(build_batch_sampler(cfg, dicts, start=2), 3)
+    assert [[index for _, index in batch] for batch in batches] == expected
+
+
+def test_augmentation_of_published_runs(cfg, tmp_path):
+    images = MappedImages([{}], lambda _: (random.random(), np.random.rand(), float(torch.rand(()))), seed=3)
+    assert images[7, 0] == (0.4247647858121808, 0.8258057074179067, 0.6736271977424622)
+    cfg.INPUT.CROP.ENABLED = True
+    dicts = [image(tmp_path, n, annotations=[box(1, 2, 9, 7)]) for n in range(3)]
+    (batch,) = take(build_train_loader(cfg, dicts, start=3), 1)
+    assert [
+        (x["image_id"], tuple(x["image"].shape[1:]), x["instances"].gt_boxes.tensor.round().int().tolist()[0])
+        for x in batch
+    ] == [
+        (1, (16, 23), [9, 1, 22, 11]),
+        (2, (8, 10), [4, 1, 10, 6]),
+        (0, (16, 22), [9, 1, 22, 11]),
+        (2, (16, 22), [9, 1, 22, 11]),
+    ]
+
+
 def test_a_subset_keeps_to_it(cfg):
     cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.3
