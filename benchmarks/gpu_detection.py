@@ -30,7 +30,7 @@ from torch import nn
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import load_cfg
-from d2distill.detection.data.digits_coco import make, prepare
+from d2distill.detection.data.digits_coco import ensure_generated, generate_split
 from d2distill.detection.data.locate import ROOT_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,7 +228,7 @@ def training_table(args: argparse.Namespace, deadline: float) -> tuple[str, dict
     if args.quick:
         registered = {}
         for split, number in (("train", 4), ("val", 2)):
-            make(runs / "tiny", split, number, seed=0)
+            generate_split(runs / "tiny", split, number, seed=0)
             paths = {"JSON": str(runs / "tiny" / "annotations" / f"{split}.json"), "IMAGES": str(runs / "tiny" / split)}
             registered[f"tiny_{split}"] = paths
         few = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": 0}
@@ -236,7 +236,7 @@ def training_table(args: argparse.Namespace, deadline: float) -> tuple[str, dict
         opts += map(str, settings(few, SMALL))
         seeds = seeds[:1]
     else:
-        prepare("digits_coco_large")
+        ensure_generated("digits_coco_large")
     rows = entries(runs, seeds, opts, most=1 if args.quick else None)
     failed = run_until(rows, args.processes, deadline)
     numbers = {row.label: row.results() for row in rows}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from d2distill.common.engine.launch import command
 from d2distill.detection.compare import Entry, results_of, run_all, table
-from d2distill.detection.data.digits_coco import prepare
+from d2distill.detection.data.digits_coco import ensure_generated
 from d2distill.detection.draw import draw_detections
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "det"
@@ -37,7 +37,7 @@ def main() -> None:
     shutil.rmtree(args.output, ignore_errors=True)
     rows = entries(args.output, args.seeds, args.opts)
     print("1/4: drawing 500 pictures of digits, or finding them in DETECTRON2_DATASETS", flush=True)
-    prepare("digits_coco")
+    ensure_generated("digits_coco")
     print("2/4: the teacher learns from 400 of them, and so do the students alone", flush=True)
     run_all(rows[:2], args.output, args.processes)
     print("3/4: the same students learn from the same pictures and the teacher", flush=True)
