@@ -2,8 +2,9 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,25 +84,17 @@ def read_detector(source: str) -> DetectorWeights:
     return DetectorWeights(source, _without_constants(state), _without_constants(teacher), author)
 
 
-def has_teacher(source: str | DetectorWeights) -> bool:
-    """Whether `source` holds a teacher beside the student, as MDistiller's files do; False for an empty source.
-
-    Raises:
-        CheckpointError: as :func:`read_detector`.
-    """
-    if isinstance(source, DetectorWeights):
-        return bool(source.teacher)
+def has_teacher(source: str) -> bool:
+    """Whether `source` holds a teacher beside the student, as MDistiller's files do; False for an empty source."""
     return bool(source) and source.partition(":")[0] not in LIBRARIES and bool(read_detector(source).teacher)
 
 
-def load_student(
-    model: nn.Module, source: str | DetectorWeights, key: str = "MODEL.WEIGHTS", complete: bool = False
-) -> None:
+def load_student(model: nn.Module, source: str, key: str = "MODEL.WEIGHTS", complete: bool = False) -> None:
     """Load what `source` has of a detector. The model's children ``teacher`` and ``distillers`` are not touched.
 
     Args:
         model: Detectron2's or one of this package.
-        source: as in :func:`read_detector`, or its result; nothing is done if it is empty.
+        source: as in :func:`read_detector`; nothing is done if it is empty.
         key: the config key or flag that named the source, for errors and the log.
         complete: the source must have every tensor, as for evaluation. Otherwise a backbone alone is enough, and heads
             for another number of classes are skipped with a warning, as for fine-tuning.
@@ -113,27 +106,21 @@ def load_student(
     if not source:
         return
     weights = _read(source, key)
-    _load(model, weights.state, weights, key, complete)
+    _load(model, weights, key, complete)
     if weights.author in LIBRARIES:
         _check_input(model, weights, key)
 
 
-def load_teacher(teacher: nn.Module, source: str | DetectorWeights, key: str = "TEACHER.MODEL.WEIGHTS") -> None:
+def load_teacher(teacher: nn.Module, source: str, key: str = "TEACHER.MODEL.WEIGHTS") -> None:
     """Load a trained detector: the ``teacher.*`` of a file that has them, else all of it.
 
-    Args:
-        teacher: the network; the source must have each of its tensors.
-        source: as in :func:`read_detector`, or its result.
-        key: the config key that named the source, for errors and the log.
-
-    Raises:
-        CheckpointError: as :func:`read_detector`; or the source is empty, of another network or number of classes, or
-            of a backbone only. It begins with `key`.
+    Arguments and errors as of :func:`load_student`. The source must have every tensor.
     """
     if not source:
         raise CheckpointError(f"{key} is empty: a teacher needs the weights of a trained detector")
     weights = _read(source, key)
-    _load(teacher, weights.teacher or weights.state, weights, key, complete=True, node="TEACHER.MODEL")
+    weights = replace(weights, state=weights.teacher or weights.state)
+    _load(teacher, weights, key, complete=True, node="TEACHER.MODEL")
 
 
 def _text(value: Any) -> str:
@@ -145,25 +132,23 @@ def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if n not in ("pixel_mean", "pixel_std") and "cell_anchors" not in n}
 
 
-def _read(source: str | DetectorWeights, key: str) -> DetectorWeights:
+def _read(source: str, key: str) -> DetectorWeights:
     try:
-        return source if isinstance(source, DetectorWeights) else read_detector(source)
+        return read_detector(source)
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
 
 
-def _load(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    weights: DetectorWeights,
-    key: str,
-    complete: bool,
-    node: str = "MODEL",
-) -> None:
+def _load(model: nn.Module, weights: DetectorWeights, key: str, complete: bool, node: str = "MODEL") -> None:
+    """Load `weights.state`; `node` is where the configuration has the model's number of classes."""
+    state = weights.state
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(("teacher.", "distillers."))}
     where = f"{key}: {weights.source}"
     if weights.matching_heuristics:
-        state = _align(state, own, where)
+        state = align_and_update_state_dicts(own, state, c2_conversion=False)
+        # It leaves tensors of another shape under their short name. Under the full one they are found below.
+        full = {short: name for name in own.keys() - state.keys() for short in state if name.endswith(f".{short}")}
+        state = {full.get(name, name): value for name, value in state.items()}
     found = compare_states(own, state)
     fitting = [n for n in state if n in own and n not in found.shapes]
     # Heads of which only the number of outputs differs, which may be due to the classes.
@@ -202,19 +187,6 @@ def _load(
         logger.warning(f"{where} is not exactly of this network: {rest}")
 
 
-def _align(state: dict[str, Tensor], own: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    try:
-        found = align_and_update_state_dicts(own, state, c2_conversion=False)
-    except ValueError as error:
-        raise CheckpointError(f"{where} is of another network: {error}") from error
-    aligned = {}
-    for name, value in found.items():
-        # Detectron2 leaves a tensor of another shape under its short name. The full one lets the check find it.
-        full = [n for n in own if n not in found and n.endswith("." + name)]
-        aligned[full[0] if name not in own and len(full) == 1 else name] = value
-    return aligned
-
-
 def _check_depth(state: Iterable[str], own: Iterable[str], where: str) -> None:
     # A ResNet-101 has every name of a ResNet-50, with the same shapes.
     theirs, mine = _stage_depths(state), _stage_depths(own)
@@ -226,22 +198,18 @@ def _check_depth(state: Iterable[str], own: Iterable[str], where: str) -> None:
             )
 
 
-def _stage_depths(names: Iterable[str]) -> dict[str, int]:
-    depths: dict[str, int] = {}
-    for name in names:
-        if found := re.search(r"\b(res[2-5])\.(\d+)\.", name):
-            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
-    return depths
+def _stage_depths(names: Iterable[str]) -> Counter[str]:
+    blocks = {found.groups() for name in names if (found := re.search(r"\b(res[2-5])\.(\d+)\.", name))}
+    return Counter(stage for stage, _ in blocks)
 
 
 def _check_input(model: nn.Module, weights: DetectorWeights, key: str) -> None:
     """Warn if a classifier's weights would see other images, or strides, than in their training."""
     wanted = []
-    if getattr(model, "input_format", None) not in (None, "RGB"):
+    if model.input_format != "RGB":
         wanted.append("INPUT.FORMAT RGB")
     for node, values in (("pixel_mean", _IMAGENET_MEAN), ("pixel_std", _IMAGENET_STD)):
-        own = getattr(model, node, None)
-        if own is not None and (own.flatten().cpu() - torch.tensor(values)).abs().max() > 5:
+        if (getattr(model, node).flatten().cpu() - torch.tensor(values)).abs().max() > 5:
             wanted.append(f"MODEL.{node.upper()} {list(values)}")
     if any(isinstance(block, BottleneckBlock) and block.conv1.stride != (1, 1) for block in model.modules()):
         wanted.append("MODEL.RESNETS.STRIDE_IN_1X1 False")

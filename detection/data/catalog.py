@@ -78,11 +78,8 @@ def check_test_sets(cfg: CfgNode) -> None:
 def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     """Load all images of a registered data set in Detectron2's format, without annotations.
 
-    Evaluators read the annotations from the file, and they would take most of the memory.
-
-    Raises:
-        ConfigError: the name is not registered.
-        FileNotFoundError, DataError: as :func:`load_training_set`.
+    Evaluators read the annotations from the file, and they would take most of the memory. Errors as of
+    :func:`check_test_sets`.
     """
     register_datasets(cfg)
     return [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name, "DATASETS.TEST")]

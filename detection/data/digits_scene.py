@@ -4,7 +4,7 @@ Everything is computed in integers, from a generator whose numbers NumPy guarant
 machine.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,31 +20,16 @@ MIN_CONTRAST = 70  # in luminance, between ink and the background below it
 TRIES = 60  # to find a place for a digit, before it is left out
 
 
-@dataclass
-class Digit:
-    """A digit in an image.
-
-    Attributes:
-        position: index into the digits that the image was drawn from.
-        box: x, y, width, height in pixels, tight around the visible ink.
-        polygons: outlines of its connected parts, each [x0, y0, x1, y1, ...] along pixel edges; holes are filled.
-    """
+class Digit(NamedTuple):
+    """A digit in an image: its index among the digits, its tight box, and outlines of its parts without their holes."""
 
     position: int
-    box: tuple[int, int, int, int]
-    polygons: list[list[int]]
+    box: tuple[int, int, int, int]  # x, y, width, height
+    polygons: list[list[int]]  # each [x0, y0, x1, y1, ...] along pixel edges
 
 
 def draw_scene(rng: np.random.RandomState, digits: np.ndarray) -> tuple[np.ndarray, list[Digit]]:
-    """Draw 2 to 6 of `digits` on a background of 128..192 pixels per side.
-
-    Args:
-        rng: the only source of randomness.
-        digits: (n, 8, 8), 0 is paper and 16 is ink.
-
-    Returns:
-        The image, (H, W, 3) uint8 RGB, and its digits.
-    """
+    """Draw 2 to 6 of `digits` (n, 8, 8), where 0 is paper and 16 is ink, into an (H, W, 3) uint8 RGB image."""
     height, width = (_integer(rng, *SIDES) for _ in range(2))
     canvas = _background(rng, height, width)
     for _ in range(_integer(rng, 3, 7)):

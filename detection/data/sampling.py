@@ -9,7 +9,7 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
-from d2distill.common.errors import ConfigError, DataError
+from d2distill.common.errors import ConfigError
 
 __all__ = ["TrainBatchSampler", "build_batch_sampler"]
 
@@ -57,41 +57,28 @@ def build_batch_sampler(cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start
 
     Raises:
         ConfigError: a sampler that is not supported, or a batch that the processes cannot share evenly.
-        DataError: images are to be grouped, but one has no width and height.
     """
     if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, but must be a multiple of the number of processes, "
             f"{comm.get_world_size()}"
         )
-    groups = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        try:
-            groups = [int(record["width"] <= record["height"]) for record in dataset_dicts]
-        except KeyError as error:
-            raise DataError(
-                f"DATALOADER.ASPECT_RATIO_GROUPING needs the {error.args[0]} of each image, but one of DATASETS.TRAIN "
-                "has none: add it, or set ASPECT_RATIO_GROUPING to False"
-            ) from None
-    return TrainBatchSampler(_build_sampler(cfg, dataset_dicts), cfg.SOLVER.IMS_PER_BATCH, groups, start)
-
-
-def _build_sampler(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> TrainingSampler | RepeatFactorTrainingSampler:
-    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(dataset_dicts)
-    if name == "TrainingSampler":
-        return TrainingSampler(size, seed=cfg.SEED)
-    if name == "RepeatFactorTrainingSampler":
+    loader, size = cfg.DATALOADER, len(dataset_dicts)
+    if loader.SAMPLER_TRAIN == "TrainingSampler":
+        sampler = TrainingSampler(size, seed=cfg.SEED)
+    elif loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset_dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+            dataset_dicts, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT
         )
-        return RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        if ratio > 1 or int(size * ratio) < 1:
-            raise ConfigError(f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, but must select 1 to {size} images")
-        return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
-    # WeightedTrainingSampler needs a weight for each data set, which is known only while they are loaded.
-    raise ConfigError(
-        f"DATALOADER.SAMPLER_TRAIN is {name}, but must be TrainingSampler, RepeatFactorTrainingSampler or "
-        "RandomSubsetTrainingSampler"
-    )
+        sampler = RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
+    elif loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
+        ratio = loader.RANDOM_SUBSET_RATIO
+        sampler = RandomSubsetTrainingSampler(size, ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
+    else:
+        # Such as WeightedTrainingSampler, which needs a weight for each data set.
+        raise ConfigError(
+            f"DATALOADER.SAMPLER_TRAIN is {loader.SAMPLER_TRAIN}, but must be TrainingSampler, "
+            "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
+        )
+    groups = [int(d["width"] <= d["height"]) for d in dataset_dicts] if loader.ASPECT_RATIO_GROUPING else None
+    return TrainBatchSampler(sampler, cfg.SOLVER.IMS_PER_BATCH, groups, start)
