@@ -22,7 +22,7 @@ from d2distill.classification.config import get_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model, model_names
 from d2distill.common.distillers import DISTILLERS
-from d2distill.common.engine.trainer import seed_step
+from d2distill.common.engine.seeding import seed_step
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -41,6 +41,8 @@ _RULES = {
     "DISTILL.CE_WEIGHT": at_least(0),
     "DATASETS.TRAIN_SIZE": at_least(0),
     "INPUT.SIZE": at_least(0),
+    "INPUT.MIXUP": at_least(0),
+    "INPUT.CUTMIX": at_least(0),
     "SOLVER.EPOCHS": at_least(1, most=10**9),
     "SOLVER.IMS_PER_BATCH": at_least(1),
     "SOLVER.BASE_LR": at_least(0),
@@ -50,6 +52,9 @@ _RULES = {
     "SOLVER.GAMMA": at_least(0),
     "SOLVER.WARMUP_EPOCHS": at_least(0),
     "SOLVER.CLIP_GRAD_NORM": at_least(0),
+    "SOLVER.LABEL_SMOOTHING": MOMENTUM,
+    "SOLVER.ACCUMULATE": at_least(1),
+    "SOLVER.EMA_DECAY": MOMENTUM,
     "SOLVER.CHECKPOINT_PERIOD": at_least(1),
     "SOLVER.CHECKPOINT_STEPS": at_least(0),
     "SOLVER.CHECKPOINT_KEEP": at_least(1),
@@ -111,6 +116,9 @@ def get_cfg() -> CfgNode:
     cfg.INPUT.SIZE = 0
     # A recipe of classification/data/augment.py. Empty: the data set's.
     cfg.INPUT.AUGMENTATION = ""
+    # Mixup (ICLR 2018) and cutmix (ICCV 2019): alpha of the Beta distribution; 0: off. Both: one of them in each step.
+    cfg.INPUT.MIXUP = 0.0
+    cfg.INPUT.CUTMIX = 0.0
 
     cfg.SOLVER = _CfgNode()
     cfg.SOLVER.EPOCHS = 240
@@ -130,6 +138,12 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.GAMMA = 0.1
     # Linear, from a thousandth of BASE_LR, in epochs.
     cfg.SOLVER.WARMUP_EPOCHS = 0
+    # Share of the target's probability that goes to all classes alike.
+    cfg.SOLVER.LABEL_SMOOTHING = 0.0
+    # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # Largest norm of the gradient. 0: no clipping.
     cfg.SOLVER.CLIP_GRAD_NORM = 0.0
     # Automatic mixed precision: "", "bf16" or "fp16" (with loss scaling). Losses are computed in fp32 all the same.
@@ -251,6 +265,13 @@ def validate(cfg: CfgNode) -> None:
     if cfg.SOLVER.OPTIMIZER == "DOT":
         if not 0 <= cfg.SOLVER.DELTA < min(cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {cfg.SOLVER.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
-        if not cfg.DISTILL.METHODS or cfg.SOLVER.CLIP_GRAD_NORM or cfg.SOLVER.AMP == "fp16":
-            raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, and bf16 or no AMP")
+        if (
+            not cfg.DISTILL.METHODS
+            or cfg.SOLVER.CLIP_GRAD_NORM
+            or cfg.SOLVER.AMP == "fp16"
+            or cfg.SOLVER.ACCUMULATE > 1
+        ):
+            raise ConfigError(
+                "SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, no ACCUMULATE, and bf16 or no AMP"
+            )
     resolve_device(cfg)

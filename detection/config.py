@@ -69,6 +69,8 @@ _RULES = {
     "SOLVER.WARMUP_FACTOR": FRACTION,
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0),
+    "SOLVER.ACCUMULATE": at_least(1),
+    "SOLVER.EMA_DECAY": MOMENTUM,
     "SOLVER.CHECKPOINT_PERIOD": at_least(1),
     "SOLVER.CHECKPOINT_KEEP": at_least(1),
     "DATALOADER.NUM_WORKERS": at_least(0),
@@ -132,6 +134,10 @@ def get_cfg() -> CfgNode:
     cfg.LOG_PERIOD = 20
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
+    # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
     # The newest so many checkpoints stay.
     cfg.SOLVER.CHECKPOINT_KEEP = 2
     return cfg

@@ -18,7 +18,7 @@ def main() -> None:
     args = default_argument_parser(epilog=__doc__).parse_args()
     cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
     cfg = load_cfg(args.config_file, cpu + args.opts)
-    launch(evaluate if args.eval_only else train, args, cfg, args)
+    launch(*((evaluate, args, cfg) if args.eval_only else (train, args, cfg, args.resume)))
 
 
 if __name__ == "__main__":

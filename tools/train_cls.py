@@ -21,7 +21,7 @@ def main() -> None:
         results = evaluate(cfg)
         print(f"{cfg.MODEL.STUDENT.WEIGHTS}: top-1 {results['top1']:.2f}, top-5 {results['top5']:.2f}")
     else:
-        launch(train, args, cfg, args)
+        launch(train, args, cfg, args.resume)
 
 
 if __name__ == "__main__":

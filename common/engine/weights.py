@@ -1,10 +1,11 @@
 """Read files of weights that others wrote, without running code from them."""
 
 import argparse
+import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,11 @@ __all__ = [
     "LIBRARIES",
     "Mismatch",
     "compare_states",
-    "differences",
     "load_weights",
     "read_content",
     "read_weights",
     "state_dict_of",
+    "weights_digest",
 ]
 
 #: Prefixes of sources that are no files: ``torchvision:WEIGHTS`` and ``timm:NAME``.
@@ -54,8 +55,13 @@ class Mismatch(NamedTuple):
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
     def __str__(self) -> str:
+        """Text "2 missing (a, b); 1 of another shape (c (3,) instead of (4,))"; empty where nothing differs."""
         wrong = [f"{name} {theirs} instead of {own}" for name, (theirs, own) in self.shapes.items()]
-        return differences(self.missing, self.unexpected, wrong)
+        return "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", wrong))
+            if names
+        )
 
 
 def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mismatch:
@@ -65,16 +71,6 @@ def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mi
     unexpected = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
     shapes = {n: (tuple(state[n].shape), tuple(t.shape)) for n, t in own.items() if n in state}
     return Mismatch(missing, unexpected, {n: pair for n, pair in shapes.items() if pair[0] != pair[1]})
-
-
-def differences(missing: Collection[str], unexpected: Collection[str], wrong: Collection[str]) -> str:
-    """Text "2 missing (a, b); 1 of another shape (c (3,) instead of (4,))"; empty where nothing differs."""
-    facts = [
-        f"{len(names)} {what} ({', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if names
-    ]
-    return "; ".join(facts)
 
 
 def load_weights(model: nn.Module, source: str, key: str) -> None:
@@ -242,3 +238,14 @@ def _tensors(value: Any) -> Any:
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's state dict: which weights it has, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode()
+        )
+    return digest.hexdigest()

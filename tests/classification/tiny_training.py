@@ -3,14 +3,13 @@
 As a program it trains and is killed: `python -m tests.classification.tiny_training FOLDER WORKERS MOMENT STEP`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from d2distill.classification.config import get_cfg, validate
-from d2distill.classification.trainer import ClassificationTrainer, load_datasets, train
+from d2distill.classification.trainer import build_trainer, load_datasets, train
 from d2distill.common.config import CfgNode
 from tests.interruptions import disturb, read_state
 
@@ -45,7 +44,7 @@ def small_cfg(folder, workers=0, **settings) -> CfgNode:
 
 
 def run(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
-    return train(cfg, argparse.Namespace(resume=resume))
+    return train(cfg, resume)
 
 
 def state(folder) -> tuple[dict, dict, list]:
@@ -56,7 +55,7 @@ def state(folder) -> tuple[dict, dict, list]:
 def _main(folder: str, workers: str, moment: str, step: str) -> None:
     torch.set_num_threads(1)
     cfg = small_cfg(folder, int(workers))
-    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    trainer = build_trainer(cfg, *load_datasets(cfg))
     disturb(trainer, moment, int(step))
     trainer.run()
 

@@ -12,7 +12,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 
-from d2distill.common.engine.trainer import seed_step
+from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import ConfigError, DataError
 from d2distill.detection.config import get_cfg
 from d2distill.detection.data import build_test_loader, build_train_loader, load_training_set

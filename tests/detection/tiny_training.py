@@ -3,7 +3,6 @@
 As a program it trains and is killed: `python -m tests.detection.tiny_training FOLDER NAME WORKERS MOMENT STEP`.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from d2distill.detection.data import load_training_set, register_datasets
 from d2distill.detection.data.digits_coco import generate_split
-from d2distill.detection.trainer import DetectionTrainer, train
+from d2distill.detection.trainer import build_trainer, train
 from tests.detection.tiny_detectors import build, plain, small_cfg
 from tests.interruptions import disturb, read_state
 
@@ -69,7 +68,7 @@ def tiny_cfg(name, folder, workers=0, **settings):
 
 
 def run(cfg, resume: bool = False) -> dict[str, float]:
-    return train(cfg, argparse.Namespace(resume=resume))
+    return train(cfg, resume)
 
 
 def state(folder) -> tuple[dict, dict, list]:
@@ -80,7 +79,7 @@ def _main(folder: str, name: str, workers: str, moment: str, step: str) -> None:
     torch.set_num_threads(1)
     cfg = tiny_cfg(name, folder, int(workers))
     register_datasets(cfg)
-    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    trainer = build_trainer(cfg, load_training_set(cfg))
     disturb(trainer, moment, int(step))
     trainer.run()
 
