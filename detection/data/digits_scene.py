@@ -63,43 +63,30 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
     Returns:
         Arrays (n, 2) of corners x, y, clockwise on the screen. Holes have none: COCO's polygons cannot express them.
     """
-    ahead: dict[tuple[int, int], list[tuple[int, int]]] = {}  # from a corner along an edge with ink on its right
+    # Points and directions are complex numbers x + iy. By corner: directions of the edges with ink on their right.
+    edges: dict[complex, list[complex]] = {}
     padded = np.pad(mask, 1)
-    inside = padded[1:-1, 1:-1]
-    sides = (
-        (padded[:-2, 1:-1], (0, 0), (1, 0)),
-        (padded[1:-1, 2:], (1, 0), (1, 1)),
-        (padded[2:, 1:-1], (1, 1), (0, 1)),
-        (padded[1:-1, :-2], (0, 1), (0, 0)),
-    )
-    for neighbor, begin, end in sides:
-        for y, x in np.argwhere(inside & ~neighbor).tolist():
-            ahead.setdefault((x + begin[0], y + begin[1]), []).append((x + end[0], y + end[1]))
+    for direction, corner in ((1, 0), (1j, 1), (-1, 1 + 1j), (-1j, 1j)):
+        outside = direction * -1j  # where the pixel on the left is
+        shifted = np.roll(padded, (-int(outside.imag), -int(outside.real)), (0, 1))
+        for y, x in np.argwhere((padded & ~shifted)[1:-1, 1:-1]).tolist():
+            edges.setdefault(x + y * 1j + corner, []).append(direction)
     polygons = []
-    while ahead:
-        start = min(ahead)
-        corners, before, here = [], None, start
-        while here in ahead:
+    while edges:
+        here, heading, corners = min(edges, key=lambda point: (point.real, point.imag)), 0, []
+        while here in edges:
             # Where two pixels touch by a corner only, the turn to the right stays with the same one.
-            step = max(ahead[here], key=lambda end: _turn(before, here, end))
-            ahead[here].remove(step)
-            if not ahead[here]:
-                del ahead[here]
-            if before is None or _turn(before, here, step):
+            step = max(edges[here], key=lambda direction: (direction * heading.conjugate()).imag)
+            edges[here].remove(step)
+            if not edges[here]:
+                del edges[here]
+            if step != heading:
                 corners.append(here)
-            before, here = here, step
+            heading, here = step, here + step
         points = np.array(corners)
-        after = np.roll(points, -1, axis=0)
-        if (points[:, 0] * after[:, 1] - after[:, 0] * points[:, 1]).sum() > 0:
-            polygons.append(points)
+        if (points.conj() * np.roll(points, -1)).imag.sum() > 0:
+            polygons.append(np.stack([points.real, points.imag], 1).astype(np.int64))
     return polygons
-
-
-def _turn(before: tuple[int, int] | None, here: tuple[int, int], after: tuple[int, int]) -> int:
-    """1 to the right (on the screen), -1 to the left, 0 straight on."""
-    if before is None:
-        return 0
-    return (here[0] - before[0]) * (after[1] - here[1]) - (here[1] - before[1]) * (after[0] - here[0])
 
 
 def _integer(rng: np.random.RandomState, low: int, high: int) -> int:
