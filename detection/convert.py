@@ -11,14 +11,15 @@ from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.detection.weight_names import BOTTOM_UP
 from d2distill.detection.weights import DetectorWeights, read_detector
 
-__all__ = ["convert_backbone", "convert_to_tensors", "merge", "split", "write_detector"]
+__all__ = ["convert_to_tensors", "merge", "split", "write_detector"]
 
 
 def convert_to_tensors(source: str, out: str | Path, force: bool = False) -> str:
-    """Write the weights of any file, such as a ``.pkl`` of Detectron2's zoo, as tensors by Detectron2's names.
+    """Write the weights of any `source` of :func:`.read_detector` as tensors by Detectron2's names.
+
+    For a ``.pkl`` of Detectron2's zoo, or a classifier of torchvision or timm, which becomes a detector's backbone.
 
     Args:
-        source: as in :func:`.read_detector`.
         out: ``.pth`` or ``.safetensors`` file.
         force: replace an existing file.
 
@@ -33,34 +34,12 @@ def convert_to_tensors(source: str, out: str | Path, force: bool = False) -> str
     return write_detector(out, read_detector(source))
 
 
-def convert_backbone(source: str, out: str | Path, force: bool = False) -> str:
-    """Write a classifier (ResNet, MobileNetV2) of torchvision or timm as a detector's backbone, for MODEL.WEIGHTS.
-
-    Arguments, result and errors as of :func:`convert_to_tensors`; the tensors are named ``backbone.bottom_up.*``.
-    """
-    _check_outputs([out], force)
-    weights = read_detector(source)
-    if weights.teacher or not _is_backbone(weights):
-        names = ", ".join(list(weights.state)[:3])
-        raise CheckpointError(f"{source} is not a ResNet or MobileNetV2 of torchvision or timm: it has {names}, ...")
-    return write_detector(out, weights)
-
-
 def merge(student: str, teacher: str, out: str | Path, force: bool = False) -> str:
-    """Write a student and a trained teacher to one file, as MDistiller does.
+    """Write a student and a trained teacher to one file, as MDistiller does; result and errors as above.
 
     Args:
-        student: as in :func:`.read_detector`; may be a backbone only. ImageNet weights of Detectron2's zoo get the
-            names of a ResNet with FPN.
+        student: a detector or its backbone. ImageNet weights of Detectron2's zoo get the names of a ResNet with FPN.
         teacher: a trained detector; its names get the prefix ``teacher.``.
-        out, force: as of :func:`convert_to_tensors`.
-
-    Returns:
-        A line that tells what was written.
-
-    Raises:
-        CheckpointError: a source cannot be read, has a teacher already, or is not a detector's.
-        ConfigError: as :func:`convert_to_tensors`.
     """
     _check_outputs([out], force)
     ours, theirs = read_detector(student), read_detector(teacher)
@@ -78,15 +57,7 @@ def merge(student: str, teacher: str, out: str | Path, force: bool = False) -> s
 
 
 def split(merged: str, student_out: str | Path, teacher_out: str | Path, force: bool = False) -> list[str]:
-    """Write the student and the teacher of a merged file to one file each.
-
-    Returns:
-        A line for each file that was written.
-
-    Raises:
-        CheckpointError: the source cannot be read, or lacks the student or the teacher.
-        ConfigError: as :func:`convert_to_tensors`.
-    """
+    """Write the student and the teacher of a merged file to one file each; results and errors as above."""
     _check_outputs([student_out, teacher_out], force)
     weights = read_detector(merged)
     if not (weights.state and weights.teacher):
@@ -97,11 +68,7 @@ def split(merged: str, student_out: str | Path, teacher_out: str | Path, force: 
 
 
 def write_detector(path: str | Path, weights: DetectorWeights) -> str:
-    """Write `weights` to a ``.pth`` or ``.safetensors`` file atomically, the teacher's as ``teacher.*``.
-
-    Returns:
-        A line that tells what was written.
-    """
+    """Write `weights` to a ``.pth`` or ``.safetensors`` file atomically, the teacher's as ``teacher.*``."""
     teacher = {f"teacher.{name}": value for name, value in weights.teacher.items()}
     # A view would be saved with the whole tensor behind it.
     state = {name: value.detach().clone().contiguous() for name, value in {**weights.state, **teacher}.items()}

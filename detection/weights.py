@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -65,9 +64,9 @@ def read_detector(source: str) -> DetectorWeights:
     content = read_content(source)
     author, heuristics = "", False
     if isinstance(content, Mapping):
-        author = _text(content.get("__author__", ""))
+        author = str(content.get("__author__", ""))
         # The metadata of a safetensors file are text.
-        heuristics = _text(content.get("matching_heuristics", "")) == "True"
+        heuristics = str(content.get("matching_heuristics", "")) == "True"
         # Detectron's detectors are under "blobs"; its ImageNet weights are bare.
         blobs = content.get("blobs", content.get("model", content))
         if isinstance(blobs, Mapping) and any(re.fullmatch(r"\w+_w", str(name)) for name in blobs):
@@ -121,10 +120,6 @@ def load_teacher(teacher: nn.Module, source: str, key: str = "TEACHER.MODEL.WEIG
     weights = _read(source, key)
     weights = replace(weights, state=weights.teacher or weights.state)
     _load(teacher, weights, key, complete=True, node="TEACHER.MODEL")
-
-
-def _text(value: Any) -> str:
-    return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
 def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:

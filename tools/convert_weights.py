@@ -13,14 +13,14 @@ Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or
 import argparse
 
 from d2distill.common.engine.launch import command
-from d2distill.detection.convert import convert_backbone, convert_to_tensors, merge, split
+from d2distill.detection.convert import convert_to_tensors, merge, split
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, convert, text, names in (
-        ("backbone", convert_backbone, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
+        ("backbone", convert_to_tensors, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
         ("safe", convert_to_tensors, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
         ("merge", merge, "a student and a teacher, as one file", ("STUDENT", "TEACHER", "OUT")),
         ("split", split, "such a file, as two files", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),

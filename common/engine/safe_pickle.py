@@ -20,10 +20,6 @@ def _text(value: str | bytes) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
-def _raw(value: str | bytes | bytearray) -> bytes:
-    return value.encode("latin1") if isinstance(value, str) else bytes(value)
-
-
 class _DType:
     """Stand-in for numpy.dtype: numbers and booleans only."""
 
@@ -49,29 +45,18 @@ class _Array:
 def _from_buffer(data: Any, dtype: _DType, shape: Any, order: str = "C", *_: Any) -> _Array:
     array = _Array()
     # The copy is writable; an array over the pickle's bytes would not be.
-    array.value = np.frombuffer(_raw(data), dtype=dtype.value).reshape(shape, order=order).copy()
+    array.value = np.frombuffer(data, dtype=dtype.value).reshape(shape, order=order).copy()
     return array
-
-
-def _scalar(dtype: _DType, data: Any) -> Any:
-    return np.frombuffer(_raw(data), dtype=dtype.value)[0].item()
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    # Protocol 2 writes bytes as encode(text, "latin1").
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
-    return text.encode("latin1")
 
 
 _GLOBALS = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): "ndarray",  # only an argument of _reconstruct, never called
     ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.multiarray", "scalar"): lambda dtype, data: np.frombuffer(data, dtype=dtype.value)[0].item(),
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("_codecs", "encode"): _encode,
-    # Protocol 2 writes b"" as bytes().
+    # Protocol 2 writes bytes as encode(text, "latin1"), and b"" as bytes(). The encoding could name any codec.
+    ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
     ("builtins", "bytes"): lambda: b"",
     ("__builtin__", "bytes"): lambda: b"",
     # Its order is a dict's own; pickles call it without arguments or with a list of pairs.

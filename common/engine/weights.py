@@ -42,17 +42,11 @@ _HARMLESS += [(np.float64(0).__reduce__()[0], name + ".multiarray.scalar") for n
 
 
 class Mismatch(NamedTuple):
-    """How the tensors of a file differ from a network's. Step counters of batch norms may be absent from either.
-
-    Attributes:
-        missing: names that only the network has.
-        unexpected: names that only the file has.
-        shapes: shapes of the file's and the network's tensor, by name, where they differ.
-    """
+    """How the tensors of a file differ from a network's: names that only one of them has, and other shapes."""
 
     missing: list[str]
     unexpected: list[str]
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # the file's and the network's
 
     def __str__(self) -> str:
         """Text "2 missing (a, b); 1 of another shape (c (3,) instead of (4,))"; empty where nothing differs."""
@@ -65,8 +59,10 @@ class Mismatch(NamedTuple):
 
 
 def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mismatch:
-    """Compare the state dict of a file with a network's own one."""
-    # Frozen batch norms have no step counters, and neither have files from before torch 0.4.1.
+    """Compare the state dict of a file with a network's own one.
+
+    Step counters are ignored: frozen batch norms have none, and neither have files from before torch 0.4.1.
+    """
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
     shapes = {n: (tuple(state[n].shape), tuple(t.shape)) for n, t in own.items() if n in state}
@@ -74,15 +70,11 @@ def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mi
 
 
 def load_weights(model: nn.Module, source: str, key: str) -> None:
-    """Load a classifier's weights. Every name and shape must be equal.
-
-    Args:
-        model: the network.
-        source: as in :func:`read_weights`.
-        key: the config key or flag that named the file, for errors.
+    """Load a classifier's weights from a `source` as of :func:`read_weights`. Every name and shape must be equal.
 
     Raises:
-        CheckpointError: as :func:`read_weights`; or the file is of another network or number of classes.
+        CheckpointError: as :func:`read_weights`; or the file is of another network or number of classes. It names
+            `key`, the config key or flag that named the file.
     """
     try:
         weights = read_weights(source)
@@ -118,11 +110,7 @@ def read_weights(source: str) -> dict[str, Tensor]:
 
 
 def state_dict_of(content: Any, source: str) -> dict[str, Tensor]:
-    """Find the state dict in what :func:`read_content` returned for `source`, and remove wrappers' prefixes.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Find the state dict in what :func:`read_content` returned for `source`, and remove wrappers' prefixes."""
     for key in _ENTRIES:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -139,15 +127,12 @@ def read_content(source: str) -> Any:
     """Read everything in a file, also what is stored beside the weights, without running code from it.
 
     Args:
-        source: as in :func:`read_weights`; also a ``.pkl`` file of Detectron2's model zoo or of Caffe2.
+        source: as in :func:`read_weights`, with the same errors; also a ``.pkl`` of Detectron2's model zoo or Caffe2.
 
     Returns:
         What was saved, with tensors on the CPU. Arrays and numbers of a pickle are converted to tensors, and its Nones
         are left out. Weights of a library are ``{"model": ..., "__author__": library}``, a ``.safetensors`` file is
         ``{"model": ..., **metadata}``.
-
-    Raises:
-        CheckpointError: missing, unreachable, damaged, or with anything but plain containers and tensors in it.
     """
     library, _, name = source.partition(":")
     if library in LIBRARIES:
@@ -195,17 +180,16 @@ def _read_library(library: str, name: str) -> dict[str, Tensor]:
 def _local_path(source: str) -> str:
     from detectron2.utils.file_io import PathManager
 
-    if "://" not in source:
-        source = os.path.expanduser(source)
-        if os.path.isdir(source):
-            raise CheckpointError(f"{os.path.abspath(source)} is a directory; name the checkpoint in it")
-        if not os.path.isfile(source):
-            raise CheckpointError(
-                f"there is no checkpoint at {os.path.abspath(source)}; see README.md, 'Teachers', for where to get "
-                "published ones and how to train one"
-            )
+    path = source if "://" in source else os.path.abspath(os.path.expanduser(source))
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a directory; name the checkpoint in it")
+    if "://" not in path and not os.path.isfile(path):
+        raise CheckpointError(
+            f"there is no checkpoint at {path}; see README.md, 'Teachers', for where to get published ones and how to "
+            "train one"
+        )
     try:
-        return PathManager.get_local_path(source)
+        return PathManager.get_local_path(path)
     except Exception as error:  # whatever the handler of the URL raises
         raise CheckpointError(f"{source} cannot be fetched: {_last_line(error)}") from error
 

@@ -27,7 +27,7 @@ def register_datasets(cfg: CfgNode) -> None:
     """
     for name, entry in cfg.DATASETS.REGISTER.items():
         key = f"DATASETS.REGISTER.{name}"
-        if not (isinstance(entry, dict) and entry.keys() == {"JSON", "IMAGES"} and all(map(_is_path, entry.values()))):
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != {"JSON": str, "IMAGES": str}:
             raise ConfigError(f"{key} must be {{JSON: annotation file, IMAGES: folder of images}}, but is {entry!r}")
         paths = {"json_file": str(data_path(entry.JSON)), "image_root": str(data_path(entry.IMAGES))}
         if name not in DatasetCatalog:
@@ -83,10 +83,6 @@ def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     """
     register_datasets(cfg)
     return [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name, "DATASETS.TEST")]
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def _load(name: str, key: str, filter_empty: bool = False, min_keypoints: int = 0) -> list[dict[str, Any]]:
