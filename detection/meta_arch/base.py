@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2distill.common.config import chosen_methods
 from d2distill.common.distillers import Distiller
 from d2distill.common.errors import ConfigError
-from d2distill.common.modules import ModuleCall, capture_calls, captured_extras, shared_copy
+from d2distill.common.modules import MODULE_PREFIX, ModuleCall, capture_calls, captured_extras, shared_copy
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress
 from d2distill.common.teachers import TeacherSource, exclude_teacher_from_state_dict
 from d2distill.detection.teacher import TeacherAdapter, build_teacher
@@ -59,7 +59,7 @@ class DistillDetector(nn.Module):
         methods = self.distillers.values()
         self._student_needs = {need for method in methods for need in method.student_needs}
         needs = self._student_needs | {need for method in methods for need in method.teacher_needs}
-        self._compares_logits = "logits" in needs
+        self._compares_logits = any(map(needs_head, needs))
         self._levels = list(feature_strides(self.backbone)) if "feats" in needs else []
         self.teacher_source = None if teacher is None else DetectorTeacher(self)
         if self.teacher_source is not None:
@@ -85,7 +85,7 @@ class DistillDetector(nn.Module):
             if teacher is not None and method.needs_teacher:
                 if "feats" in method.needs:
                     check_levels(parts["backbone"], teacher.network.backbone, name)
-                if "logits" in method.needs:
+                if any(map(needs_head, method.needs)):
                     cls.check_comparable(cfg, parts, teacher, name)
             try:
                 distillers[name.lower()] = method(cfg.DISTILL[name.upper()], *infos)
@@ -192,10 +192,16 @@ class DetectorTeacher(TeacherSource):
         images = student.teacher_adapter.images(inputs)
         with captured_extras(student.teacher, self.needs) as extras:
             maps = student.teacher.backbone(images)
-            logits = student.teacher_logits(batch.extras["calls"], maps) if "logits" in self.needs else None
+            head = any(map(needs_head, self.needs))
+            logits = student.teacher_logits(batch.extras["calls"], maps) if head else None
         extras |= {name: provide(student.teacher, images) for name, provide in self.extras.items()}
         feats = [maps[name] for name in feature_strides(student.backbone)] if "feats" in self.needs else None
         return Outputs(logits, feats, extras=extras)
+
+
+def needs_head(need: str) -> bool:
+    """Whether what a method needs comes from the head and not from the backbone alone."""
+    return need == "logits" or (need.startswith(MODULE_PREFIX) and not need.startswith(f"{MODULE_PREFIX}backbone"))
 
 
 def feature_strides(backbone: Backbone) -> dict[str, int]:
