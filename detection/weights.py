@@ -11,7 +11,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
-from d2distill.common.engine.weights import LIBRARIES, Mismatch, compare_states, read_content, state_dict_of
+from d2distill.common.engine.weight_files import LIBRARIES, Mismatch, compare_states, read_content, state_dict_of
 from d2distill.common.errors import CheckpointError
 from d2distill.detection.weight_names import (
     BOTTOM_UP,

@@ -16,7 +16,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
-from d2distill.common.engine.weights import compare_states
+from d2distill.common.engine.weight_files import compare_states
 from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
 
 __all__ = ["RunCheckpointer", "assert_finite_tensors", "save_student", "write_atomically"]

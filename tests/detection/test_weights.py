@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18, resnet50
 
-from d2distill.common.engine import weights as common_weights
+from d2distill.common.engine import weight_files
 from d2distill.common.errors import CheckpointError
 from d2distill.detection.weights import has_teacher, load_student, load_teacher, read_detector
 from tests.detection.stock_detectors import KEYS, detector, drawn, equal, narrow_detector, save
@@ -324,7 +324,7 @@ def test_public_resnet18():
 def test_libraries(monkeypatch, log, library):
     other = detector(seed=1)
     theirs = drawn(resnet18(), 5).state_dict()
-    monkeypatch.setattr(common_weights, "_read_library", lambda *names: theirs if names == (library, "a.b") else {})
+    monkeypatch.setattr(weight_files, "_read_library", lambda *names: theirs if names == (library, "a.b") else {})
     load_student(other, f"{library}:a.b")
     assert "100 of" in log.text and not warnings(log)
     own = other.state_dict()
@@ -333,7 +333,7 @@ def test_libraries(monkeypatch, log, library):
 
 def test_other_input_than_the_librarys(monkeypatch, log):
     theirs = drawn(resnet50(), 5).state_dict()
-    monkeypatch.setattr(common_weights, "_read_library", lambda *names: theirs)
+    monkeypatch.setattr(weight_files, "_read_library", lambda *names: theirs)
     bgr = {"INPUT__FORMAT": "BGR", "MODEL__PIXEL_MEAN": [103.53, 116.28, 123.675], "MODEL__PIXEL_STD": [1.0] * 3}
     load_student(detector(depth=50), "timm:resnet50")
     assert not warnings(log)
