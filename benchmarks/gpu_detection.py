@@ -30,7 +30,7 @@ from d2distill.common.data.locate import ROOT_VARIABLE
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.detection.config import load_cfg
-from d2distill.detection.data.digits_coco import make, prepare
+from d2distill.detection.data.digits_coco import generate_split, ensure_generated
 from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry
 
 CONFIGS = ROOT / "configs" / "det"
@@ -229,7 +229,7 @@ def training_table(args: argparse.Namespace, deadline: float) -> tuple[str, dict
     if args.quick:
         registered = {}
         for split, number in (("train", 4), ("val", 2)):
-            make(runs / "tiny", split, number, seed=0)
+            generate_split(runs / "tiny", split, number, seed=0)
             paths = {"JSON": str(runs / "tiny" / "annotations" / f"{split}.json"), "IMAGES": str(runs / "tiny" / split)}
             registered[f"tiny_{split}"] = paths
         few = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": 0}
@@ -237,7 +237,7 @@ def training_table(args: argparse.Namespace, deadline: float) -> tuple[str, dict
         opts += map(str, settings(few, SMALL))
         seeds = seeds[:1]
     else:
-        prepare("digits_coco_large")
+        ensure_generated("digits_coco_large")
     teacher = Entry("teacher alone", str(CONFIGS / f"{TEACHER}.yaml"), seeds[:1], opts)
     rows = [teacher, Entry("student alone", str(CONFIGS / f"{STUDENT}.yaml"), seeds, opts)]
     for path in sorted(CONFIGS.glob(f"{METHODS}*.yaml"))[: 1 if args.quick else None]:

@@ -11,7 +11,7 @@ from d2distill.classification.config import image_size
 from d2distill.classification.data import DatasetInfo, dataset_info
 from d2distill.classification.models import build_model
 from d2distill.common.config import CfgNode
-from d2distill.common.engine.weights import load_weights
+from d2distill.common.engine.weight_files import load_weights
 from d2distill.common.errors import ConfigError
 from d2distill.common.outputs import NetworkInfo
 

@@ -23,7 +23,7 @@ from d2distill.common.engine.run_folder import find_student, prepare_run, start_
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weights import load_weights, weights_digest
+from d2distill.common.engine.weight_files import load_weights, weights_digest
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from d2distill.common.outputs import Progress
 

@@ -16,7 +16,7 @@ from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weights import weights_digest
+from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets

@@ -20,7 +20,7 @@ from d2distill.classification.trainer import train
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import load_cfg as load_det_cfg
-from d2distill.detection.data.digits_coco import make
+from d2distill.detection.data.digits_coco import generate_split
 from d2distill.detection.trainer import train as train_detector
 from tests.detection.tiny_detectors import SMALL, batch, build, small_cfg, step
 
@@ -64,7 +64,7 @@ def detectors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     for split in ("train", "val"):
-        make(tmp_path / "datasets" / "my", split, 2, seed=0)
+        generate_split(tmp_path / "datasets" / "my", split, 2, seed=0)
     yield
     for name in ("my_train", "my_val"):
         DatasetCatalog.pop(name, None)

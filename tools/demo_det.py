@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from d2distill.common.engine.launch import command
-from d2distill.detection.data.digits_coco import prepare
+from d2distill.detection.data.digits_coco import ensure_generated
 from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry
 from d2distill.tools.drawing import draw_detections
 
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     comparison = Comparison(DETECTION, entries(args.seeds, args.opts), args.output)
     print("1/3: drawing 500 pictures of digits, or finding them in DETECTRON2_DATASETS", flush=True)
-    prepare("digits_coco")
+    ensure_generated("digits_coco")
     print("2/3: a teacher and students learn from 400 of them, the students alone and with the teacher", flush=True)
     comparison.run(args.processes)
     print("3/3: drawing what they find", flush=True)
