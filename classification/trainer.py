@@ -1,8 +1,6 @@
 """Training and evaluating a classifier, from a configuration to a run folder."""
 
-import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import inference_on_dataset
@@ -169,7 +167,7 @@ def _take_classes(cfg: CfgNode, dataset: ImageDataset) -> None:
     cfg.MODEL.NUM_CLASSES = dataset.num_classes
 
 
-def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     """One process's part of a training run: ``tools/train_cls.py`` without its command line.
 
     Returns:
@@ -178,12 +176,12 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
-    prepare_run(cfg, args)
+    prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
     train_set, test_set = load_datasets(cfg)
     trainer = ClassificationTrainer(cfg, train_set, test_set)
-    start = trainer.resume() if args.resume else 0
+    start = trainer.resume() if resume else 0
     results = trainer.run(start)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
@@ -191,19 +189,11 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS, or of the run folder's best student, on the test split.
+    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
-    if not cfg.MODEL.STUDENT.WEIGHTS:
-        best = Path(cfg.OUTPUT_DIR, "student_best.pth")
-        if not best.is_file():
-            raise CheckpointError(
-                f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no {best.name}: name the folder of a run that has been evaluated at "
-                "least once, or set MODEL.STUDENT.WEIGHTS"
-            )
-        cfg.MODEL.STUDENT.WEIGHTS = str(best)
     # The training images are not needed, and need not be there.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
     _take_classes(cfg, test_set)

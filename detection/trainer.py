@@ -1,8 +1,6 @@
 """Training and evaluating a detector, from a configuration to a run folder."""
 
-import argparse
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
 from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
 from d2distill.common.engine.trainer import seed_step
-from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.evaluation import check_evaluators, evaluate_detector
@@ -120,7 +118,7 @@ class DetectionTrainer(RunTrainer):
             self.detector.loss_normalizer = state_dict["loss_normalizer"]
 
 
-def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     """One process's part of a training run: ``detection/train_net.py`` without its command line.
 
     Returns:
@@ -131,21 +129,21 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     """
     # Does nothing unless SOLVER.REFERENCE_WORLD_SIZE is set.
     cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    prepare_run(cfg, args)
+    prepare_run(cfg, resume)
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)
     check_test_sets(cfg)
     check_evaluators(cfg)
     start_logs(cfg.OUTPUT_DIR)
     trainer = DetectionTrainer(cfg, dataset_dicts)
-    results = trainer.run(trainer.resume() if args.resume else 0)
+    results = trainer.run(trainer.resume() if resume else 0)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results
 
 
-def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
-    """Metrics of MODEL.WEIGHTS, or with ``--resume`` of the run folder's student.
+def evaluate(cfg: CfgNode) -> dict[str, float]:
+    """Metrics of MODEL.WEIGHTS; empty on other ranks.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
@@ -153,13 +151,6 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
     cfg.DISTILL.METHODS = []
-    if args.resume:
-        found = [path for name in ("final", "best") if (path := Path(cfg.OUTPUT_DIR, f"student_{name}.pth")).is_file()]
-        if not found:
-            raise CheckpointError(f"--resume: {cfg.OUTPUT_DIR} holds no student_final.pth or student_best.pth")
-        cfg.MODEL.WEIGHTS = str(found[0])
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("--eval-only needs MODEL.WEIGHTS, or --resume for the run folder's student")
     register_datasets(cfg)
     check_test_sets(cfg)
     check_evaluators(cfg)
@@ -167,10 +158,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
-    results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
-    if results:
-        logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
-    return results
+    return {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
 
 
 def _augmented(cfg: CfgNode, model: nn.Module) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.collect_env import collect_env_info
 
 from d2distill.classification.compare import Entry, draw_curves, run_all, table
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

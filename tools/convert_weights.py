@@ -12,7 +12,7 @@ Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or
 
 import argparse
 
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
 
 
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from d2distill.classification.compare import Entry, draw_curves, run_all, table
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "cls"
 SEEDS = (0, 1, 2)
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -9,7 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 from d2distill.detection.compare import Entry, results_of, run_all, table
 from d2distill.detection.data.digits_coco import prepare
 from d2distill.detection.draw import draw_detections
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -6,7 +6,7 @@
 #   TRAIN_PROGRAM=detection/train_net.py tools/slurm_train.sh PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR
 #
 # A job that is near its time limit, or preempted, saves after the step it is in; the same line goes on from there.
-# For a job that puts itself back into the queue see tools/train_cls.sbatch.
+# For a job that puts itself back into the queue see tools/train.sbatch.
 set -euo pipefail
 
 if (($# < 4)); then

@@ -1,6 +1,5 @@
 """A run folder and the training that fills it: what both trainers do around their steps."""
 
-import argparse
 import json
 import logging
 import time
@@ -246,12 +245,12 @@ class RunTrainer(StepTrainer):
         self._unfinished = state_dict["unfinished"]
 
 
-def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def prepare_run(cfg: CfgNode, resume: bool) -> None:
     """What comes before data and networks: own modules, checks of the run folder and the batch size, logs.
 
     Args:
         cfg: a checked configuration.
-        args: ``resume`` of the command line.
+        resume: the folder may hold a run.
 
     Raises:
         ConfigError: the folder holds another run or cannot be used, or a batch or device does not fit the number of
@@ -261,7 +260,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     import_extensions(cfg.IMPORTS)
     check_processes(cfg)
     run_on_main_process(lambda: _make_folder(cfg.OUTPUT_DIR))
-    if not args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
+    if not resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
         raise ConfigError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
         )

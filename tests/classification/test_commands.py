@@ -1,6 +1,5 @@
 """The command lines, as a user types them, on tiny data in the real formats."""
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -55,7 +54,7 @@ def test_warnings_of_the_data_are_in_the_log_once(tmp_path):
     write_image_folder(tmp_path / "imagenet")
     opts = ["DATASETS.NAME", "imagenet", "DATASETS.ROOT", str(tmp_path), "OUTPUT_DIR", str(tmp_path / "run")]
     opts += ["MODEL.STUDENT.NAME", "resnet8", "INPUT.SIZE", "32"]
-    train(load_cfg("", [*opts, *FAST]), argparse.Namespace(resume=False))
+    train(load_cfg("", [*opts, *FAST]))
     assert (tmp_path / "run" / "log.txt").read_text().count("as published has 1000") == 1
 
 

@@ -253,7 +253,7 @@ def test_slurm_tasks_train_as_torchrun_does(two, tmp_path):
     assert_identical(state(tmp_path / "run"), state(two / "unbroken"))
 
 
-@pytest.mark.parametrize("script", ["slurm_train.sh", "train_cls.sbatch"])
+@pytest.mark.parametrize("script", ["slurm_train.sh", "train.sbatch"])
 def test_slurm_scripts_say_how_they_are_used(tmp_path, script):
     done = slurm(tmp_path, script, "one")
     assert done.returncode == 2 and "usage:" in done.stderr and not (tmp_path / "srun.txt").exists()

@@ -1,6 +1,5 @@
 """A run that was stopped in any way and resumed is the run that never stopped, to the last bit."""
 
-import argparse
 import json
 import math
 import os
@@ -203,7 +202,7 @@ def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("IMPORTED_HERE", "")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     cfg = small_cfg(tmp_path / "run", CUDNN_BENCHMARK=True, IMPORTS=[str(tmp_path / "own.py")])
-    prepare_run(cfg, argparse.Namespace(resume=False))
+    prepare_run(cfg, False)
     assert os.environ["IMPORTED_HERE"] == "yes" and torch.backends.cudnn.benchmark
 
 

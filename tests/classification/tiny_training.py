@@ -3,7 +3,6 @@
 As a program it trains and is killed: `python -m tests.classification.tiny_training FOLDER WORKERS MOMENT STEP`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def small_cfg(folder, workers=0, **settings) -> CfgNode:
 
 
 def run(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
-    return train(cfg, argparse.Namespace(resume=resume))
+    return train(cfg, resume)
 
 
 def state(folder) -> tuple[dict, dict, list]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 from d2distill.common.engine.writers import read_metrics
 from d2distill.detection.train_net import main
 from tests.detection.tiny_training import STEPS, TINY, run, state, tiny_cfg
@@ -135,7 +135,7 @@ def test_errors_are_one_line(tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(file), *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit, match="2"):
-            command(main)
+            run_cli(main)
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         return lines[0]

@@ -10,7 +10,7 @@ from tests.fake_slurm import slurm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["slurm_train.sh", "train_cls.sbatch"])
+@pytest.mark.parametrize("script", ["slurm_train.sh", "train.sbatch"])
 def test_two_tasks_train_a_detector(tiny, tmp_path, script):
     (tmp_path / "c.yaml").write_text(tiny_cfg("rcnn", tmp_path / "run").dump())
     arguments = [tmp_path / "c.yaml", tmp_path / "run", "LOG_PERIOD", 1]

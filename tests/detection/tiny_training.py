@@ -3,7 +3,6 @@
 As a program it trains and is killed: `python -m tests.detection.tiny_training FOLDER NAME WORKERS MOMENT STEP`.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -69,7 +68,7 @@ def tiny_cfg(name, folder, workers=0, **settings):
 
 
 def run(cfg, resume: bool = False) -> dict[str, float]:
-    return train(cfg, argparse.Namespace(resume=resume))
+    return train(cfg, resume)
 
 
 def state(folder) -> tuple[dict, dict, list]:
