@@ -18,6 +18,6 @@ if not Path(__file__).with_name("common").exists() and (_checkout / "common" / "
 
 def __getattr__(name: str):
     # Subpackages are imported when they are used: torch takes seconds, and the losses do not need Detectron2.
-    if name in ("common", "classification", "detection"):
+    if name in ("common", "classification", "detection", "commands"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
