@@ -1,8 +1,7 @@
-"""A process's place in a job, as torchrun and SLURM tell it; and how commands end."""
+"""A process's rank in a job, from the variables of torchrun and SLURM."""
 
 import pytest
 
-from d2distill.common.engine.cli import run_cli
 from d2distill.common.engine.job import Job
 from d2distill.common.errors import ConfigError
 
@@ -17,7 +16,7 @@ SRUN = {
 }  # fmt: skip
 
 
-def test_torchrun_goes_before_slurm():
+def test_torchrun_takes_precedence_over_slurm():
     assert Job.from_environ({**SRUN, **TORCHRUN}) == Job(5, 8, 1, 4, 1, "a", 29500)
 
 
@@ -58,7 +57,7 @@ def test_the_first_node(nodes, address):
     assert Job.from_environ({**SRUN, "SLURM_STEP_NODELIST": nodes}).master_addr == address
 
 
-def test_what_the_user_sets_stays():
+def test_the_users_own_master_is_kept():
     job = Job.from_environ({**SRUN, "MASTER_ADDR": "mine", "MASTER_PORT": "1"})
     assert (job.master_addr, job.master_port) == ("mine", 1)
 
@@ -107,34 +106,3 @@ def test_gpus():
         job.device_index(1, {"SLURM_GPUS_ON_NODE": "1"})
     with pytest.raises(ConfigError, match="torchrun starts 4 processes on this node, but it has 1 GPU:"):
         Job.from_environ(TORCHRUN).device_index(1, {})
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (ConfigError("SEED is -1"), 2, "error: SEED is -1\n"),
-        (FileNotFoundError("no data at /data"), 2, "error: no data at /data\n"),
-        (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_a_command_ends_without_a_traceback(capsys, monkeypatch, error, code, said):
-    monkeypatch.setattr("logging.raiseExceptions", True)
-
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        run_cli(main)
-    assert (end.value.code, capsys.readouterr().err) == (code, said) and end.value.__suppress_context__
-
-
-@pytest.mark.parametrize("error", [ValueError("a fault of ours"), ConnectionError("of no file")])
-def test_what_nobody_can_mend_keeps_its_traceback(monkeypatch, error):
-    monkeypatch.setattr("logging.raiseExceptions", True)
-
-    def main():
-        raise error
-
-    with pytest.raises(type(error)):
-        run_cli(main)
