@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Weights of detectors from one form into another; the outputs (.pth or .safetensors) hold nothing but tensors.
+"""Convert weights of detectors; the outputs (.pth or .safetensors) hold nothing but tensors.
 
 python tools/convert_weights.py backbone torchvision:ResNet18_Weights.IMAGENET1K_V1 r18.pth
 python tools/convert_weights.py safe detectron2://COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/\
@@ -10,14 +10,12 @@ python tools/convert_weights.py split r101_r18.pth r18.pth r101.pth
 Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or timm:NAME.
 """
 
-import argparse
-
-from d2distill.common.engine.cli import run_cli
+from d2distill.common.engine.cli import CommandParser, run_cli
 from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, convert, text, names in (
         ("backbone", convert_backbone, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),

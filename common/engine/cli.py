@@ -6,6 +6,7 @@ Imports neither torch nor Detectron2, so that `--help` is quick and a missing De
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,18 +26,20 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.add_argument("--version", action="version", version=f"d2distill {__version__}")
+        self.takes_settings = False
 
     def add_settings(self) -> None:
         """Take ``KEY VALUE`` pairs, as ``opts``."""
+        self.takes_settings = True
         self.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that replace those of the file")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        # argparse's own way to let flags follow the settings, which it cannot combine with subcommands.
-        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        # Intermixed: flags may follow the settings. argparse has no subcommands in that mode.
+        parse = self.parse_known_intermixed_args if self.takes_settings else self.parse_known_args
         parsed, unknown = parse(args, namespace)
         if unknown:
-            known = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {unknown[0]}{known}")
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
