@@ -9,14 +9,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from d2distill import __version__, configs
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
 
-__all__ = ["CommandParser", "debugging", "exit_with_error", "find_config", "run_cli", "user_message"]
+__all__ = ["CommandParser", "debugging", "exit_with_error", "find_config", "run_cli", "user_errors", "user_message"]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -56,7 +57,14 @@ def find_config(name: str) -> str:
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a command line's `main`. A user error is printed in one line, exit code 2; after Ctrl-C the code is 130.
+    """Run a command line's `main` with :func:`user_errors`."""
+    with user_errors():
+        main()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a user error in one line and exit with code 2; after Ctrl-C the code is 130.
 
     In a job, errors before :func:`.join_job` are the same in all processes: one per node prints them.
     """
@@ -64,7 +72,7 @@ def run_cli(main: Callable[[], object]) -> None:
     # On a full disk every log line would print a traceback; what cannot do without the disk raises by itself.
     logging.raiseExceptions = False
     try:
-        main()
+        yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

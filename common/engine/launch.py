@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,11 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
-from d2distill.common.engine.cli import debugging, exit_with_error, run_cli, user_message
+from d2distill.common.engine.cli import debugging, exit_with_error, user_errors, user_message
 from d2distill.common.engine.job import Job
 from d2distill.common.errors import ConfigError
 
-__all__ = ["join_job", "launch"]
+__all__ = ["join_job", "launch", "processes_to_start"]
 
 
 @contextmanager
@@ -50,35 +51,36 @@ def join_job() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def launch(
-    main: Callable[..., object],
-    *arguments: object,
-    num_gpus: int = 1,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str = "auto",
-) -> None:
-    """Run ``main(*arguments)`` here, or in several processes that Detectron2 starts, one per GPU.
-
-    In a job (:func:`join_job`) this process is already one of several, and the numbers are not looked at.
+def processes_to_start(num_gpus: int, num_machines: int = 1) -> int:
+    """How many processes :func:`launch` has to start here; 0 if this one is enough, or is one of a job.
 
     Raises:
         ConfigError: more GPUs are asked for than exist.
-        SystemExit: of a process that was started here, with its exit code.
     """
     if dist.is_initialized():
-        main(*arguments)
-        return
+        return 0
     found = torch.cuda.device_count()
     if num_gpus > max(found, 1):
         raise ConfigError(
             f"--num-gpus {num_gpus}, but this machine has {found} GPU{'s' * (found != 1)}; "
             "for several processes on CPUs use torchrun --nproc-per-node N"
         )
-    processes = max(num_gpus, 1)
-    if processes * num_machines == 1:
-        main(*arguments)
-        return
+    return max(num_gpus, 1) if num_gpus > 1 or num_machines > 1 else 0
+
+
+def launch(
+    main: Callable[..., object],
+    arguments: tuple[Any, ...],
+    processes: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> None:
+    """Run ``main(*arguments)`` in processes that Detectron2 starts, one per GPU of this machine.
+
+    Raises:
+        SystemExit: of a process, with its exit code.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     signal.signal(signal.SIGTERM, forward_sigterm)
     try:
@@ -109,12 +111,9 @@ def init_distributed(job: Job, store: dist.Store) -> None:
 
 
 def _child(port: int, main: Callable[..., object], *arguments: object) -> None:
-    def run() -> None:
-        with _one_error(dist.TCPStore("127.0.0.1", port, is_master=False)):
-            main(*arguments)
-
     # Errors are printed by the process that has them: torch would add tracebacks.
-    run_cli(run)
+    with user_errors(), _one_error(dist.TCPStore("127.0.0.1", port, is_master=False)):
+        main(*arguments)
 
 
 @contextmanager

@@ -213,11 +213,11 @@ def test_an_error_of_one_rank_is_one_line_in_all(tmp_path):
 # The parent counts two GPUs; the processes that it starts find none and use gloo.
 NUM_GPUS = """
 import sys, torch
-from d2distill.common.engine.launch import launch
+from d2distill.common.engine.launch import launch, processes_to_start
 from tests.classification.multi_process_training import main
 if __name__ == "__main__":
     torch.cuda.device_count = lambda: 2
-    launch(main, sys.argv[1], sys.argv[2:], num_gpus=2)
+    launch(main, (sys.argv[1], sys.argv[2:]), processes_to_start(2))
 """
 
 
