@@ -30,7 +30,7 @@ from d2distill.common.data.locate import ROOT_VARIABLE
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.detection.config import load_cfg
-from d2distill.detection.data.digits_coco import generate_split, ensure_generated
+from d2distill.detection.data.digits_coco import ensure_generated, generate_split
 from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry
 
 CONFIGS = ROOT / "configs" / "det"

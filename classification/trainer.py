@@ -19,7 +19,7 @@ from d2distill.common.config import CfgNode, chosen_methods, resolve_device
 from d2distill.common.distillers import Distiller
 from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from d2distill.common.engine.dot import DOT
-from d2distill.common.engine.run_folder import find_student, prepare_run, start_logs
+from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
@@ -188,12 +188,12 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS, or of the run folder's best student, on the test split.
+    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
-    weights = cfg.MODEL.STUDENT.WEIGHTS or find_student(cfg.OUTPUT_DIR)
+    weights = cfg.MODEL.STUDENT.WEIGHTS
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
     _take_classes(cfg, test_set)

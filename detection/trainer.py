@@ -162,25 +162,24 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Metrics of MODEL.WEIGHTS, or of the run folder's best student.
+    """Metrics of MODEL.WEIGHTS; empty on other ranks.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
-    weights = cfg.MODEL.WEIGHTS
     cfg.DISTILL.METHODS = []
     register_datasets(cfg)
     check_test_sets(cfg)
     check_evaluators(cfg)
     start_logs(None)
     model = build_model(cfg)
-    load_student(model, weights, complete=True)
+    load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
     results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
     if results:
-        logger.info(f"{weights}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+        logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results
 
 

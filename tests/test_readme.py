@@ -1,6 +1,5 @@
 """What the README shows, run as it stands."""
 
-import argparse
 import json
 import re
 import subprocess
@@ -51,7 +50,7 @@ def test_worked_examples(tmp_path, registries, name):
     if "digits" in FILES[f"{name}.yaml"]:
         opts += ["DATASETS.TRAIN_SIZE", "16"]
     cfg = load_cfg(str(tmp_path / f"{name}.yaml"), opts)
-    results = train(cfg, argparse.Namespace(resume=False))
+    results = train(cfg)
     assert 0 <= results["top1"] <= 100 and (tmp_path / "run" / "student_final.pth").exists()
 
 
@@ -81,7 +80,7 @@ def test_detectors(detectors):
         assert len(FILES[f"{name}.yaml"].splitlines()) <= 15
         cfg = load_det_cfg(f"{name}.yaml", [item for pair in few.items() for item in pair])
         assert cfg.OUTPUT_DIR == str(Path("output", name).resolve())
-        results = train_detector(cfg, argparse.Namespace(resume=False))
+        results = train_detector(cfg)
         assert 0 <= results["bbox/AP"] <= 100
     assert cfg.TEACHER.MODEL.RESNETS.DEPTH == 50 and cfg.TEACHER.MODEL.FPN.OUT_CHANNELS == 16
     names = {}

@@ -15,7 +15,7 @@ import torch
 from detectron2.utils.collect_env import collect_env_info
 
 from d2distill.classification.config import load_cfg
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry
 
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

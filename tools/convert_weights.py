@@ -10,14 +10,12 @@ python tools/convert_weights.py split r101_r18.pth r18.pth r101.pth
 Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or timm:NAME.
 """
 
-import argparse
-
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import CommandParser, run_cli
 from d2distill.detection.convert import convert_to_tensors, merge, split
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, convert, text, names in (
         ("backbone", convert_to_tensors, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
@@ -36,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

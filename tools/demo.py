@@ -8,7 +8,7 @@ stopped continues; one that has ended shows its results again.
 import argparse
 from pathlib import Path
 
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry
 
 CONFIGS = ROOT / "configs" / "cls"
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

@@ -8,7 +8,7 @@ what each detector finds. A demo that was stopped continues; one that has ended 
 import argparse
 from pathlib import Path
 
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
 from d2distill.detection.data.digits_coco import ensure_generated
 from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry
 from d2distill.tools.drawing import draw_detections
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)
