@@ -59,7 +59,7 @@ def get_cfg() -> CfgNode:
     cfg.MODEL.DEVICE = "auto"
     for side in ("STUDENT", "TEACHER"):
         node = cfg.MODEL[side] = _CfgNode()
-        # A model of the zoo, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
+        # A model of this package, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
         node.NAME = ""
         # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
         node.WEIGHTS = ""

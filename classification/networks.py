@@ -11,7 +11,7 @@ from d2distill.classification.config import image_size
 from d2distill.classification.data import DatasetInfo, dataset_info
 from d2distill.classification.models import build_model
 from d2distill.common.config import CfgNode
-from d2distill.common.engine.weights import load_weights
+from d2distill.common.engine.weight_files import load_weights
 from d2distill.common.errors import ConfigError
 from d2distill.common.outputs import NetworkInfo
 
@@ -50,9 +50,9 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
         ConfigError: unknown model name, or a network that does not take images of the configured size.
         CheckpointError: weights that are missing or of another network.
     """
-    size = image_size(cfg)
+    size, family = image_size(cfg), dataset_info(cfg.DATASETS.NAME).model_family
     try:
-        network = build_model(node.NAME, num_classes, zoo=dataset_info(cfg.DATASETS.NAME).zoo, image_size=size)
+        network = build_model(node.NAME, num_classes, model_family=family, image_size=size)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{key}.NAME: {error}") from error
     try:

@@ -2,8 +2,19 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "OutputError", "UserError", "did_you_mean"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "MissingDependencyError",
+    "OutputError",
+    "UserError",
+    "did_you_mean",
+    "require_detectron2",
+]
 
 
 class UserError(Exception):
@@ -41,6 +52,23 @@ class DivergedError(UserError, FloatingPointError):
 
 class OutputError(UserError, OSError):
     """A file that cannot be written."""
+
+
+class MissingDependencyError(UserError, ImportError):
+    """A package that is not installed."""
+
+
+def require_detectron2() -> None:
+    """Check that Detectron2 is installed.
+
+    Raises:
+        MissingDependencyError: with the command that installs it.
+    """
+    if find_spec("detectron2") is None:
+        raise MissingDependencyError(
+            "Detectron2 is not installed: `python -m d2distill.tools.setup_env --detectron2` installs it, or see "
+            "https://detectron2.readthedocs.io/tutorials/install.html"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

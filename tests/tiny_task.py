@@ -23,12 +23,14 @@ class Tiny(torch.nn.Module):
         return self.losses(batch, self.weight)
 
 
-def tiny_trainer(folder, losses=None, max_iter=4, seed=0, evaluate=None, **task) -> Trainer:
+def tiny_trainer(
+    folder, losses=None, max_iter=4, seed=0, evaluate=None, ema_decay=0.0, accumulate=1, **task
+) -> Trainer:
     """A trainer whose batches are the numbers 0, 1, ...; SGD with learning rate 0.1."""
     Path(folder).mkdir(exist_ok=True)
     model = Tiny(losses)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    solver = {"CHECKPOINT_KEEP": 2, "EMA_DECAY": 0.0, "ACCUMULATE": 1}
+    solver = {"CHECKPOINT_KEEP": 2, "EMA_DECAY": ema_decay, "ACCUMULATE": accumulate}
     cfg = CfgNode({"OUTPUT_DIR": str(folder), "SEED": seed, "LOG_PERIOD": 2, "SOLVER": solver})
     settings = {
         "model": model,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._contrast import contrast_logits, last_of_each, sample_negatives
 from d2distill.common.distillers._distributed import all_gather_rows, all_reduce_sum
-from d2distill.common.distillers._numerics import batch_mean
+from d2distill.common.distillers._numerics import batch_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
@@ -33,6 +33,7 @@ def crd_loss(log_scores: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
     Returns:
         0-d tensor; 0 for an empty batch.
     """
+    log_scores = upcast(log_scores)
     num_negatives = log_scores.shape[1] - 1
     noise = num_negatives / num_samples
     gap = log_scores - math.log(noise + eps)

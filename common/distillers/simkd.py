@@ -29,7 +29,7 @@ def simkd_loss(feat_student: Tensor, feat_teacher: Tensor) -> Tensor:
     Returns:
         0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
     """
-    return mse(feat_student, resize_to(feat_teacher, feat_student.shape[2:]))
+    return mse(feat_student, resize_to(upcast(feat_teacher), feat_student.shape[2:]))
 
 
 class Projector(nn.Sequential):

@@ -1,6 +1,5 @@
 """Every published configuration is loaded, built and stepped once; get_cfg's values are checked."""
 
-import argparse
 import math
 import re
 from pathlib import Path
@@ -269,7 +268,7 @@ def test_optimisers_take_their_settings(name, settings, expected):
 def test_two_epochs_on_digits(path, tmp_path):
     """From its YAML, through the trainer: loader, schedule, evaluation, checkpoints."""
     opts = ["SOLVER.EPOCHS", "2", "TEST.EVAL_PERIOD", "2", "DATASETS.TRAIN_SIZE", "40", "SOLVER.IMS_PER_BATCH", "16"]
-    results = train(load(path, *opts, "OUTPUT_DIR", str(tmp_path)), argparse.Namespace(resume=False))
+    results = train(load(path, *opts, "OUTPUT_DIR", str(tmp_path)))
     last = read_metrics(tmp_path)[-1]
     assert last["iteration"] == 5 and last["top1"] == results["top1"] and 0 <= results["top1"] <= results["top5"] <= 100
     assert all(math.isfinite(value) for value in last.values())

@@ -187,7 +187,8 @@ def test_methods_see_boxes_sizes_and_progress():
     assert [boxes.shape[1] for boxes in seen["batch"].boxes] == [4, 4]
     assert seen["batch"].image_sizes == [tuple(x["image"].shape[1:]) for x in batch()]
     for side in ("student", "teacher"):
-        assert seen[side].extras["module:backbone.bottom_up.res5"]["res5"].ndim == 4
+        assert seen[side].extras["module:backbone.bottom_up.res5"].ndim == 4
+        assert seen[side].extras["module:roi_heads.box_head"].ndim == 2
 
 
 def test_levels_go_from_fine_to_coarse_whatever_their_names():
