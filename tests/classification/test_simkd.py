@@ -63,7 +63,7 @@ def test_training_moves_the_projector_and_not_the_classifier():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(before[name], value) for name, value in method.classifier.state_dict().items())
 
 
