@@ -1,7 +1,6 @@
-"""The student with a teacher, or several, at its side: what the trainer calls."""
+"""The student with its teachers and methods: what the trainer calls."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,55 +8,55 @@ from torch.nn import functional as F
 
 from d2distill.classification.config import image_size, teacher_nodes
 from d2distill.classification.data import dataset_info
-from d2distill.classification.networks import Normalize, build_network, infer_output_spec
+from d2distill.classification.networks import Normalize, build_network, network_info
 from d2distill.common.config import CfgNode, chosen_methods, resolve_device
-from d2distill.common.distillers import Context
-from d2distill.common.engine.teacher import exclude_teacher_from_state_dict, passes, teaching
+from d2distill.common.distillers import DISTILLERS, Distiller
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs
+from d2distill.common.modules import captured_extras
+from d2distill.common.outputs import Batch, NetworkInfo, Progress, TrainingData
+from d2distill.common.teachers import LiveTeacher, TeacherEnsemble, TeacherSource, exclude_teacher_from_state_dict
 
-__all__ = ["DistillModel", "build_distiller"]
+__all__ = ["DistillModel", "Predictor", "build_distiller"]
 
 
 class DistillModel(nn.Module):
-    """Turns a batch into losses in training mode and into the student's logits in eval mode.
+    """Turns a batch into losses in training mode and into the deployed student's logits in eval mode.
 
     Teachers are always in eval mode, never in a gradient and never in the state dict.
 
     Args:
         student: a network with ``outputs()``.
         teachers: networks with ``outputs()``; none for plain training and for methods that need none.
+        source: gives the teachers' outputs.
         distillers: methods by lower-case name.
-        student_norm, teacher_norms: each network's normalisation.
-        shares: of each teacher in what several of them teach together; their sum is 1.
+        student_norm, teacher_norms: each network's normalization.
         ce_weight: weight of the cross-entropy.
 
     Attributes:
         student, distillers: as given.
         teacher: the one teacher, a ModuleList of several, or None.
+        teacher_source: as given.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teachers: Sequence[nn.Module],
-        distillers: dict[str, nn.Module],
-        student_norm: Normalize,
-        teacher_norms: Sequence[Normalize],
-        shares: Sequence[float],
+        source: TeacherSource | None,
+        distillers: dict[str, Distiller],
+        student_norm: "Normalize",
+        teacher_norms: Sequence["Normalize"],
         ce_weight: float,
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = None
-        if teachers:
-            self.teacher = nn.ModuleList(teachers) if len(teachers) > 1 else teachers[0]
-            self.teacher.requires_grad_(False).eval()
+        self.teacher = (nn.ModuleList(teachers) if len(teachers) > 1 else teachers[0]) if teachers else None
         self.distillers = nn.ModuleDict(distillers)
         self.student_norm = student_norm
         self.teacher_norms = nn.ModuleList(teacher_norms)
-        self.shares = list(shares)
+        self.teacher_source = source
         self.ce_weight = ce_weight
+        self._student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
 
     def train(self, mode: bool = True) -> "DistillModel":
@@ -66,61 +65,75 @@ class DistillModel(nn.Module):
             self.teacher.eval()
         return self
 
-    def set_labels(self, labels: Tensor) -> None:
-        """Tell the methods the class of every training sample: (num_samples,), in the order of ``index``.
-
-        Raises:
-            ConfigError: a method has no use for them.
-        """
-        for distiller in self.distillers.values():
-            try:
-                distiller.set_labels(labels)
-            except ValueError as error:
-                raise ConfigError(f"DISTILL.METHODS: {error}") from error
+    def deployed_student(self) -> nn.Module:
+        """The network that is evaluated, saved and exported; it takes normalized images."""
+        network = self.student
+        for method in self.distillers.values():
+            network = method.deployed(network)
+        return network
 
     def forward(self, batch: Mapping[str, Tensor], epoch: float = 1) -> dict[str, Tensor] | Tensor:
         """Losses of a batch, or its logits.
 
         Args:
-            batch: ``image`` (N, 3, H, W), uint8 or float in 0..255, not normalised; in training mode also
-                ``label`` (N,) and, where a method asks for them, ``index`` (N,) and ``contrast_index`` (N, 1 + K).
-            epoch: counted from 1; warm-ups depend on it.
+            batch: ``image`` (N, 3, H, W), uint8 or float in 0..255, not normalized; in training mode also
+                ``label`` (N,) and, where known, ``soft_target`` (N, C) in its place, ``index`` (N,), ``progress`` (a
+                :class:`.Progress`), and whatever else a method may use.
+            epoch: counted from 1, where the batch has no ``progress``; warm-ups depend on it.
 
         Returns:
             In training mode ``loss_ce`` and one ``loss_<method>`` each, 0-d, weighted; else logits (N, C).
         """
         images = self.student_norm(batch["image"])
         if not self.training:
-            return self.student(images)
-        target, index, contrast_index = (
-            None if part is None else part.to(images.device, non_blocking=True)
-            for part in (batch["label"], batch.get("index"), batch.get("contrast_index"))
-        )
-        student = self.student.outputs(images)
+            return self.deployed_student()(images)
+        step = _batch_info(batch, epoch, images.device)
+        with captured_extras(self.student, self._student_needs) as captured:
+            student = self.student.outputs(images)
+        student.extras.update(captured)
+        target = step.target if step.soft_target is None else step.soft_target
         # The sum over an empty batch is 0; its mean would be NaN.
         cross_entropy = F.cross_entropy(student.logits.float(), target, reduction="sum") / max(len(target), 1)
         losses = {"loss_ce": self.ce_weight * cross_entropy}
-        methods = self.distillers.values()
-        teachers = {by_batch: self._teach(batch["image"], by_batch) for by_batch in passes(methods)}
-        ctx = Context(epoch, index, contrast_index)
-        for distiller in methods:
-            teacher = None
-            if distiller.needs_teacher:
-                teacher = teachers[distiller.teacher_batch_statistics][distiller.cfg.get("TEACHER", 0)]
-            losses.update(distiller(student, teacher, target, ctx))
+        teacher = None if self.teacher_source is None else self.teacher_source(batch["image"], step)
+        for name, method in self.distillers.items():
+            term = method(student, method.pick_teacher(teacher), step)
+            losses[f"loss_{name}"] = method.weight(step.progress) * term
         return losses
 
-    @torch.no_grad()
-    def _teach(self, images: Tensor, by_batch: bool) -> list[Outputs]:
-        networks = self.teacher if isinstance(self.teacher, nn.ModuleList) else [self.teacher]
-        teachers = []
-        for network, norm in zip(networks, self.teacher_norms, strict=True):
-            with teaching(network, by_batch):
-                teachers.append(network.outputs(norm(images)))
-        if len(teachers) > 1:
-            ensemble = [(share, teacher.logits) for share, teacher in zip(self.shares, teachers, strict=True)]
-            teachers = [replace(teacher, ensemble=ensemble) for teacher in teachers]
-        return teachers
+
+class Predictor(nn.Module):
+    """A network with its normalization: logits of a loader's batch, as evaluation takes it.
+
+    Args:
+        network: takes normalized images.
+        norm: of it.
+    """
+
+    def __init__(self, network: nn.Module, norm: "Normalize") -> None:
+        super().__init__()
+        self.network, self.norm = network, norm
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.network(self.norm(batch["image"]))
+
+
+def _batch_info(batch: Mapping[str, Tensor], epoch: float, device: torch.device) -> Batch:
+    """What methods may know of a loader's batch, on the device of the images."""
+    given = {
+        name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+        for name, part in batch.items()
+        if name != "image"
+    }
+    return Batch(
+        target=given.pop("label"),
+        soft_target=given.pop("soft_target", None),
+        index=given.pop("index", None),
+        key=given.pop("key", None),
+        progress=given.pop("progress", Progress(epoch=epoch)),
+        view=given.pop("view", 0),
+        extras=given,
+    )
 
 
 def build_distiller(
@@ -128,6 +141,7 @@ def build_distiller(
     student: nn.Module | None = None,
     teacher: nn.Module | Sequence[nn.Module] | None = None,
     num_samples: int | None = None,
+    labels: Tensor | None = None,
 ) -> DistillModel:
     """Student, teachers and the methods of ``cfg.DISTILL.METHODS``, on the device of ``cfg.MODEL.DEVICE``.
 
@@ -135,6 +149,7 @@ def build_distiller(
         cfg: from :func:`d2distill.classification.config.get_cfg`.
         student, teacher: networks to take instead of those that `cfg` names.
         num_samples: size of the training set, for methods that remember samples.
+        labels: (num_samples,) class of each training sample, for methods that contrast classes.
 
     Raises:
         ConfigError: a network, method or class count that does not fit.
@@ -146,29 +161,60 @@ def build_distiller(
         raise ConfigError(f"MODEL.NUM_CLASSES: data set {info.name} has no fixed number of classes; set it")
     methods = chosen_methods(cfg)
     student = student or build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, num_classes)
-    teachers, shares, norms = [], [], []
+    teachers, weights, norms = [], [], []
     if any(method.needs_teacher for method in methods.values()):
         given = [] if teacher is None else list(teacher) if isinstance(teacher, Sequence | nn.ModuleList) else [teacher]
         nodes = teacher_nodes(cfg, len(given))
         if not nodes:
             raise ConfigError(f"DISTILL.METHODS {list(methods)} need a teacher, but MODEL.TEACHER.NAME is empty")
         teachers = given or [build_network(cfg, "MODEL.TEACHER", node, num_classes) for node in nodes]
-        shares = [node.SHARE for node in nodes]
+        weights = [node.SHARE for node in nodes]
         norms = [Normalize.of(node, info) for node in nodes]
-    distillers = {}
-    if methods:
-        size = image_size(cfg)
-        student_spec, *teacher_specs = (infer_output_spec(network, size) for network in (student, *teachers))
+    size = image_size(cfg)
+    distillers = _build_methods(
+        cfg,
+        methods,
+        network_info(student, size) if methods else None,
+        [network_info(network, size) for network in teachers],
+        TrainingData(num_samples, labels),
+    )
+    source = None
+    if teachers:
+        sources = [LiveTeacher(network, norm) for network, norm in zip(teachers, norms, strict=True)]
+        source = sources[0] if len(sources) == 1 else TeacherEnsemble(sources, weights)
+        source.serve(method for method in distillers.values() if method.needs_teacher)
+    student_norm = Normalize.of(cfg.MODEL.STUDENT, info)
+    model = DistillModel(student, teachers, source, distillers, student_norm, norms, cfg.DISTILL.CE_WEIGHT)
+    return model.to(resolve_device(cfg))
+
+
+def _build_methods(
+    cfg: CfgNode,
+    methods: Mapping[str, type[Distiller]],
+    student: NetworkInfo | None,
+    teachers: Sequence[NetworkInfo],
+    data: TrainingData,
+) -> dict[str, Distiller]:
+    distillers: dict[str, Distiller] = {}
+    mixed = [key for key in ("MIXUP", "CUTMIX") if cfg.INPUT[key]]
     for name, method in methods.items():
         node = cfg.DISTILL[name.upper()]
         number = node.get("TEACHER", 0)
         if method.needs_teacher and not 0 <= number < len(teachers):
             raise ConfigError(f"DISTILL.{name.upper()}.TEACHER is {number}, but there are {len(teachers)} teachers")
-        teacher_spec = teacher_specs[number] if method.needs_teacher else None
+        if mixed and not method.takes_soft_target:
+            able = ", ".join(other for other, kind in DISTILLERS if kind.takes_soft_target)
+            raise ConfigError(
+                f"DISTILL.METHODS: {name} needs the one class of each image, but INPUT.{mixed[0]} mixes images; set it "
+                f"to 0, or choose among {able}"
+            )
         try:
-            distillers[name.lower()] = method(node, student_spec, teacher_spec, num_samples)
+            distillers[name.lower()] = method(node, student, teachers[number] if method.needs_teacher else None, data)
         except ValueError as error:
             raise ConfigError(f"DISTILL.METHODS: {error}") from error
-    student_norm = Normalize.of(cfg.MODEL.STUDENT, info)
-    model = DistillModel(student, teachers, distillers, student_norm, norms, shares, cfg.DISTILL.CE_WEIGHT)
-    return model.to(resolve_device(cfg))
+    if "ce" in distillers:
+        raise ConfigError("DISTILL.METHODS: a method called CE would replace the cross-entropy's loss_ce; rename it")
+    shipped = [name for name, method in methods.items() if method.deployed is not Distiller.deployed]
+    if len(shipped) > 1:
+        raise ConfigError(f"DISTILL.METHODS {shipped} each change the deployed student: choose one of them")
+    return distillers

@@ -5,136 +5,137 @@ from typing import Any
 
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2distill.classification.config import PRECISIONS, image_size
 from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
-from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
+from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.evaluation import AccuracyEvaluator
-from d2distill.classification.modeling import build_distiller
-from d2distill.classification.networks import build_network, model_cost, why_not_one_sample
+from d2distill.classification.modeling import DistillModel, Predictor, build_distiller
+from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
-from d2distill.common.config import CfgNode, resolve_device
+from d2distill.common.config import CfgNode, chosen_methods, resolve_device
+from d2distill.common.distillers import Distiller
 from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
-from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
-from d2distill.common.engine.trainer import seed_step
+from d2distill.common.engine.dot import DOT
+from d2distill.common.engine.run_folder import prepare_run, start_logs
+from d2distill.common.engine.seeding import seed_step
+from d2distill.common.engine.task import Interruptible, Task
+from d2distill.common.engine.trainer import Trainer
+from d2distill.common.engine.weight_files import load_weights, weights_digest
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
+from d2distill.common.outputs import Progress
 
-__all__ = ["ClassificationTrainer", "evaluate", "load_datasets", "train"]
+__all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
+#: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
+_MAY_CHANGE = (
+    "CUDNN_BENCHMARK",
+    "LOG_PERIOD",
+    "MODEL.DEVICE",
+    "MODEL.TEACHER.WEIGHTS",
+    "DISTILL.CE_WEIGHT",
+    "DISTILL.*.WEIGHT",
+    "DISTILL.*.WARMUP",
+    "SOLVER.EPOCHS",
+    "SOLVER.BASE_LR",
+    "SOLVER.LR_SCHEDULE",
+    "SOLVER.STEPS",
+    "SOLVER.GAMMA",
+    "SOLVER.WARMUP_EPOCHS",
+    "SOLVER.MOMENTUM",
+    "SOLVER.NESTEROV",
+    "SOLVER.DELTA",
+    "SOLVER.WEIGHT_DECAY",
+    "SOLVER.CLIP_GRAD_NORM",
+    "SOLVER.CHECKPOINT_*",
+    "DATALOADER.NUM_WORKERS",
+    "TEST.*",
+)
 
 
-class ClassificationTrainer(RunTrainer):
-    """Epochs over a data set, with evaluation, logs, checkpoints and the student's own files.
+def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
+    """Networks, methods, optimizer, data and evaluation of a configuration, ready to run.
 
     Args:
         cfg: a checked configuration whose MODEL.NUM_CLASSES is set.
         train_set, test_set: the two splits.
 
     Raises:
-        ConfigError: a network or method that does not fit, or that cannot train on an epoch's last batch.
+        ConfigError: a network or method that does not fit.
         CheckpointError: weights that are missing or of another network.
     """
+    solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
+    # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
+    # build the same: not everything is sent to them from the main one.
+    seed_step(cfg.SEED, 0, rank=0)
+    student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
+    model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=train_set.labels)
+    sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
+    optimizer = build_optimizer(model, solver)
+    backward = _dot_backward(optimizer, model) if isinstance(optimizer, DOT) else None
+    sampler = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED)
+    epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
 
-    fixed = (
-        "SEED",
-        "SOLVER.IMS_PER_BATCH",
-        "DATASETS.NAME",
-        "DATASETS.TRAIN_SIZE",
-        "MODEL.STUDENT.NAME",
-        "MODEL.TEACHER.NAME",
-        "DISTILL.METHODS",
-        "SOLVER.OPTIMIZER",
-        "SOLVER.AMP",
-    )
+    def build_batches(start: int) -> Any:
+        order = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
+        return build_train_loader(train_set, order, size, augmentation, workers)
 
-    def __init__(self, cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> None:
-        solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
-        # The student is built first, so that its weights are the same whatever teacher and methods follow. All
-        # processes build the same: not everything is sent to them from the main one.
-        seed_step(cfg.SEED, 0, rank=0)
-        student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
-        self.distill_model = build_distiller(cfg, student=student, num_samples=len(train_set))
-        self.distill_model.set_labels(train_set.labels.to(resolve_device(cfg)))
-
-        def sampler(start: int) -> EpochBatchSampler:
-            return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
-
-        self.sampler = sampler(0)
-        self._check_smallest_batch(cfg)
-        self._shares_statistics = cfg.MODEL.SYNC_BN and synchronize_batch_norms(self.distill_model.student)
-        augmentation = cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-        optimizer = build_optimizer(self.distill_model, solver)
-        # An optimiser with a backward of its own averages the gradients over the processes itself.
-        self._own_backward = getattr(optimizer, "backward", None)
-        self.epoch_length = self.sampler.epoch_length
-        self.test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
-        super().__init__(
-            cfg,
-            self.distill_model if self._own_backward else wrap_student(self.distill_model),
-            self.distill_model,
-            optimizer,
-            lambda start: build_train_loader(train_set, sampler(start), size, augmentation, workers),
-            build_lr_scheduler(optimizer, solver, self.epoch_length),
-            max_iter=len(self.sampler),
-            test_period=cfg.TEST.EVAL_PERIOD * self.epoch_length,
-            select="top1",
-            facts={"training samples": len(train_set)},
-            precision=PRECISIONS[solver.AMP],
-            clip=solver.CLIP_GRAD_NORM,
-        )
-
-    def _check_smallest_batch(self, cfg: CfgNode) -> None:
-        """Refuse a batch size under which the first epoch would end in an error.
-
-        Most networks train on a single sample; a trial shows whether this one does.
-        """
-        whole, samples = cfg.MODEL.SYNC_BN, self.sampler.num_samples
-        reason = self.sampler.smallest(whole=whole) == 1 and why_not_one_sample(self.distill_model, image_size(cfg))
-        if reason:
-            fitting = self.sampler.without_single_samples(whole)
-            raise ConfigError(
-                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} gives a process a single sample in the last batch of "
-                f"an epoch of {samples}, and over one a batch norm here has no variance ({reason}); "
-                + (f"SOLVER.IMS_PER_BATCH {fitting} works" if fitting else "train on more samples")
-            )
-
-    def compute_losses(self, batch: Any) -> dict[str, Tensor]:
+    def split_batch(batch: dict[str, Tensor], step: int) -> list[tuple[dict[str, Any], float]]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
         # where all have the same number, so not in an epoch's last batch.
-        share = self.sampler.share(self.iter)
-        if share == 0 and self._shares_statistics:
+        weight = sampler.rank_loss_weight(step)
+        if weight == 0 and sync_bn:
             # The sample it was given in place of none would count in the others' batch norms.
             batch = {name: part[:0] for name, part in batch.items()}
-        losses = self.model(batch, self.iter // self.epoch_length + 1)
-        return losses if share == 1 else {name: share * value for name, value in losses.items()}
+        progress = Progress(step, step // epoch_length + 1, step / len(sampler))
+        return [({**batch, "progress": progress}, weight)]
 
-    def backward(self, losses: dict[str, Tensor]) -> None:
-        if self._own_backward is None:
-            super().backward(losses)
-        else:
-            task, *distill = losses.values()
-            self._own_backward(task, sum(distill))
-
-    def test(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy of the student on the test split, in percent; empty beside the main process."""
+    def evaluate_student(network: nn.Module, interruptible: Interruptible) -> dict[str, float]:
         if comm.get_world_size() > 1:
             # Running statistics differ between the processes after a step; the main one's are those that are saved.
-            broadcast_buffers(self.distill_model.student)
-        return inference_on_dataset(self.distill_model, self.watched(self.test_loader), AccuracyEvaluator())
+            broadcast_buffers(network)
+        predictor = Predictor(network, model.student_norm)
+        return inference_on_dataset(predictor, interruptible(test_loader), AccuracyEvaluator()) or {}
 
-    def student_state(self) -> dict[str, Tensor]:
-        return self.distill_model.student.state_dict()
+    teacher = None if model.teacher is None else weights_digest(model.teacher)
+    task = Task(
+        model=model,
+        # DOT averages its gradients over the processes itself.
+        wrapped=model if backward else wrap_student(model),
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(optimizer, solver, epoch_length),
+        build_batches=build_batches,
+        deployed_student=model.deployed_student,
+        evaluate=evaluate_student,
+        best_metric="top1",
+        max_iter=len(sampler),
+        eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
+        checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
+        may_change=_MAY_CHANGE,
+        run_identity={"training samples": len(train_set), "the teacher's weights": teacher},
+        epoch_length=epoch_length,
+        precision=PRECISIONS[solver.AMP],
+        clip_norm=solver.CLIP_GRAD_NORM,
+        prepare=build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES),
+        split_batch=split_batch,
+        backward=backward,
+        model_stats=lambda network: model_stats(network, size),
+    )
+    return Trainer(cfg, task)
 
-    def cost(self) -> dict[str, float]:
-        return model_cost(self.distill_model.student, image_size(self.cfg))
 
-    def run(self, start: int = 0) -> dict[str, float]:
-        """Train from step `start` to the end; ``top1, top5, best_top1, best_top5`` on the main process."""
-        solver = self.cfg.SOLVER
-        periods = [solver.CHECKPOINT_PERIOD * self.epoch_length, solver.CHECKPOINT_STEPS]
-        return super().run(start, [period for period in periods if period])
+def _dot_backward(optimizer: DOT, model: DistillModel) -> Any:
+    names = {f"loss_{name}" for name in model.distillers}
+
+    def backward(losses: dict[str, Tensor]) -> None:
+        distill = {name: value for name, value in losses.items() if name in names}
+        optimizer.backward({name: losses[name] for name in losses if name not in names}, distill)
+
+    return backward
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
@@ -154,7 +155,7 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
-        train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
+        train_set = FixedSubset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
 
 
@@ -179,10 +180,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
-    train_set, test_set = load_datasets(cfg)
-    trainer = ClassificationTrainer(cfg, train_set, test_set)
-    start = trainer.resume() if resume else 0
-    results = trainer.run(start)
+    trainer = build_trainer(cfg, *load_datasets(cfg))
+    results = trainer.run(resume)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results
@@ -194,16 +193,18 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
-    # The training images are not needed, and need not be there.
+    weights = cfg.MODEL.STUDENT.WEIGHTS
+    # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
     _take_classes(cfg, test_set)
-    cfg.DISTILL.METHODS = []
-    model = build_distiller(cfg)
+    shipped = [name for name, kind in chosen_methods(cfg).items() if kind.deployed is not Distiller.deployed]
+    cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped, "", ""
+    model = build_distiller(cfg).to(resolve_device(cfg))
+    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
     try:
-        return inference_on_dataset(model.to(resolve_device(cfg)), loader, AccuracyEvaluator())
+        return inference_on_dataset(model, loader, AccuracyEvaluator())
     except DivergedError as error:
         raise CheckpointError(
-            f"MODEL.STUDENT.WEIGHTS {cfg.MODEL.STUDENT.WEIGHTS}: {error.what} Its training diverged, or the file is "
-            "damaged"
+            f"MODEL.STUDENT.WEIGHTS {weights}: {error.what} Its training diverged, or the file is damaged"
         ) from error

@@ -37,17 +37,17 @@ class DivergedError(UserError, FloatingPointError):
     """A training whose losses or weights are no longer finite.
 
     Args:
-        what: became so; a sentence.
-        way_on: where the run can be taken up again.
+        what: is not finite; a sentence.
+        hint: where the run can be continued from.
     """
 
-    def __init__(self, what: str, way_on: str = "") -> None:
-        super().__init__(f"{what} Lower SOLVER.BASE_LR, warm up, or clip gradients{way_on and '; '}{way_on}")
-        # Processes tell each other of it: a copy is made of the same words.
-        self.what, self.way_on = what, way_on
+    def __init__(self, what: str, hint: str = "") -> None:
+        # The arguments are what is pickled when ranks send each other the error.
+        super().__init__(what, hint)
+        self.what, self.hint = what, hint
 
-    def __reduce__(self) -> tuple:
-        return DivergedError, (self.what, self.way_on)
+    def __str__(self) -> str:
+        return f"{self.what} Lower SOLVER.BASE_LR, warm up, or clip gradients{self.hint and '; '}{self.hint}"
 
 
 class OutputError(UserError, OSError):

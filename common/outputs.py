@@ -1,69 +1,134 @@
-"""Outputs: the one contract between tasks and distillation methods.
+"""The contract between tasks and distillation methods: everything a method may look at, as data.
 
-Classification fills it from a backbone, detection from FPN maps and ROI class logits;
-a method never knows which of the two called it.
+Classification fills it from a backbone, detection from FPN maps and the logits of proposals or anchors; a method never
+knows which of the two called it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-__all__ = ["OutputSpec", "Outputs"]
+__all__ = ["Batch", "NetworkInfo", "Outputs", "Progress", "TrainingData"]
 
 
 @dataclass
 class Outputs:
-    """What one network hands to the distillation methods. A part that it does not have is None.
+    """What one network provides for a batch. A part that it does not have, or that nobody needs, is None.
 
     Attributes:
-        logits: (N, C) class scores before the softmax; in detection (R, K + 1), one row per proposal, or before
-            sigmoids (R, K), one row per anchor (`OutputSpec.sigmoid`).
+        logits: (N, C) class logits before the softmax; in detection (R, K + 1), one row per proposal, or before
+            sigmoids (R, K), one row per anchor (`NetworkInfo.sigmoid`).
         feats: feature maps from shallow to deep, each (N, C_i, H_i, W_i). A classifier's entry 0 is its
             stem ("stages" in the literature are ``feats[1:]``); in detection p2 to p6.
         preacts: the same maps before their last ReLU.
-        pooled: (N, D), the flattened vector that enters the classifier.
-        ensemble: (share, logits) of each of several teachers, shares that sum to 1; None where there is one.
+        pooled: (N, D), the flattened vector that enters the classifier; one row per image.
+        extras: what a method asked for beyond that, by the name under which it asked, see :attr:`.Distiller.needs`
+            and :attr:`.Distiller.teacher_extras`.
+        members: (weight, outputs) of each of several teachers, weights that sum to 1; empty for one network. An
+            ensemble has no other part.
     """
 
     logits: Tensor | None = None
     feats: list[Tensor] | None = None
     preacts: list[Tensor] | None = None
     pooled: Tensor | None = None
-    ensemble: list[tuple[float, Tensor]] | None = None
+    extras: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
+    members: list[tuple[float, "Outputs"]] = field(default_factory=list)
 
-    def spec(self) -> "OutputSpec":
-        """The shapes of these outputs, without the batch axis; ``sigmoid``, which is no shape, stays False."""
+    def info(self, **more: object) -> "NetworkInfo":
+        """The shapes of these outputs as a :class:`NetworkInfo`; `more` are its other fields."""
 
         def shapes(maps: list[Tensor] | None) -> tuple[tuple[int, ...], ...] | None:
             return None if maps is None else tuple(tuple(m.shape[1:]) for m in maps)
 
-        return OutputSpec(
+        return NetworkInfo(
             num_classes=None if self.logits is None else self.logits.shape[1],
             feats=shapes(self.feats),
             preacts=shapes(self.preacts),
             pooled=None if self.pooled is None else self.pooled.shape[1],
+            **more,
         )
 
 
 @dataclass(frozen=True)
-class OutputSpec:
-    """Shapes of a network's :class:`Outputs`: what a method builds its connectors from.
+class NetworkInfo:
+    """What a method may know of a network when it is built: shapes of its outputs without the batch axis, and itself.
 
     Attributes:
-        num_classes: C of the logits (background included in detection).
+        num_classes: C of the logits (background included in detection); None for a network without classes.
         feats, preacts: (C_i, H_i, W_i) per map, or (C_i,) where the size changes with the image.
         pooled: D.
-        bn_before_relu: the batch norm before the last ReLU of each of ``preacts[1:]``, where the network has them.
-        sigmoid: the class scores are sigmoids, each of its class alone, as in dense detectors (background is where all
-            are low, and has no column); False: one softmax over all. Shapes do not show it: whoever builds such a
-            network sets it.
-        row_per_image: a row of the logits is an image, as are those of the other parts; False: a proposal or an anchor.
+        sigmoid: the class logits are those of independent sigmoids, as in dense detectors (background is where all
+            are low, and has no column); False: of one softmax over all. Shapes do not show it.
+        classifier: the last layer, from `pooled` to the logits; frozen in a teacher. None where there is no such layer.
+        module: the network. A method that keeps it must not register it as its own submodule.
     """
 
     num_classes: int | None = None
     feats: tuple[tuple[int, ...], ...] | None = None
     preacts: tuple[tuple[int, ...], ...] | None = None
     pooled: int | None = None
-    bn_before_relu: tuple[nn.Module, ...] | None = None
     sigmoid: bool = False
-    row_per_image: bool = True
+    classifier: nn.Module | None = None
+    module: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a method may know of the training set when it is built.
+
+    Attributes:
+        num_samples: its size, None if unknown.
+        labels: (num_samples,) class of each sample, in the order of `Batch.index`, None if unknown.
+    """
+
+    num_samples: int | None = None
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step: the current step, counted from 0.
+        epoch: the current epoch, counted from 1; None where a task counts steps only.
+        fraction: of the whole run, from 0 to 1.
+    """
+
+    step: int = 0
+    epoch: float | None = None
+    fraction: float = 0.0
+
+    @property
+    def time(self) -> float:
+        """In the unit of WARMUP: the epoch, or without epochs the step, both counted from 1."""
+        return self.step + 1 if self.epoch is None else self.epoch
+
+
+@dataclass
+class Batch:
+    """What a method may know of a training step besides the outputs. Fields may be added, never removed.
+
+    Attributes:
+        target: (R,) class of each row of the logits; negative rows are ignored.
+        soft_target: (N, C) class probabilities that take the place of `target` (mixup, cutmix, label smoothing), or
+            None.
+        index: (N,) positions of the samples in the training set.
+        key: (N,) which augmentation each sample has, where a data set numbers them.
+        progress: how far the training is.
+        boxes: in detection the ground-truth boxes of each image, (B_i, 4) as x0, y0, x1, y1 in pixels.
+        image_sizes: in detection (height, width) of each image.
+        view: which of several views of the images this is.
+        extras: what else the loader's batch holds, by name.
+    """
+
+    target: Tensor | None = None
+    soft_target: Tensor | None = None
+    index: Tensor | None = None
+    key: Tensor | None = None
+    progress: Progress = Progress()
+    boxes: list[Tensor] | None = None
+    image_sizes: list[tuple[int, int]] | None = None
+    view: int = 0
+    extras: dict[str, Tensor] = field(default_factory=dict)

@@ -46,7 +46,7 @@ def evaluate_detector(
     cfg: CfgNode,
     model: nn.Module,
     augmented: bool = False,
-    watched: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+    interruptible: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
 ) -> dict[str, float]:
     """Metrics in percent of `model` on every data set of DATASETS.TEST.
 
@@ -54,7 +54,7 @@ def evaluate_detector(
         cfg: of the run; details go to its OUTPUT_DIR/inference.
         model: returns Detectron2's results in eval mode.
         augmented: average over the scales and flips of TEST.AUG.
-        watched: put around each data set's batches.
+        interruptible: put around each data set's batches.
 
     Returns:
         ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
@@ -66,7 +66,7 @@ def evaluate_detector(
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).evaluator_type
         evaluator = _EVALUATORS[kind](name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
-        results = inference_on_dataset(model, watched(build_test_loader(cfg, name)), evaluator)
+        results = inference_on_dataset(model, interruptible(build_test_loader(cfg, name)), evaluator)
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
         metrics.update({prefix + key: value for key, value in _flatten(results).items()})
     return metrics

@@ -1,4 +1,4 @@
-"""The detector that teaches: built from its own configuration, fed with its own statistics."""
+"""The teacher detector: built from its own configuration, fed with its own pixel statistics."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.detection.config import teacher_cfg, zoo_weights
 from d2distill.detection.weights import has_teacher, load_teacher
 
-__all__ = ["Teacher", "build_teacher"]
+__all__ = ["TeacherAdapter", "build_teacher"]
 
 
-class Teacher:
+class TeacherAdapter:
     """A frozen detector, and what must be known to feed it with a student's images.
 
     Args:
@@ -33,8 +33,8 @@ class Teacher:
         self.network = network.requires_grad_(False).eval()
         self.weights, self.key = weights, key
         formats = {student_format, cfg.INPUT.FORMAT}
-        self.flips = formats == {"RGB", "BGR"}
-        if len(formats) > 1 and not self.flips:
+        self.swap_rgb_bgr = formats == {"RGB", "BGR"}
+        if len(formats) > 1 and not self.swap_rgb_bgr:
             raise ConfigError(
                 f"TEACHER.INPUT.FORMAT is {cfg.INPUT.FORMAT}, but the student's images are {student_format}: only RGB "
                 "and BGR can be made into each other"
@@ -51,11 +51,11 @@ class Teacher:
 
     def images(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """The batch in the teacher's channel order, then its mean, deviation and padding: (N, 3, H, W)."""
-        images = [{"image": x["image"].flip(0) if self.flips else x["image"]} for x in batched_inputs]
+        images = [{"image": x["image"].flip(0) if self.swap_rgb_bgr else x["image"]} for x in batched_inputs]
         return self.network.preprocess_image(images).tensor
 
 
-def build_teacher(cfg: CfgNode) -> Teacher:
+def build_teacher(cfg: CfgNode) -> TeacherAdapter:
     """The detector of ``cfg.TEACHER``, without its weights.
 
     They are those of TEACHER.MODEL.WEIGHTS. Where it is empty, or only what TEACHER.CONFIG_FILE brought from the zoo, a
@@ -66,7 +66,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     """
     own = teacher_cfg(cfg)
     if own.MODEL.META_ARCHITECTURE.startswith("Distill"):
-        # The configuration of a student that teaches now.
+        # The configuration of a student that is the teacher now.
         own.MODEL.META_ARCHITECTURE = {"DistillRetinaNet": "RetinaNet"}.get(
             own.MODEL.META_ARCHITECTURE, "GeneralizedRCNN"
         )
@@ -76,7 +76,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     with torch.random.fork_rng(devices=[]):
         # What is drawn here is thrown away or random anyway: methods that follow begin alike with any teacher.
         network = build_model(own)
-    return Teacher(own, network, cfg.INPUT.FORMAT, weights, key)
+    return TeacherAdapter(own, network, cfg.INPUT.FORMAT, weights, key)
 
 
 def _is_merged(source: str) -> bool:

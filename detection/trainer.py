@@ -8,27 +8,62 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import nn
 
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
-from d2distill.common.engine.run import RunTrainer, prepare_run, start_logs
-from d2distill.common.engine.trainer import seed_step
+from d2distill.common.engine.run_folder import prepare_run, start_logs
+from d2distill.common.engine.seeding import seed_step
+from d2distill.common.engine.task import Interruptible, Task
+from d2distill.common.engine.trainer import Trainer
+from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.evaluation import check_evaluators, evaluate_detector
 from d2distill.detection.weights import load_student
 
-__all__ = ["DetectionTrainer", "evaluate", "train"]
+__all__ = ["build_trainer", "evaluate", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
-#: What belongs to training alone.
-_BESIDE_THE_STUDENT = ("teacher.", "distillers.")
+#: Settings that may be others when a run is resumed. The teacher's files may move: its weights are part of the run.
+_MAY_CHANGE = (
+    "CUDNN_BENCHMARK",
+    "LOG_PERIOD",
+    "VIS_PERIOD",
+    "MODEL.DEVICE",
+    "TEACHER.MODEL.DEVICE",
+    "TEACHER.CONFIG_FILE",
+    "TEACHER.DATALOADER.*",
+    "TEACHER.DATASETS.*",
+    "TEACHER.OUTPUT_DIR",
+    "TEACHER.SOLVER.*",
+    "TEACHER.TEST.*",
+    "DISTILL.*.WEIGHT",
+    "DISTILL.*.WARMUP",
+    "DATASETS.REGISTER.*",
+    "DATASETS.TEST",
+    "SOLVER.MAX_ITER",
+    "SOLVER.BASE_LR*",
+    "SOLVER.LR_SCHEDULER_NAME",
+    "SOLVER.STEPS",
+    "SOLVER.GAMMA",
+    "SOLVER.NUM_DECAYS",
+    "SOLVER.RESCALE_INTERVAL",
+    "SOLVER.WARMUP_*",
+    "SOLVER.MOMENTUM",
+    "SOLVER.NESTEROV",
+    "SOLVER.WEIGHT_DECAY*",
+    "SOLVER.BIAS_LR_FACTOR",
+    "SOLVER.CLIP_GRADIENTS.*",
+    "SOLVER.CHECKPOINT_*",
+    "DATALOADER.NUM_WORKERS",
+    "TEST.*",
+)
 
 
-class DetectionTrainer(RunTrainer):
-    """Iterations over COCO-like data, with Detectron2's solver, evaluators and logs.
+def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
+    """Detectors, methods, Detectron2's solver, data and evaluators of a configuration, ready to run.
 
     Args:
         cfg: a checked configuration.
@@ -37,85 +72,69 @@ class DetectionTrainer(RunTrainer):
     Raises:
         UserError: weights, classes or feature levels that do not fit.
     """
-
-    fixed = (
-        "SEED",
-        "SOLVER.IMS_PER_BATCH",
-        "DATASETS.TRAIN",
-        "DATALOADER.SAMPLER_TRAIN",
-        "MODEL.META_ARCHITECTURE",
-        "MODEL.BACKBONE.NAME",
-        "MODEL.RESNETS.DEPTH",
-        "TEACHER.MODEL.META_ARCHITECTURE",
-        "TEACHER.MODEL.BACKBONE.NAME",
-        "TEACHER.MODEL.RESNETS.DEPTH",
-        "DISTILL.METHODS",
-        "SOLVER.AMP.ENABLED",
-    )
-
-    def __init__(self, cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> None:
-        # All processes build the same, and the student is built before its teacher and the methods.
-        seed_step(cfg.SEED, 0, rank=0)
-        self.detector = build_model(cfg)
-        view = getattr(self.detector, "teacher_view", None)
-        if view is not None and not view.weights:
-            raise ConfigError(
-                "TEACHER.MODEL.WEIGHTS is empty: name the checkpoint of a trained teacher, or give under MODEL.WEIGHTS "
-                "a merged file that holds one"
-            )
-        load_student(self.detector, cfg.MODEL.WEIGHTS)
-        optimizer = build_optimizer(cfg, self.detector)
-        precision = None
-        if cfg.SOLVER.AMP.ENABLED:
-            precision = torch.float16 if torch.device(cfg.MODEL.DEVICE).type == "cuda" else torch.bfloat16
-        task = "bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP"
-        super().__init__(
-            cfg,
-            # As Detectron2 has it: running statistics are each process's own until they are needed.
-            wrap_student(self.detector, broadcast_buffers=False),
-            self.detector,
-            optimizer,
-            lambda start: build_train_loader(cfg, dataset_dicts, start),
-            build_lr_scheduler(cfg, optimizer),
-            max_iter=cfg.SOLVER.MAX_ITER,
-            test_period=cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER,
-            select=task,
-            facts={"training images": len(dataset_dicts)},
-            precision=precision,
+    # All processes build the same, and the student is built before its teacher and the methods.
+    seed_step(cfg.SEED, 0, rank=0)
+    model = build_model(cfg)
+    adapter = getattr(model, "teacher_adapter", None)
+    if adapter is not None and not adapter.weights:
+        raise ConfigError(
+            "TEACHER.MODEL.WEIGHTS is empty: name the checkpoint of a trained teacher, or give under MODEL.WEIGHTS "
+            "a merged file that holds one"
         )
+    load_student(model, cfg.MODEL.WEIGHTS)
+    optimizer = build_optimizer(cfg, model)
+    precision = None
+    if cfg.SOLVER.AMP.ENABLED:
+        precision = torch.float16 if torch.device(cfg.MODEL.DEVICE).type == "cuda" else torch.bfloat16
 
-    def test(self) -> dict[str, float]:
-        """Average precisions in percent, see :func:`evaluate_detector`."""
+    def evaluate_student(network: nn.Module, interruptible: Interruptible) -> dict[str, float]:
         if comm.get_world_size() > 1:
-            broadcast_buffers(self.detector)
-        return evaluate_detector(self.cfg, self.detector, watched=self.watched)
+            broadcast_buffers(network)
+        return evaluate_detector(cfg, network, interruptible=interruptible)
 
-    def student_state(self) -> dict[str, Tensor]:
-        """The plain detector: stock Detectron2 loads it."""
-        state = self.detector.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith(_BESIDE_THE_STUDENT)}
+    task = Task(
+        model=model,
+        # As Detectron2 does: running statistics are each process's own until they are needed.
+        wrapped=wrap_student(model, broadcast_buffers=False),
+        optimizer=optimizer,
+        lr_scheduler=build_lr_scheduler(cfg, optimizer),
+        build_batches=lambda start: build_train_loader(cfg, dataset_dicts, start),
+        deployed_student=lambda: deployed_student(model),
+        evaluate=evaluate_student,
+        best_metric="bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP",
+        max_iter=cfg.SOLVER.MAX_ITER,
+        eval_period=cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER,
+        checkpoint_periods=[cfg.SOLVER.CHECKPOINT_PERIOD],
+        may_change=_MAY_CHANGE,
+        run_identity={
+            "training images": len(dataset_dicts),
+            "the teacher's weights": None if adapter is None else weights_digest(model.teacher),
+        },
+        precision=precision,
+        evaluate_once=lambda network: _augmented(cfg, network),
+        model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
+        checkpointables={"loss_normalizer": _LossNormalizer(model)},
+    )
+    return Trainer(cfg, task)
 
-    def cost(self) -> dict[str, float]:
-        children = ((name + ".", child) for name, child in self.detector.named_children())
-        parts = [child for name, child in children if name not in _BESIDE_THE_STUDENT]
-        return {"parameters": sum(p.numel() for part in parts for p in part.parameters())}
 
-    def run(self, start: int = 0) -> dict[str, float]:
-        """Train from iteration `start` to the end; last and best metrics on the main process."""
-        return super().run(start, [self.cfg.SOLVER.CHECKPOINT_PERIOD])
+def deployed_student(model: nn.Module) -> nn.Module:
+    """The plain detector of a student; stock Detectron2 loads its state dict."""
+    return model.deployed_student() if hasattr(model, "deployed_student") else model
 
-    def last_test(self) -> dict[str, float]:
-        """The same average precisions over scales and flips, where TEST.AUG is enabled, under ``<metric>_TTA``."""
-        return _augmented(self.cfg, self.detector)
+
+class _LossNormalizer:
+    """RetinaNet's running mean of its number of foreground anchors, which it keeps outside its state dict."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     def state_dict(self) -> dict[str, Any]:
-        # RetinaNet keeps a running mean of its number of foreground anchors outside its state dict.
-        return {**super().state_dict(), "loss_normalizer": getattr(self.detector, "loss_normalizer", None)}
+        return {"value": getattr(self.model, "loss_normalizer", None)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if state_dict["loss_normalizer"] is not None:
-            self.detector.loss_normalizer = state_dict["loss_normalizer"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["value"] is not None:
+            self.model.loss_normalizer = state["value"]
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
@@ -130,13 +149,13 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     # Does nothing unless SOLVER.REFERENCE_WORLD_SIZE is set.
     cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     prepare_run(cfg, resume)
+    # Before the data, whose warnings belong in the log.
+    start_logs(cfg.OUTPUT_DIR)
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)
     check_test_sets(cfg)
     check_evaluators(cfg)
-    start_logs(cfg.OUTPUT_DIR)
-    trainer = DetectionTrainer(cfg, dataset_dicts)
-    results = trainer.run(trainer.resume() if resume else 0)
+    results = build_trainer(cfg, dataset_dicts).run(resume)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results
@@ -158,9 +177,13 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
-    return {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
+    results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
+    if results:
+        logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+    return results
 
 
 def _augmented(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """The same metrics over scales and flips, where TEST.AUG is enabled, under ``<metric>_TTA``."""
     results = evaluate_detector(cfg, model, augmented=True) if cfg.TEST.AUG.ENABLED else {}
     return {f"{name}_TTA": value for name, value in results.items()}

@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import HookBase
 
 from d2distill.common.engine import checkpoint
-from d2distill.common.engine.run import RunTrainer
+from d2distill.common.engine.trainer import Trainer
 
 TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
 
@@ -52,16 +52,12 @@ class KillHook(HookBase):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def disturb(trainer: RunTrainer, moment: str, step: int) -> None:
+def disturb(trainer: Trainer, moment: str, step: int) -> None:
     """Let the run of `trainer` be killed at a moment of a step, or make it slow enough to be stopped by hand."""
     kill = KillHook(step)
     kill.trainer = trainer
-    if moment == "before hooks":
+    if moment == "before saving":
         trainer._hooks.insert(0, kill)
-    elif moment == "before saving":
-        # run() registers the writer and the checkpoint hook together: slip in between.
-        register = trainer.register_hooks
-        trainer.register_hooks = lambda hooks: register([hooks[0], kill, hooks[1]])
     elif moment == "while saving":
         replace = os.replace
 
@@ -72,8 +68,11 @@ def disturb(trainer: RunTrainer, moment: str, step: int) -> None:
 
         checkpoint.os.replace = die
     elif moment == "after saving":
-        register = trainer.register_hooks
-        trainer.register_hooks = lambda hooks: register([*hooks, kill])
+        trainer._hooks.insert(trainer._hooks.index(trainer.checkpointing) + 1, kill)
+    elif moment == "after evaluating":
+        trainer._hooks.insert(-1, kill)
+    elif moment == "after writing":
+        trainer._hooks.append(kill)
     elif moment == "slowly":
         step_once = trainer.run_step
 
@@ -101,19 +100,24 @@ class BrokenBatches:
         raise self.error
 
 
-def fail_in_evaluation(trainer: RunTrainer, step: int, error: Exception) -> None:
+def fail_in_evaluation(trainer: Trainer, step: int, error: Exception) -> None:
     """An error, in this process alone, after the first batch of the evaluation after `step`."""
-    watched = trainer.watched
-    trainer.watched = lambda batches: watched(BrokenBatches(batches, error) if trainer.iter + 1 == step else batches)
+    evaluate = trainer.task.evaluate
+
+    def failing(network, interruptible):
+        broken = trainer.iter + 1 == step
+        return evaluate(network, lambda batches: interruptible(BrokenBatches(batches, error) if broken else batches))
+
+    trainer.task.evaluate = failing
 
 
-def terminate_in_evaluation(trainer: RunTrainer, step: int) -> None:
+def terminate_in_evaluation(trainer: Trainer, step: int) -> None:
     """SIGTERM to this process where the evaluation after `step` begins."""
-    watched = trainer.watched
+    evaluate = trainer.task.evaluate
 
-    def interrupted(batches):
+    def interrupted(network, interruptible):
         if trainer.iter + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return watched(batches)
+        return evaluate(network, interruptible)
 
-    trainer.watched = interrupted
+    trainer.task.evaluate = interrupted

@@ -11,17 +11,17 @@ Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or
 """
 
 from d2distill.common.engine.cli import CommandParser, run_cli
-from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
+from d2distill.detection.convert import convert_to_tensors, merge, split
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, convert, text, names in (
-        ("backbone", convert_backbone, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
-        ("safe", copy_safely, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
+        ("backbone", convert_to_tensors, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
+        ("safe", convert_to_tensors, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
         ("merge", merge, "a student and a teacher, as one file", ("STUDENT", "TEACHER", "OUT")),
-        ("split", split, "such a file, as two", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
+        ("split", split, "such a file, as two files", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
     ):
         sub = actions.add_parser(action, help=text, description=text)
         for name in names:

@@ -8,9 +8,9 @@ the same once it is imported (the config key IMPORTS).
 from importlib import import_module
 from pkgutil import iter_modules
 
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller, LogitDistiller
+from d2distill.common.distillers.base import DISTILLERS, Distiller, LogitDistiller
 
-__all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller"]
+__all__ = ["DISTILLERS", "Distiller", "LogitDistiller"]
 
 for _info in iter_modules(__path__):
     _module = import_module(f"{__name__}.{_info.name}")

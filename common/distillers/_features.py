@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import no_autocast, upcast
-from d2distill.common.distillers.base import Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.distillers.base import Distiller
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
 __all__ = ["FeatureDistiller"]
 
@@ -26,26 +26,28 @@ class FeatureDistiller(Distiller):
     """
 
     needs = ("feats",)
-    #: The field of `Outputs` that is compared, of either network. A subclass may choose after looking at the specs.
+    #: The field of `Outputs` that is compared, of either network. A subclass may choose when it is built.
     student_maps = "feats"
     teacher_maps = "feats"
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
-            if len(spec.feats) <= cfg.FIRST:
+        super().__init__(cfg, student, teacher, data)
+        for side, info in (("student", student), ("teacher", teacher)):
+            if len(info.feats) <= cfg.FIRST:
                 raise ValueError(
-                    f"{self.name}: FIRST is {cfg.FIRST}, which leaves none of the {side}'s {len(spec.feats)} maps"
+                    f"{self.name}: FIRST is {cfg.FIRST}, which leaves none of the {side}'s {len(info.feats)} maps"
                 )
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
         return {**super().common_defaults(), "FIRST": 1}
 
-    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
-        """The maps (of outputs) or shapes (of specs) that are compared, in pairs from shallow to deep."""
+    def select_pairs(
+        self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo
+    ) -> tuple[list[Any], list[Any]]:
+        """The maps (of outputs) or their shapes that are compared, in pairs from shallow to deep."""
         first = self.cfg.FIRST
         return align(getattr(student, self.student_maps)[first:], getattr(teacher, self.teacher_maps)[first:])
 
@@ -53,12 +55,11 @@ class FeatureDistiller(Distiller):
         """The method's term: a 0-d tensor from two lists, of the same length, of maps (N, C, H, W)."""
         raise TypeError(f"{self.name} defines no feature_loss()")
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         feats_student, feats_teacher = self.select_pairs(student, teacher)
         # Half precision has no room for squares and sums over whole maps, nor for the gradients of connectors.
         with no_autocast(feats_student[0]):
-            loss = self.feature_loss(*([upcast(f) for f in maps] for maps in (feats_student, feats_teacher)))
-        return {f"loss_{self.name.lower()}": loss}
+            return self.feature_loss(*([upcast(f) for f in maps] for maps in (feats_student, feats_teacher)))
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -80,7 +81,7 @@ def align(*lists: Sequence[Any]) -> tuple[list[Any], ...]:
 def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The larger of two maps (N, C, H, W) average-pooled to the smaller, along each axis."""
     size = [min(sizes) for sizes in zip(a.shape[2:], b.shape[2:], strict=True)]
-    return resize(a, size), resize(b, size)
+    return resize_to(a, size), resize_to(b, size)
 
 
 def pool_pairs_to_smaller(
@@ -95,7 +96,7 @@ def pool_pairs_to_smaller(
         yield pool_to_smaller(upcast(student), upcast(teacher).detach())
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """A map (N, C, H, W) of another size: average-pooled along an axis that shrinks, bilinear along one that grows."""
     size = tuple(size)
     pooled = tuple(min(sizes) for sizes in zip(x.shape[2:], size, strict=True))

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._features import FeatureDistiller, align
 from d2distill.common.distillers._numerics import no_autocast, upcast
-from d2distill.common.distillers.base import Context
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
 __all__: list[str] = []
 
@@ -46,23 +45,25 @@ class LevelDistiller(FeatureDistiller):
     """
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        channels = [(s[0], t[0]) for s, t in zip(*self.select_pairs(student_spec, teacher_spec), strict=True)]
+        super().__init__(cfg, student, teacher, data)
+        channels = [(s[0], t[0]) for s, t in zip(*self.select_pairs(student, teacher), strict=True)]
         self.connectors = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in channels)
 
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
         return {**super().common_defaults(), "LEVELS": 0}
 
-    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+    def select_pairs(
+        self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo
+    ) -> tuple[list[Any], list[Any]]:
         first, last = self.cfg.FIRST, self.cfg.LEVELS or None
         return align(student.feats[first:][:last], teacher.feats[first:][:last])
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         feats_student, feats_teacher = self.select_pairs(student, teacher)
         # Half precision has no room for squares and sums over whole maps.
         with no_autocast(feats_student[0]):
             connected = [c(upcast(s)) for c, s in zip(self.connectors, feats_student, strict=True)]
-            return {f"loss_{self.name.lower()}": self.feature_loss(connected, feats_teacher)}
+            return self.feature_loss(connected, feats_teacher)

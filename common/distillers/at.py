@@ -8,7 +8,7 @@ from torch import Tensor
 from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
 from d2distill.common.distillers._numerics import element_mean, l2_normalize
 from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.outputs import NetworkInfo, Outputs, TrainingData
 
 __all__ = ["AT", "at_loss"]
 
@@ -54,9 +54,9 @@ class AT(FeatureDistiller):
     """
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        super().__init__(cfg, student, teacher, data)
         if cfg.ALIGN not in ("deep", "shallow"):
             raise ValueError(f'{self.name}: ALIGN is "deep" or "shallow", but was given {cfg.ALIGN!r}')
 
@@ -64,7 +64,9 @@ class AT(FeatureDistiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 1000.0, "P": 2.0, "ALIGN": "deep"}
 
-    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+    def select_pairs(
+        self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo
+    ) -> tuple[list[Any], list[Any]]:
         if self.cfg.ALIGN == "deep":
             return super().select_pairs(student, teacher)
         pairs = zip(student.feats[self.cfg.FIRST :], teacher.feats[self.cfg.FIRST :], strict=False)

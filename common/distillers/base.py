@@ -1,7 +1,7 @@
-"""What every distillation method is: a module that turns two networks' outputs into losses."""
+"""What every distillation method is: a module that turns two networks' outputs into one loss term."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,90 +10,69 @@ from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from d2distill.common.distillers._numerics import upcast, zero_mean
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress, TrainingData
 
-__all__ = ["DISTILLERS", "Context", "Distiller", "LogitDistiller", "standardize_logits"]
+__all__ = ["DISTILLERS", "Distiller", "LogitDistiller", "standardize_logits"]
 
-
-class _Methods(Registry):
-    def _do_register(self, name: str, obj: Any) -> None:
-        # A trainer keeps methods in a ModuleDict by lower-case name; there torch would say: attribute 'pop' exists.
-        if hasattr(nn.ModuleDict(), name.lower()):
-            raise ValueError(
-                f"a method cannot be called {name}: {name.lower()} is an attribute of torch's ModuleDict, which holds "
-                "the methods of a training; choose another class name"
-            )
-        super()._do_register(name, obj)
-
-
-DISTILLERS = _Methods("DISTILLERS")
+DISTILLERS = Registry("DISTILLERS")
 DISTILLERS.__doc__ = """
 Distillation methods by name. The class name is the method's name; its settings are the node
 ``DISTILL.<NAME IN CAPITALS>``, its loss is logged as ``loss_<name in lower case>``.
 """
 
 
-@dataclass
-class Context:
-    """What a method may know of the step besides outputs and targets. Fields may be added, never removed.
-
-    Attributes:
-        time: training time in the unit of WARMUP: the epoch, counted from 1, in classification,
-            the iteration in detection.
-        index: (N,) positions of the samples in the data set.
-        contrast_index: (N, 1 + K) positions of the positive and the negatives, where the loader gives them.
-    """
-
-    time: float = 0.0
-    index: Tensor | None = None
-    contrast_index: Tensor | None = None
-
-
 class Distiller(nn.Module):
-    """Base of all methods. A subclass states `needs`, `defaults()` and `losses()`.
+    """Base of all methods. A subclass states `needs`, `defaults()` and `forward()`.
 
     Args:
         cfg: the method's own node, ``cfg.DISTILL.<NAME>``.
-        student_spec, teacher_spec: shapes of the two networks' outputs; connectors are built from them.
-            The teacher's is None where there is no teacher.
-        num_samples: size of the training set (memory banks), or None if unknown.
+        student, teacher: what is known of the two networks; connectors take their shapes from it. The teacher's is
+            None where there is no teacher.
+        data: what is known of the training set.
 
     Raises:
-        ValueError: a WEIGHT, WARMUP or temperature that makes no sense; a network lacks a part that the method needs,
-            or is missing; for a method on logits also: the class counts differ, there is one class alone, or the
-            scores are sigmoids where it takes a softmax, or of different kinds.
+        ValueError: a WEIGHT, WARMUP or temperature without meaning; a network lacks a part that the method needs, or
+            is missing; for a method on logits also: the class counts differ, there is one class alone, or the
+            logits are those of sigmoids where it takes a softmax, or of different kinds.
     """
 
-    #: The fields of `Outputs` that the method reads, of both networks.
+    #: The parts of `Outputs` that the method reads, of both networks. ``module:NAME`` is the output of the submodule of
+    #: that name, found in `Outputs.extras` (a list where it is called several times). The needs of an instance, which
+    #: are those that count, are its `student_needs` and `teacher_needs`.
     needs: tuple[str, ...] = ("logits",)
     #: False for a method that looks at the student alone; it is then given None for the teacher's part.
     needs_teacher = True
-    #: True for a method on logits that also takes class scores which are independent sigmoids (`OutputSpec.sigmoid`).
+    #: True for a method on logits that also takes those of independent sigmoids (`NetworkInfo.sigmoid`).
     takes_sigmoid = False
-    #: Whether the teacher's batch norms use the batch's statistics (its running ones stay as they are).
-    teacher_batch_statistics = False
+    #: False for a method that needs the one class of each image, and so cannot take mixed ones (mixup, cutmix).
+    takes_soft_target = True
 
     def __init__(
         self,
         cfg: CfgNode,
-        student_spec: OutputSpec,
-        teacher_spec: OutputSpec | None = None,
-        num_samples: int | None = None,
+        student: NetworkInfo,
+        teacher: NetworkInfo | None = None,
+        data: TrainingData | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
+        self.student_needs = set(self.needs)
+        self.teacher_needs = set(self.needs) if self.needs_teacher else set()
+        #: What the teacher is to provide beyond its outputs: a name in `Outputs.extras`, and a function of the network
+        #: and its (normalized) images, called without gradients.
+        self.teacher_extras: Mapping[str, Callable[[nn.Module, Tensor], Any]] = {}
         self._check_settings()
-        if self.needs_teacher and teacher_spec is None:
+        if self.needs_teacher and teacher is None:
             raise ValueError(f"{self.name} needs a teacher, but there is none")
-        sides = {"student": student_spec, "teacher": teacher_spec} if self.needs_teacher else {"student": student_spec}
+        networks = {"student": student, "teacher": teacher} if self.needs_teacher else {"student": student}
         for part in self.needs:
             field = "num_classes" if part == "logits" else part
-            for side, spec in sides.items():
-                if getattr(spec, field) is None:
+            for side, info in networks.items():
+                if not part.startswith("module:") and getattr(info, field) is None:
                     of = "both networks" if self.needs_teacher else "the student"
                     raise ValueError(f"{self.name} needs the {part} of {of}, but the {side} gives none")
         if "logits" in self.needs:
-            self._check_class_scores(sides)
+            self._check_logits(networks)
 
     def _check_settings(self) -> None:
         for key, value in self.cfg.items():
@@ -104,23 +83,23 @@ class Distiller(nn.Module):
             if key in ("WEIGHT", "WARMUP") and not 0 <= value < math.inf:
                 raise ValueError(f"{self.name}: {key} is {value}, but must be 0 or more")
 
-    def _check_class_scores(self, sides: dict[str, OutputSpec]) -> None:
-        of_sigmoids = [side for side, spec in sides.items() if spec.sigmoid]
+    def _check_logits(self, networks: dict[str, NetworkInfo]) -> None:
+        of_sigmoids = [side for side, info in networks.items() if info.sigmoid]
         if of_sigmoids and not self.takes_sigmoid:
             raise ValueError(
-                f"{self.name} takes a softmax of the class scores, but the {of_sigmoids[0]}'s are independent "
-                "sigmoids: choose a method for those"
+                f"{self.name} takes a softmax of the class logits, but the {of_sigmoids[0]}'s are independent "
+                f"sigmoids: {', '.join(n for n, m in DISTILLERS if m.takes_sigmoid)} can take those"
             )
-        if len(of_sigmoids) == 1 < len(sides):
-            (softmax,) = sides.keys() - set(of_sigmoids)
+        if len(of_sigmoids) == 1 < len(networks):
+            (softmax,) = networks.keys() - set(of_sigmoids)
             raise ValueError(
-                f"{self.name} compares class scores, but the {of_sigmoids[0]}'s are independent sigmoids and the "
+                f"{self.name} compares class logits, but the {of_sigmoids[0]}'s are independent sigmoids and the "
                 f"{softmax}'s one softmax: networks of one kind are needed"
             )
-        counts = [spec.num_classes for spec in sides.values()]
+        counts = [info.num_classes for info in networks.values()]
         if len(set(counts)) > 1:
             raise ValueError(
-                f"{self.name} compares class scores, but the student has {counts[0]} classes and the teacher "
+                f"{self.name} compares class logits, but the student has {counts[0]} classes and the teacher "
                 f"{counts[1]}"
             )
         if counts[0] < 2 and not of_sigmoids:
@@ -129,7 +108,7 @@ class Distiller(nn.Module):
     @classmethod
     def common_defaults(cls) -> dict[str, Any]:
         """The settings of every method of this kind; `defaults()` may give them other values."""
-        # Of several teachers a method on features looks at number TEACHER; one on logits looks at all of them.
+        # Feature methods use teacher TEACHER; logit methods use the ensemble.
         return {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0}
 
     @classmethod
@@ -141,29 +120,36 @@ class Distiller(nn.Module):
     def name(self) -> str:
         return type(self).__name__
 
-    def set_labels(self, labels: Tensor) -> None:
-        """Called once before training where the classes of all training samples are known.
-
-        Args:
-            labels: (num_samples,) class of each sample, in the order of `Context.index`.
-        """
-
-    def losses(self, student: Outputs, teacher: Outputs | None, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        """The method's terms before WEIGHT and WARMUP: 0-d tensors under names that start with ``loss_<name>``.
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        """The method's term, a 0-d tensor; the model multiplies it by :meth:`weight` and names it.
 
         Args:
             student, teacher: outputs for the same images; no gradient reaches the teacher's. The teacher's are None
-                where there is no teacher.
-            target: (N,) class of each row of the logits.
+                for a method that needs none.
+            batch: what else is known of the step.
         """
-        raise TypeError(f"{self.name} defines no losses()")
+        raise TypeError(f"{self.name} defines no forward()")
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        """`losses()` times ``WEIGHT * min(time / WARMUP, 1)``."""
-        scale = self.cfg.WEIGHT
-        if self.cfg.WARMUP > 0:
-            scale *= min(ctx.time / self.cfg.WARMUP, 1.0)
-        return {name: scale * value for name, value in self.losses(student, teacher, target, ctx).items()}
+    def weight(self, progress: Progress) -> float:
+        """``WEIGHT * min(time / WARMUP, 1)``."""
+        return self.cfg.WEIGHT * (min(progress.time / self.cfg.WARMUP, 1.0) if self.cfg.WARMUP > 0 else 1.0)
+
+    def pick_teacher(self, teacher: Outputs | None) -> Outputs | None:
+        """Of what the teachers provide the part that :meth:`forward` is given: that of teacher number TEACHER."""
+        if not self.needs_teacher:
+            return None
+        return teacher.members[self.cfg.TEACHER][1] if teacher.members else teacher
+
+    def predict(self, student: Outputs) -> Tensor:
+        """Logits of the deployed student: the student's own, unless the method ships with it."""
+        return student.logits
+
+    def deployed(self, student: nn.Module) -> nn.Module:
+        """The network that is evaluated, saved and exported: the student itself, unless the method ships with it.
+
+        It shares its parameters with `student` and this method.
+        """
+        return student
 
 
 def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
@@ -187,7 +173,7 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class LogitDistiller(Distiller):
-    """Base of the methods that compare class logits. A subclass states `defaults()` and `logit_loss()`.
+    """Base of the methods that compare class logits. A subclass states `defaults()` and `forward()`.
 
     The setting STANDARDIZE compares logits under :func:`standardize_logits`; a method that takes sigmoids has none.
     Several teachers count as one whose probabilities are the average of theirs.
@@ -197,36 +183,32 @@ class LogitDistiller(Distiller):
     def common_defaults(cls) -> dict[str, Any]:
         settings = super().common_defaults()
         del settings["TEACHER"]
-        # A softmax does not see its logits' mean; a sigmoid's zero is a threshold, which standardising would move.
+        # A softmax does not see its logits' mean; a sigmoid's zero is a threshold, which standardizing would move.
         return settings if cls.takes_sigmoid else {**settings, "STANDARDIZE": False}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        """The method's term: a 0-d tensor from logits (N, C) and target classes (N,)."""
-        raise TypeError(f"{self.name} defines no logit_loss()")
+    def pick_teacher(self, teacher: Outputs | None) -> Outputs | None:
+        return teacher
 
-    def average(self, members: list[tuple[float, Tensor]]) -> Tensor:
-        """The logits (N, C) of one teacher in place of several, given as (share, logits); shares sum to 1.
+    def student_logits(self, student: Outputs) -> Tensor:
+        """(N, C), at least fp32, standardized where the settings say so."""
+        return self._prepared(student.logits)
 
-        Its softmax at the method's T (1 without) is the average, by shares, of theirs.
+    def teacher_logits(self, teacher: Outputs, temperature: float = 1.0) -> Tensor:
+        """(N, C) as :meth:`student_logits`; of several teachers those whose softened probabilities are the average.
+
+        Args:
+            temperature: at which the probabilities are averaged. With one teacher it changes nothing.
         """
-        return average_softened(members, self.cfg.get("T", 1.0))
+        if not teacher.members:
+            return self._prepared(teacher.logits)
+        return self.average(
+            [(weight, self._prepared(member.logits)) for weight, member in teacher.members], temperature
+        )
 
-    def ensemble_loss(self, logits_student: Tensor, members: list[tuple[float, Tensor]], target: Tensor) -> Tensor:
-        """The method's term from several teachers. A method with several temperatures needs an average at each."""
-        return self.logit_loss(logits_student, self.average(members), target)
+    def average(self, members: list[tuple[float, Tensor]], temperature: float) -> Tensor:
+        """Logits (N, C) whose softmax at `temperature` is the weighted average of that of each member's logits."""
+        logs = [(logits / temperature).log_softmax(1) + math.log(weight) for weight, logits in members if weight > 0]
+        return temperature * torch.stack(logs).logsumexp(0)
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        prepare = standardize_logits if self.cfg.get("STANDARDIZE", False) else upcast
-        logits_student = prepare(student.logits)
-        if teacher.ensemble is None:
-            loss = self.logit_loss(logits_student, prepare(teacher.logits), target)
-        else:
-            members = [(share, prepare(logits)) for share, logits in teacher.ensemble]
-            loss = self.ensemble_loss(logits_student, members, target)
-        return {f"loss_{self.name.lower()}": loss}
-
-
-def average_softened(members: list[tuple[float, Tensor]], temperature: float) -> Tensor:
-    """Logits (N, C) whose softmax at `temperature` is the average, by shares, of that of each member's logits."""
-    logs = [(logits / temperature).log_softmax(1) + math.log(share) for share, logits in members if share > 0]
-    return temperature * torch.stack(logs).logsumexp(0)
+    def _prepared(self, logits: Tensor) -> Tensor:
+        return standardize_logits(logits) if self.cfg.get("STANDARDIZE", False) else upcast(logits)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["BCKD", "bckd_loss"]
 
@@ -56,13 +57,13 @@ class BCKD(LogitDistiller):
 
     takes_sigmoid = True
 
-    def average(self, members: list[tuple[float, Tensor]]) -> Tensor:
-        """Logits (N, C) whose sigmoids are the average, by shares, of the sigmoids of each member's."""
+    def average(self, members: list[tuple[float, Tensor]], temperature: float) -> Tensor:
+        """Logits (N, C) whose sigmoids are the weighted average of the sigmoids of each member's."""
         log_p, log_rest = (
-            torch.stack([F.logsigmoid(sign * z) + math.log(share) for share, z in members if share > 0]).logsumexp(0)
+            torch.stack([F.logsigmoid(sign * z) + math.log(weight) for weight, z in members if weight > 0]).logsumexp(0)
             for sign in (1, -1)
         )
         return log_p - log_rest
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        return bckd_loss(logits_student, logits_teacher, target)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return bckd_loss(self.student_logits(student), self.teacher_logits(teacher), batch.target)

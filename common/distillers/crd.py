@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._contrast import contrast_logits, last_of_each, sample_negatives
 from d2distill.common.distillers._distributed import all_gather_rows, all_reduce_sum
-from d2distill.common.distillers._numerics import batch_mean
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
 __all__ = ["CRD", "crd_loss"]
 
@@ -33,6 +33,7 @@ def crd_loss(log_scores: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
     Returns:
         0-d tensor; 0 for an empty batch.
     """
+    log_scores = upcast(log_scores)
     num_negatives = log_scores.shape[1] - 1
     noise = num_negatives / num_samples
     gap = log_scores - math.log(noise + eps)
@@ -45,94 +46,85 @@ class CRD(Distiller):
     """`crd_loss` of each network's embedding against a memory bank of the other's, both sides added.
 
     An embedding is a learned linear map of `pooled` to FEAT_DIM numbers, divided by its L2 norm. A bank row is the
-    normalised mean, with momentum, of a sample's embeddings; where a batch holds a sample twice, the last one counts.
-    Z is the mean score of the first batch times `num_samples`, per side. MODE "exact" takes the sample itself as the
-    positive, "relax" any sample of its class. Samples whose class is not known yet can be negatives of any other.
+    normalized mean, with momentum, of a sample's embeddings; where a batch holds a sample twice, the last one counts.
+    Z is the mean score of the first batch times the number of samples, per side. MODE "exact" takes the sample itself
+    as the positive, "relax" any sample of its class. Negatives are samples of other classes; where the classes of the
+    training set are not known, all other samples.
 
-    Over several processes banks, classes and Z are made of the whole batch, and are the same in each of them.
+    With several processes banks and Z are those of the whole batch, and the same in each of them. They must be built
+    from the same seed, as the trainer does.
 
     Raises:
-        ValueError: `num_samples` is unknown or below 2, K below 1, an unknown MODE; in a step no index, or a
-            `contrast_index` without negatives.
+        ValueError: the number of training samples is unknown or below 2, all are of one class, K below 1, an unknown
+            MODE, "relax" without known classes; in a step no index.
     """
 
     needs = ("pooled",)
+    # A mixed image is no sample of the training set.
+    takes_soft_target = False
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        super().__init__(cfg, student, teacher, data)
+        data = data or TrainingData()
+        num_samples = data.num_samples
         if num_samples is None or num_samples < 2:
             raise ValueError(f"{self.name} remembers training samples, but their number is {num_samples}; 2 or more")
         if cfg.K < 1 or cfg.MODE not in ("exact", "relax"):
             raise ValueError(f'{self.name} takes K >= 1 and MODE "exact" or "relax", not {cfg.K} and {cfg.MODE!r}')
+        if data.labels is None and cfg.MODE == "relax":
+            raise ValueError(f'{self.name}: MODE "relax" needs the classes of the training samples; take "exact"')
+        # Without classes each sample is one of its own.
+        labels = torch.arange(num_samples) if data.labels is None else torch.as_tensor(data.labels).long().cpu()
+        if len(labels) != num_samples or labels.min() == labels.max():
+            raise ValueError(
+                f"{self.name} contrasts classes: it needs those of all {num_samples} samples, and more than one, but "
+                f"has {len(labels)} labels of {len(labels.unique())} classes"
+            )
         self.num_samples = num_samples
-        self.embed_student = nn.Linear(student_spec.pooled, cfg.FEAT_DIM)
-        self.embed_teacher = nn.Linear(teacher_spec.pooled, cfg.FEAT_DIM)
-        # A seed of their own: all processes must begin with the same banks, however they are seeded.
-        generator = torch.Generator().manual_seed(0)
+        self.embed_student = nn.Linear(student.pooled, cfg.FEAT_DIM)
+        self.embed_teacher = nn.Linear(teacher.pooled, cfg.FEAT_DIM)
+        # A generator of its own: the methods that follow begin alike with any number of samples.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
         bound = math.sqrt(3 / cfg.FEAT_DIM)
         for side in ("student", "teacher"):
             bank = torch.empty(num_samples, cfg.FEAT_DIM).uniform_(-bound, bound, generator=generator)
             self.register_buffer(f"bank_{side}", bank)
         self.register_buffer("z", torch.full((2,), -1.0))
-        self.register_buffer("labels", torch.full((num_samples,), -1))
-        self.register_buffer("order", torch.arange(num_samples), persistent=False)
-        self.all_known = False
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("order", labels.argsort(stable=True), persistent=False)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 0.8, "K": 16384, "T": 0.07, "MOMENTUM": 0.5, "FEAT_DIM": 128, "MODE": "exact"}
 
-    def set_labels(self, labels: Tensor) -> None:
-        """Fill the table of classes, which is otherwise learned from the batches.
-
-        Raises:
-            ValueError: not one whole number per training sample, or a single class: there are no negatives.
-        """
-        labels = torch.as_tensor(labels, device=self.labels.device)
-        if labels.shape != self.labels.shape or labels.is_floating_point():
-            raise ValueError(
-                f"{self.name} takes one class number per training sample, ({self.num_samples},), "
-                f"but was given {tuple(labels.shape)} of {labels.dtype}"
-            )
-        if labels.min() == labels.max() >= 0:
-            raise ValueError(f"{self.name} contrasts classes, but all training samples are of class {int(labels[0])}")
-        self.labels.copy_(labels)
-        self._sort()
-
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        if ctx.index is None:
-            raise ValueError(f"{self.name} needs the position of each sample in the data set (ctx.index)")
-        device, index = self.z.device, ctx.index.long().to(self.z.device, non_blocking=True)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        if batch.index is None:
+            raise ValueError(f"{self.name} needs the position of each sample in the training set (Batch.index)")
+        device, index = self.z.device, batch.index.long().to(self.z.device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):
             of_student = F.normalize(self.embed_student(student.pooled.to(self.z.dtype)))
             of_teacher = F.normalize(self.embed_teacher(teacher.pooled.detach().to(self.z.dtype)))
-            everywhere, classes, *embeddings = all_gather_rows(index, target.long(), of_student, of_teacher)
-            last = last_of_each(everywhere)
-            if not self.all_known:
-                self.labels[everywhere] = classes[last]
-                self.order.copy_(self.labels.argsort(stable=True))
-            contrast = self._contrast(index, ctx.contrast_index)
+            contrast = self._contrast(index, batch.extras.get("contrast_index"))
             products = [
                 contrast_logits(of_student, self.bank_teacher, contrast) / self.cfg.T,
                 contrast_logits(of_teacher, self.bank_student, contrast) / self.cfg.T,
             ]
             self._fix_z(products)
             loss = sum(crd_loss(p - z.log(), self.num_samples) for p, z in zip(products, self.z, strict=True))
+            everywhere, *embeddings = all_gather_rows(index, of_student, of_teacher)
+            last = last_of_each(everywhere)
             for bank, embedding in zip((self.bank_student, self.bank_teacher), embeddings, strict=True):
                 mean = self.cfg.MOMENTUM * bank[everywhere] + (1 - self.cfg.MOMENTUM) * embedding[last]
                 bank[everywhere] = F.normalize(mean)
-        return {f"loss_{self.name.lower()}": loss}
+        return loss
 
     def _contrast(self, index: Tensor, given: Tensor | None) -> Tensor:
-        if given is None:
-            positives = index if self.cfg.MODE == "exact" else None
-            return sample_negatives(self.labels[index], self.order, self.labels[self.order], self.cfg.K, positives)
-        if given.shape[1] < 2:
-            raise ValueError(f"{self.name}: contrast_index holds a positive and its negatives, not {given.shape[1]}")
-        return given.long().to(index.device, non_blocking=True)
+        if given is not None:  # drawn by the loader: the positive, then the negatives
+            return given.long().to(index.device, non_blocking=True)
+        positives = index if self.cfg.MODE == "exact" else None
+        return sample_negatives(self.labels[index], self.order, self.labels[self.order], self.cfg.K, positives)
 
     @torch.no_grad()
     def _fix_z(self, products: list[Tensor]) -> None:
@@ -141,11 +133,3 @@ class CRD(Distiller):
         *sums, count = all_reduce_sum(torch.cat([*(p.exp().sum()[None] for p in products), count]))
         fresh = self.num_samples * torch.stack(sums) / count.clamp(min=1)
         self.z.copy_(torch.where((self.z < 0) & (count > 0), fresh, self.z))
-
-    def _sort(self) -> None:
-        self.order.copy_(self.labels.argsort(stable=True))
-        self.all_known = bool((self.labels >= 0).all())
-
-
-def _after_load(module: CRD, incompatible: Any) -> None:
-    module._sort()

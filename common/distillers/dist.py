@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import upcast, zero_mean
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["DIST", "dist_loss"]
 
@@ -54,5 +55,6 @@ class DIST(LogitDistiller):
     def defaults(cls) -> dict[str, float]:
         return {"WEIGHT": 2.0, "BETA": 1.0, "GAMMA": 1.0, "T": 4.0}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        logits_student, logits_teacher = self.student_logits(student), self.teacher_logits(teacher, self.cfg.T)
         return dist_loss(logits_student, logits_teacher, self.cfg.BETA, self.cfg.GAMMA, self.cfg.T)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["DKD", "decoupled_kl", "dkd_loss"]
 
@@ -35,15 +36,15 @@ def decoupled_kl(
     """
     if logits_student.shape[1] < 2:
         raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
-    is_target = F.one_hot(target, logits_student.shape[1]).bool()
+    label = target[:, None]
     pairs, others = [], []
     for logits in (logits_student, logits_teacher.detach()):
         scaled = upcast(logits) / temperature
-        rest = scaled.masked_fill(is_target, -torch.inf)
-        odds = scaled[is_target] - rest.logsumexp(1)
+        rest = scaled.scatter(1, label, -torch.inf)
+        odds = scaled.gather(1, label)[:, 0] - rest.logsumexp(1)
         pairs.append(torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1))
         # The target's column becomes log 1 on both sides: it adds 0 where -inf - -inf would be NaN.
-        others.append(F.log_softmax(rest, dim=1).masked_fill(is_target, 0.0))
+        others.append(F.log_softmax(rest, dim=1).scatter(1, label, 0.0))
     return kl_per_sample(*pairs), kl_per_sample(*others)
 
 
@@ -76,9 +77,13 @@ def dkd_loss(
 class DKD(LogitDistiller):
     """`dkd_loss` on the class logits."""
 
+    takes_soft_target = False
+
     @classmethod
     def defaults(cls) -> dict[str, float]:
         return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "T": 4.0}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        return dkd_loss(logits_student, logits_teacher, target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.T)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        cfg = self.cfg
+        logits_student, logits_teacher = self.student_logits(student), self.teacher_logits(teacher, cfg.T)
+        return dkd_loss(logits_student, logits_teacher, batch.target, cfg.ALPHA, cfg.BETA, cfg.T)

@@ -7,10 +7,10 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2distill.common.distillers._features import BatchNorm, resize
+from d2distill.common.distillers._features import BatchNorm, resize_to
 from d2distill.common.distillers._numerics import mse, no_autocast, upcast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
 __all__ = ["FitNet", "fitnet_loss"]
 
@@ -56,7 +56,7 @@ class Regressor(nn.Module):
 
     def forward(self, feat: Tensor, size: Sequence[int]) -> Tensor:
         """(N, C_s, H_s, W_s) to (N, C_t, *size)."""
-        return F.relu(self.bn(resize(self.conv(feat), size)))
+        return F.relu(self.bn(resize_to(self.conv(feat), size)))
 
 
 @DISTILLERS.register()
@@ -70,22 +70,22 @@ class FitNet(Distiller):
     needs = ("feats",)
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        super().__init__(cfg, student, teacher, data)
         layer = cfg.HINT_LAYER
-        for side, spec in (("student", student_spec), ("teacher", teacher_spec)):
-            if not -len(spec.feats) <= layer < len(spec.feats):
-                raise ValueError(f"{self.name}: HINT_LAYER is {layer}, but the {side} has {len(spec.feats)} maps")
-        self.regressor = Regressor(student_spec.feats[layer], teacher_spec.feats[layer])
+        for side, info in (("student", student), ("teacher", teacher)):
+            if not -len(info.feats) <= layer < len(info.feats):
+                raise ValueError(f"{self.name}: HINT_LAYER is {layer}, but the {side} has {len(info.feats)} maps")
+        self.regressor = Regressor(student.feats[layer], teacher.feats[layer])
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 100.0, "HINT_LAYER": 2}
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         feat_student, feat_teacher = (of.feats[self.cfg.HINT_LAYER] for of in (student, teacher))
         # In half precision large maps have gradients of the regressor that are not finite.
         with no_autocast(feat_student):
             regressed = self.regressor(upcast(feat_student), feat_teacher.shape[2:])
-            return {"loss_fitnet": fitnet_loss(regressed, feat_teacher)}
+            return fitnet_loss(regressed, feat_teacher)

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["KD", "kd_loss"]
 
@@ -36,5 +37,6 @@ class KD(LogitDistiller):
     def defaults(cls) -> dict[str, float]:
         return {"WEIGHT": 0.9, "T": 4.0}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        return kd_loss(logits_student, logits_teacher, self.cfg.T)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        temperature = self.cfg.T
+        return kd_loss(self.student_logits(student), self.teacher_logits(teacher, temperature), temperature)

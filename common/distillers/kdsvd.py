@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
 from d2distill.common.distillers._numerics import no_autocast
 from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
+from d2distill.common.outputs import NetworkInfo, TrainingData
 
 __all__ = ["KDSVD", "kdsvd_loss"]
 
@@ -88,10 +88,10 @@ class KDSVD(FeatureDistiller):
     """
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        if len(self.select_pairs(student_spec, teacher_spec)[0]) < 2:
+        super().__init__(cfg, student, teacher, data)
+        if len(self.select_pairs(student, teacher)[0]) < 2:
             raise ValueError(f"{self.name} relates consecutive maps, which takes two or more of each network")
 
     @classmethod

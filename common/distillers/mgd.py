@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from d2distill.common.distillers._levels import LevelDistiller, resize_pairs_to_teacher
 from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
+from d2distill.common.outputs import NetworkInfo, TrainingData
 
 __all__ = ["MGD", "mgd_loss", "random_mask"]
 
@@ -60,14 +60,14 @@ class MGD(LevelDistiller):
     """
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        super().__init__(cfg, student, teacher, data)
         if cfg.MASK not in ("space", "channel"):
             raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {cfg.MASK!r}')
         if not 0 <= cfg.LAMBDA < 1:
             raise ValueError(f"{self.name}: LAMBDA, the part that is masked, is in [0, 1), but was given {cfg.LAMBDA}")
-        channels = [t[0] for t in self.select_pairs(student_spec, teacher_spec)[1]]
+        channels = [t[0] for t in self.select_pairs(student, teacher)[1]]
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))
             for c in channels

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import batch_mean, upcast
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["NKD", "nkd_loss"]
 
@@ -61,13 +62,15 @@ def _other_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, 
 class NKD(LogitDistiller):
     """`nkd_loss` on the class logits, with the paper's CIFAR settings; ImageNet has gamma 1.5 and T 1."""
 
+    takes_soft_target = False
+
     @classmethod
     def defaults(cls) -> dict[str, float]:
         return {"GAMMA": 3.5, "T": 3.0}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        return nkd_loss(logits_student, logits_teacher, target, self.cfg.GAMMA, self.cfg.T)
-
-    def ensemble_loss(self, logits_student: Tensor, members: list[tuple[float, Tensor]], target: Tensor) -> Tensor:
-        target_part = _target_part(logits_student, average_softened(members, 1.0), target)
-        return target_part + self.cfg.GAMMA * _other_part(logits_student, self.average(members), target, self.cfg.T)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        # The two parts have temperatures of their own, at which several teachers are averaged.
+        logits, gamma, temperature = self.student_logits(student), self.cfg.GAMMA, self.cfg.T
+        target_part = _target_part(logits, self.teacher_logits(teacher), batch.target)
+        other_part = _other_part(logits, self.teacher_logits(teacher, temperature), batch.target, temperature)
+        return target_part + gamma * other_part

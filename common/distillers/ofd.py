@@ -2,19 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, align
 from d2distill.common.distillers._numerics import batch_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
 __all__ = ["OFD", "ofd_loss", "ofd_margin"]
+
+#: Under which name the teacher provides its maps.
+_MAPS = "maps under batch statistics"
 
 
 def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: Sequence[Tensor]) -> Tensor:
@@ -69,6 +74,19 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.where(negative > 1e-3, expected, -3 * std).to(upcast(bias).dtype)
 
 
+def maps_under_batch_statistics(network: nn.Module, images: Tensor, part: str) -> list[Tensor]:
+    """`part` of the network's outputs, its batch norms using the batch's statistics, their running ones unchanged."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        return getattr(network.outputs(images), part)
+    finally:
+        for norm, (training, track) in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = training, track
+
+
 def _connector(channels_student: int, channels_teacher: int) -> nn.Sequential:
     conv = nn.Conv2d(channels_student, channels_teacher, 1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -79,27 +97,30 @@ def _connector(channels_student: int, channels_teacher: int) -> nn.Sequential:
 class OFD(FeatureDistiller):
     """`ofd_loss` on the stages before their last ReLU, the student's through 1x1 connectors.
 
-    A network without pre-activations is compared at its feature maps. Margins come from the teacher's batch norms
-    as they are at construction: load its weights before.
+    A network without pre-activations is compared at its feature maps. The teacher's batch norms use the batch's
+    statistics, as in the authors' code: a second pass of the teacher where other methods need one as well. Margins come
+    from these batch norms as they are at construction: load the weights before.
 
     Raises:
         ValueError: the teacher names no batch norms before its ReLUs, or ones that do not fit its maps.
     """
 
-    teacher_batch_statistics = True
-
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        if not teacher_spec.bn_before_relu:
+        super().__init__(cfg, student, teacher, data)
+        norms = getattr(teacher.module, "bn_before_relu", None)
+        if not norms:
             raise ValueError(
-                f"{self.name} takes its margins from the teacher's batch norms before a ReLU "
-                "(OutputSpec.bn_before_relu), but this teacher names none; models of timm and torchvision never do"
+                f"{self.name} takes its margins from the teacher's batch norms before a ReLU (its attribute "
+                "bn_before_relu), but this teacher names none; models of timm and torchvision never do"
             )
-        self.student_maps = "feats" if student_spec.preacts is None else "preacts"
-        self.teacher_maps = "feats" if teacher_spec.preacts is None else "preacts"
-        stages = align(*super().select_pairs(student_spec, teacher_spec), teacher_spec.bn_before_relu)
+        self.student_maps = "feats" if student.preacts is None else "preacts"
+        self.teacher_maps = "feats" if teacher.preacts is None else "preacts"
+        self.student_needs = {self.student_maps}
+        self.teacher_needs = set()
+        self.teacher_extras = {_MAPS: partial(maps_under_batch_statistics, part=self.teacher_maps)}
+        stages = align(*super().select_pairs(student, teacher), norms)
         self.connectors = nn.ModuleList()
         for i, (student_shape, teacher_shape, norm) in enumerate(zip(*stages, strict=True)):
             if norm.num_features != teacher_shape[0]:
@@ -121,6 +142,9 @@ class OFD(FeatureDistiller):
     def margins(self) -> list[Tensor]:
         """(C,) per compared map."""
         return [getattr(self, f"margin{i}") for i in range(len(self.connectors))]
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return super().forward(student, Outputs(**{self.teacher_maps: teacher.extras[_MAPS]}), batch)
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         # The teacher may name fewer batch norms than it has stages.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from d2distill.common.distillers._numerics import element_mean, no_autocast, upcast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs
+from d2distill.common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["PKT", "pkt_loss"]
 
@@ -50,5 +50,5 @@ class PKT(Distiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 30000.0, "EPS": 1e-7}
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        return {"loss_pkt": pkt_loss(student.pooled, teacher.pooled, self.cfg.EPS)}
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return pkt_loss(student.pooled, teacher.pooled, self.cfg.EPS)

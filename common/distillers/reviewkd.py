@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, pool_pairs_to_smaller
 from d2distill.common.distillers._numerics import mse
 from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.outputs import NetworkInfo, Outputs, TrainingData
 
 __all__ = ["ReviewKD", "hcl_loss"]
 
@@ -91,15 +91,16 @@ class ReviewKD(FeatureDistiller):
     """
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        if cfg.STUDENT_PREACT and student_spec.preacts is None:
+        super().__init__(cfg, student, teacher, data)
+        if cfg.STUDENT_PREACT and student.preacts is None:
             raise ValueError(f"{self.name}: STUDENT_PREACT is set, but the student has no pre-activations")
         self.student_maps = "preacts" if cfg.STUDENT_PREACT else "feats"
-        self.teacher_maps = "feats" if teacher_spec.preacts is None else "preacts"
-        self.with_pooled = student_spec.pooled is not None and teacher_spec.pooled is not None
-        shapes_student, shapes_teacher = self.select_pairs(student_spec, teacher_spec)
+        self.teacher_maps = "feats" if teacher.preacts is None else "preacts"
+        self.student_needs, self.teacher_needs = {self.student_maps, "pooled"}, {self.teacher_maps, "pooled"}
+        self.with_pooled = student.pooled is not None and teacher.pooled is not None
+        shapes_student, shapes_teacher = self.select_pairs(student, teacher)
         mid = min(512, shapes_student[-1][0])
         self.fusions = nn.ModuleList(
             Fusion(s[0], mid, t[0], deepest=i == len(shapes_student) - 1)
@@ -110,7 +111,9 @@ class ReviewKD(FeatureDistiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 5.0, "WARMUP": 20, "STUDENT_PREACT": False}
 
-    def select_pairs(self, student: Outputs | OutputSpec, teacher: Outputs | OutputSpec) -> tuple[list[Any], list[Any]]:
+    def select_pairs(
+        self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo
+    ) -> tuple[list[Any], list[Any]]:
         maps_student, maps_teacher = super().select_pairs(student, teacher)
         if not self.with_pooled:
             return maps_student, maps_teacher

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import l2_normalize, no_autocast, upcast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs
+from d2distill.common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["RKD", "rkd_loss"]
 
@@ -74,6 +74,6 @@ class RKD(Distiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 1.0, "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "SQUARED": False, "EPS": 1e-12}
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         settings = self.cfg.DISTANCE_WEIGHT, self.cfg.ANGLE_WEIGHT, self.cfg.SQUARED, self.cfg.EPS
-        return {"loss_rkd": rkd_loss(student.pooled, teacher.pooled, *settings)}
+        return rkd_loss(student.pooled, teacher.pooled, *settings)

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
-from d2distill.common.distillers.base import DISTILLERS, LogitDistiller, average_softened
+from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["RLD", "rld_loss"]
 
@@ -79,15 +80,15 @@ def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Te
 class RLD(LogitDistiller):
     """`rld_loss` on the class logits."""
 
+    takes_soft_target = False
+
     @classmethod
     def defaults(cls) -> dict[str, float]:
         return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        cfg = self.cfg
-        return rld_loss(logits_student, logits_teacher, target, cfg.ALPHA, cfg.BETA, cfg.ALPHA_T, cfg.T)
-
-    def ensemble_loss(self, logits_student: Tensor, members: list[tuple[float, Tensor]], target: Tensor) -> Tensor:
-        cfg, confident = self.cfg, average_softened(members, self.cfg.ALPHA_T)
-        confidence = cfg.ALPHA * _confidence_part(logits_student, confident, target, cfg.ALPHA_T)
-        return confidence + cfg.BETA * _correlation_part(logits_student, self.average(members), target, cfg.T)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        # The two parts have temperatures of their own, at which several teachers are averaged.
+        cfg, logits = self.cfg, self.student_logits(student)
+        confidence = _confidence_part(logits, self.teacher_logits(teacher, cfg.ALPHA_T), batch.target, cfg.ALPHA_T)
+        correlation = _correlation_part(logits, self.teacher_logits(teacher, cfg.T), batch.target, cfg.T)
+        return cfg.ALPHA * confidence + cfg.BETA * correlation

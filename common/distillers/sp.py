@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from d2distill.common.distillers._numerics import element_mean, l2_normalize, no_autocast, upcast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs
+from d2distill.common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["SP", "sp_loss"]
 
@@ -52,5 +52,5 @@ class SP(Distiller):
     def defaults(cls) -> dict[str, Any]:
         return {"WEIGHT": 3000.0}
 
-    def losses(self, student: Outputs, teacher: Outputs, target: Tensor, ctx: Context) -> dict[str, Tensor]:
-        return {"loss_sp": sp_loss(student.feats[-1:], teacher.feats[-1:])}
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return sp_loss(student.feats[-1:], teacher.feats[-1:])

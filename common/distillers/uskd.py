@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import batch_mean, upcast
-from d2distill.common.distillers.base import DISTILLERS, Context, Distiller
-from d2distill.common.outputs import Outputs, OutputSpec
+from d2distill.common.distillers.base import DISTILLERS, Distiller
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
 __all__ = ["USKD", "uskd_loss", "zipf_labels"]
 
@@ -89,33 +89,33 @@ class USKD(Distiller):
     """`uskd_loss`, with weak logits from a linear head on the second to last feature map, averaged over space.
 
     Raises:
-        ValueError: the student gives fewer than two feature maps, or logits of proposals or anchors.
+        ValueError: the student gives fewer than two feature maps, or has no pooled vector: its logits are those of
+            proposals or anchors.
     """
 
-    needs = ("logits", "feats")
+    # The pooled vector is not read: only where rows of the logits are images is there one.
+    needs = ("logits", "feats", "pooled")
     needs_teacher = False
+    takes_soft_target = False
 
     def __init__(
         self,
         cfg: CfgNode,
-        student_spec: OutputSpec,
-        teacher_spec: OutputSpec | None = None,
-        num_samples: int | None = None,
+        student: NetworkInfo,
+        teacher: NetworkInfo | None = None,
+        data: TrainingData | None = None,
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
-        if not student_spec.row_per_image:
-            raise ValueError(f"{self.name} needs a feature for each row of the logits, but these are no images")
-        if len(student_spec.feats) < 2:
+        super().__init__(cfg, student, teacher, data)
+        if len(student.feats) < 2:
             raise ValueError(f"{self.name} needs the feature map before the last, but the student gives one map alone")
-        self.head = nn.Linear(student_spec.feats[-2][0], student_spec.num_classes)
+        self.head = nn.Linear(student.feats[-2][0], student.num_classes)
 
     @classmethod
     def defaults(cls) -> dict[str, float]:
         return {"ALPHA": 1.0, "BETA": 0.1, "MU": 0.005}
 
-    def losses(self, student: Outputs, teacher: Outputs | None, target: Tensor, ctx: Context) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         with torch.autocast(student.logits.device.type, enabled=False):
             middle = upcast(student.feats[-2]).mean((2, 3))
             weak = self.head(middle.to(self.head.weight.dtype))
-            loss = uskd_loss(student.logits, weak, target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.MU)
-        return {f"loss_{self.name.lower()}": loss}
+            return uskd_loss(student.logits, weak, batch.target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.MU)

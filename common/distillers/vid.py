@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from d2distill.common.distillers._features import FeatureDistiller, pool_to_smaller
 from d2distill.common.distillers._numerics import element_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS
-from d2distill.common.outputs import OutputSpec
+from d2distill.common.outputs import NetworkInfo, TrainingData
 
 __all__ = ["VID", "vid_loss"]
 
@@ -58,12 +58,12 @@ class VID(FeatureDistiller):
     """
 
     def __init__(
-        self, cfg: CfgNode, student_spec: OutputSpec, teacher_spec: OutputSpec, num_samples: int | None = None
+        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
     ) -> None:
-        super().__init__(cfg, student_spec, teacher_spec, num_samples)
+        super().__init__(cfg, student, teacher, data)
         if cfg.INIT_VAR <= cfg.EPS:
             raise ValueError(f"{self.name}: INIT_VAR ({cfg.INIT_VAR}) has to be above EPS ({cfg.EPS})")
-        pairs = list(zip(*self.select_pairs(student_spec, teacher_spec), strict=True))
+        pairs = list(zip(*self.select_pairs(student, teacher), strict=True))
         self.regressors = nn.ModuleList(_regressor(s[0], t[0]) for s, t in pairs)
         inverse_softplus = math.log(math.expm1(cfg.INIT_VAR - cfg.EPS))
         self.log_scales = nn.ParameterList(torch.full((t[0],), inverse_softplus) for _, t in pairs)

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
+from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["WTTM", "wttm_loss"]
 
@@ -45,5 +46,5 @@ class WTTM(LogitDistiller):
     def defaults(cls) -> dict[str, float]:
         return {"WEIGHT": 3.0, "GAMMA": 0.1}
 
-    def logit_loss(self, logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-        return wttm_loss(logits_student, logits_teacher, self.cfg.GAMMA)
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return wttm_loss(self.student_logits(student), self.teacher_logits(teacher), self.cfg.GAMMA)

@@ -11,10 +11,12 @@ from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
+from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
-from d2distill.common.engine.weights import differences
+from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.weight_files import compare_states
 from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
 
 __all__ = ["RunCheckpointer", "assert_finite_tensors", "save_student", "write_atomically"]
@@ -107,15 +109,35 @@ class RunCheckpointer(Checkpointer):
         found = [p for p in Path(self.save_dir).glob("model_*.pth") if _NAME.fullmatch(p.name)]
         return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Read the newest checkpoint that is whole; a damaged one is passed over with a warning.
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the latest valid checkpoint, which the main process chooses for all; all call it.
+
+        A damaged one is skipped with a warning.
 
         Returns:
             The file and what it holds, or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or the file is not of such a run.
+            CheckpointError: in all processes, where every checkpoint is damaged, the file is not of such a run, or a
+                process cannot read the one that the main process chose.
         """
+        found: list[tuple[Path, dict[str, Any]]] = []
+        run_on_main_process(lambda: found.extend(self._latest_valid()))
+        name = comm.all_gather(found[0][0].name if found else None)[0]
+        if name is None:
+            return None
+        error = None
+        if not comm.is_main_process():
+            path = Path(self.save_dir, name)
+            try:
+                found = [(path, self._load_file(str(path)))]
+            except CheckpointError as own:
+                error = f"rank {comm.get_rank()} cannot follow: {own}. OUTPUT_DIR must be one folder for all nodes"
+        if errors := [text for text in comm.all_gather(error) if text]:
+            raise CheckpointError(f"the job resumes from {name}, but {errors[0]}")
+        return found[0]
+
+    def _latest_valid(self) -> list[tuple[Path, dict[str, Any]]]:
         for stale in Path(self.save_dir).glob("*.tmp"):
             stale.unlink(missing_ok=True)  # of a save that was killed
         files = self.files()
@@ -125,22 +147,23 @@ class RunCheckpointer(Checkpointer):
             except CheckpointError as error:
                 logger.warning(f"{error}; trying the checkpoint before it")
                 continue
-            absent = [key for key in ("model", *self.checkpointables) if not isinstance(data, dict) or key not in data]
+            needed = ("model", *self.checkpointables, "settings", "run_identity")
+            absent = [key for key in needed if not isinstance(data, dict) or key not in data]
             if absent:
                 raise CheckpointError(
-                    f"{path} is no checkpoint of such a run: it has no '{absent[0]}'. Take it out of the folder, or "
+                    f"{path} is no checkpoint of such a run: it has no '{absent[0]}'. Move it out of the folder, or "
                     "choose another OUTPUT_DIR"
                 )
-            return path, data
+            return [(path, data)]
         if files:
             raise CheckpointError(f"none of the {len(files)} checkpoints in {self.save_dir} can be read")
-        return None
+        return []
 
     def restore(self, path: Path, data: dict[str, Any]) -> None:
-        """Load what :meth:`newest` read into the model and the checkpointables.
+        """Load what :meth:`latest` read into the model and the checkpointables.
 
         Raises:
-            CheckpointError: it is of another model or optimiser.
+            CheckpointError: it is of another model or optimizer.
             UserError: whatever else a checkpointable objects to.
         """
         logger.info(f"Resuming from {path}")
@@ -174,10 +197,7 @@ class RunCheckpointer(Checkpointer):
             raise CheckpointError(f"{f} is damaged: {reason}") from error
 
     def _load_model(self, weights: dict[str, Tensor]) -> str:
-        own = {name: value.shape for name, value in self.model.state_dict().items()}
-        given = {name: value.shape for name, value in weights.items()}
-        wrong = [name for name in own if name in given and own[name] != given[name]]
-        differing = differences(sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys()), wrong)
-        if not differing:
+        found = compare_states(self.model.state_dict(), weights)
+        if not any(found):
             self.model.load_state_dict(weights)
-        return differing
+        return str(found)

@@ -1,4 +1,7 @@
-"""An optimiser that treats the task's and the distillation's gradients apart."""
+"""An optimizer that keeps the task's and the distillation's gradient apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,40 +28,38 @@ class DOT(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr: float, momentum: float = 0.9, delta: float = 0.075, weight_decay: float = 0.0
+        self, params: Any, lr: float, momentum: float = 0.9, delta: float = 0.075, weight_decay: float = 0.0
     ) -> None:
         if not 0 <= delta < momentum or momentum + delta >= 1:
             raise ValueError(f"needs 0 <= delta < momentum and momentum + delta < 1, got {delta} and {momentum}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "delta": delta, "weight_decay": weight_decay})
         self._distill: dict[Tensor, Tensor] = {}
 
-    def backward(self, task_loss: Tensor, distill_loss: Tensor) -> None:
+    def backward(self, task: Mapping[str, Tensor], distill: Mapping[str, Tensor]) -> None:
         """Both gradients from one forward pass, averaged over the processes. The task's goes to ``p.grad``.
 
         Takes the place of ``backward()`` on a model that is not wrapped by DistributedDataParallel, whose
         reducer knows one gradient only.
+
+        Args:
+            task, distill: the losses of the two kinds, by name.
         """
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        distill = torch.autograd.grad(distill_loss, params, retain_graph=True, allow_unused=True)
-        task = torch.autograd.grad(task_loss, params, allow_unused=True)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for gradient in (*task, *distill):
-                if gradient is not None:
-                    dist.all_reduce(gradient)
-                    gradient /= dist.get_world_size()
-        self._distill = {p: g for p, g in zip(params, distill, strict=True) if g is not None}
-        for p, gradient in zip(params, task, strict=True):
+        distill_gradients = torch.autograd.grad(sum(distill.values()), params, retain_graph=True, allow_unused=True)
+        task_gradients = torch.autograd.grad(sum(task.values()), params, allow_unused=True)
+        task_gradients, distill_gradients = _average_over_ranks([task_gradients, distill_gradients])
+        self._distill = {p: g for p, g in zip(params, distill_gradients, strict=True) if g is not None}
+        for p, gradient in zip(params, task_gradients, strict=True):
             p.grad = gradient
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> None:
         """Apply the gradients of the last :meth:`backward`."""
         for group in self.param_groups:
             momentum, delta, decay = group["momentum"], group["delta"], group["weight_decay"]
             for p in group["params"]:
                 gradients = {"task": p.grad, "distill": self._distill.get(p)}
                 reached = [name for name, gradient in gradients.items() if gradient is not None]
-                update = torch.zeros_like(p) if reached else None
                 for name in reached:
                     factor = momentum
                     if len(reached) == 2:
@@ -66,8 +67,29 @@ class DOT(torch.optim.Optimizer):
                     gradient = gradients[name]
                     if decay and (name == "task" or len(reached) == 1):
                         gradient = gradient.add(p, alpha=decay)
-                    buffer = self.state[p].setdefault(name, torch.zeros_like(p))
-                    update += buffer.mul_(factor).add_(gradient)
-                if reached:
-                    p.add_(update, alpha=-group["lr"])
+                    if name in self.state[p]:
+                        self.state[p][name].mul_(factor).add_(gradient)
+                    else:
+                        self.state[p][name] = gradient.clone(memory_format=torch.preserve_format)
+                if len(reached) == 2:
+                    p.add_(self.state[p]["task"] + self.state[p]["distill"], alpha=-group["lr"])
+                elif reached:
+                    p.add_(self.state[p][reached[0]], alpha=-group["lr"])
         self._distill = {}
+
+
+def _average_over_ranks(gradients: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+    """The means over all processes of lists of gradients, in one exchange per type of number."""
+    result = [list(part) for part in gradients]
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return result
+    places = [(i, j) for i, part in enumerate(result) for j, gradient in enumerate(part) if gradient is not None]
+    for dtype in {result[i][j].dtype for i, j in places}:
+        chosen = [(i, j) for i, j in places if result[i][j].dtype == dtype]
+        # Contiguous: autograd may give expanded views.
+        flat = torch.cat([result[i][j].reshape(-1) for i, j in chosen])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for (i, j), values in zip(chosen, flat.split([result[i][j].numel() for i, j in chosen]), strict=True):
+            result[i][j] = values.view(result[i][j].shape)
+    return result

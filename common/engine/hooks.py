@@ -1,5 +1,5 @@
-"""Hooks of both trainers, on Detectron2's. They are registered in the order evaluate, write, save:
-a checkpoint then never knows more or less than the log that lies beside it."""
+"""Hooks of the trainer, on Detectron2's. They run in the order save, evaluate, write: what comes after a checkpoint is
+repeated when a run is resumed from it, so that the log then has neither more nor less than it would have."""
 
 import logging
 import math
@@ -12,32 +12,81 @@ from detectron2.engine.hooks import PeriodicWriter
 from d2distill.common.engine.checkpoint import RunCheckpointer
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.preemption import Preemption
+from d2distill.common.engine.writers import build_writers
 from d2distill.common.errors import OutputError
 
-__all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
+__all__ = ["PREEMPTED", "CheckpointHook", "EvaluationHook", "WriterHook"]
 
 logger = logging.getLogger("detectron2.d2distill")
 #: 128 + SIGTERM: what a shell reports for a process that ended on that signal.
 PREEMPTED = 143
 
 
+class CheckpointHook(HookBase):
+    """Saves at multiples of each of `periods` and after the last step; on SIGTERM it saves and exits with 143.
+
+    Args:
+        checkpointer: knows the trainer as a checkpointable.
+        periods: in steps.
+        preemption: what knows of SIGTERM; it is installed for the training.
+        facts: of the run, to keep in the file.
+    """
+
+    def __init__(
+        self, checkpointer: RunCheckpointer, periods: list[int], preemption: Preemption, facts: dict[str, Any]
+    ) -> None:
+        self._checkpointer, self._periods, self._preemption, self._facts = checkpointer, periods, preemption, facts
+
+    def before_train(self) -> None:
+        self._preemption.install()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        preempted = self._preemption.requested_on_any_rank()
+        if preempted or done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            self.save()
+        if preempted:
+            logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
+            raise SystemExit(PREEMPTED)
+
+    def save(self) -> None:
+        """Save after the present step. All processes call it.
+
+        Raises:
+            DivergedError: in all of them, where losses, weights or the optimizer's state are not finite.
+            OutputError: in all of them, where the file cannot be written.
+        """
+        self.trainer.gather_finite_means()
+        self.trainer.collect_state()
+        run_on_main_process(self._write)
+
+    def _write(self) -> None:
+        # A last update may break what losses show only in the next step, and statistics break before any loss does.
+        self.trainer.assert_state_finite()
+        self._checkpointer.save(f"model_{self.trainer.iter + 1:07d}", **self._facts)
+
+    def after_train(self) -> None:
+        self._preemption.remove()
+
+
 class EvaluationHook(HookBase):
     """Evaluates every `period` steps and after the last, and keeps the best value of each metric.
 
     Args:
-        evaluate: returns {metric: value} on the main process, an empty dict elsewhere; larger is better.
+        evaluate: returns {metric: value} on the main process, an empty dict on other ranks; larger is better.
         period: in steps.
-        select: the metric that decides which model is the best one.
-        on_best: called on the main process whenever that metric exceeds all before.
+        best: for each student that is kept, its name and the metric that decides.
+        on_best: called on the main process with such a name whenever its metric exceeds all before.
     """
 
     def __init__(
-        self, evaluate: Callable[[], Mapping[str, float]], period: int, select: str, on_best: Callable[[], None]
+        self,
+        evaluate: Callable[[], Mapping[str, float]],
+        period: int,
+        best: Mapping[str, str],
+        on_best: Callable[[str], None],
     ) -> None:
-        self._evaluate = evaluate
-        self._period = period
-        self._select = select
-        self._on_best = on_best
+        self._evaluate, self._period, self._deciding, self._on_best = evaluate, period, best, on_best
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
 
@@ -47,22 +96,22 @@ class EvaluationHook(HookBase):
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if done % self._period and done != self.trainer.max_iter:
-            return
-        results = dict(self._evaluate())
-        run_on_main_process(lambda: self._note(results, done))
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            results = dict(self._evaluate())
+            run_on_main_process(lambda: self._record(results, done))
 
-    def _note(self, results: dict[str, float], done: int) -> None:
+    def _record(self, results: dict[str, float], done: int) -> None:
         if not results:
             return
-        before, self.last = self.best.get(self._select), results
+        before, self.last = self.best, results
         # NaN, of a metric that is not defined on this data, loses against any number.
-        self.best = {name: _larger(value, self.best.get(name, value)) for name, value in results.items()}
+        self.best = {name: _larger(value, before.get(name, value)) for name, value in results.items()}
         self.trainer.storage.put_scalars(**self.summary(), smoothing_hint=False)
         facts = ", ".join(f"{name} {value:.2f} (best {self.best[name]:.2f})" for name, value in results.items())
         logger.info(f"Evaluation after {done} steps: {facts}")
-        if results[self._select] == self.best[self._select] != before:
-            self._on_best()
+        for student, metric in self._deciding.items():
+            if results[metric] == self.best[metric] != before.get(metric):
+                self._on_best(student)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self.last, "best": self.best}
@@ -75,14 +124,23 @@ class WriterHook(PeriodicWriter):
     """Detectron2's PeriodicWriter that writes at each epoch's end as well, and a line only for what is complete.
 
     Args:
-        writers: Detectron2 event writers; used on the main process.
+        output_dir: of the log.
         period: in steps.
+        max_iter: of the training.
         epoch_length: in steps; 0 where there are no epochs.
     """
 
-    def __init__(self, writers: list, period: int, epoch_length: int = 0) -> None:
-        super().__init__(writers, period)
-        self._epoch_length = epoch_length
+    def __init__(self, output_dir: str, period: int, max_iter: int, epoch_length: int = 0) -> None:
+        super().__init__([], period)
+        self._output_dir, self._max_iter, self._epoch_length = output_dir, max_iter, epoch_length
+
+    def before_train(self) -> None:
+        def build() -> None:
+            # The line of the last step before a restart is written anew.
+            first = max(self.trainer.start_iter - 1, 0)
+            self._writers = build_writers(self._output_dir, first, self._max_iter)
+
+        run_on_main_process(build)
 
     def after_step(self) -> None:
         done, length = self.trainer.iter + 1, self._epoch_length
@@ -104,64 +162,6 @@ class WriterHook(PeriodicWriter):
         # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.
         for writer in self._writers:
             writer.close()
-
-
-class CheckpointHook(HookBase):
-    """Saves at multiples of each of `periods` and after the last step; on SIGTERM finishes the step, saves, exits 143.
-
-    Args:
-        checkpointer: knows the trainer as a checkpointable.
-        periods: in steps.
-        preemption: what knows of SIGTERM; it is installed for the training.
-        extra: facts of the run to keep in the file.
-    """
-
-    def __init__(
-        self,
-        checkpointer: RunCheckpointer,
-        periods: list[int],
-        preemption: Preemption,
-        extra: dict[str, Any] | None = None,
-    ) -> None:
-        self._checkpointer = checkpointer
-        self._periods = periods
-        self._preemption = preemption
-        self._extra = extra or {}
-
-    def before_train(self) -> None:
-        self._preemption.install()
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self._preemption.requested_on_any_rank():
-            self.save_and_stop()
-        if any(done % period == 0 for period in self._periods) or done == self.trainer.max_iter:
-            self.save()
-
-    def save(self) -> None:
-        """Save after the present step. All processes call it.
-
-        Raises:
-            DivergedError: in all of them, where losses, weights or the optimiser's state are not finite.
-            OutputError: in all of them, where the file cannot be written.
-        """
-        self.trainer.gather_finite_means()
-        self.trainer.collect_state()
-        run_on_main_process(self._write)
-
-    def save_and_stop(self) -> None:
-        """Save after the present step and end the process. All processes call it."""
-        self.save()
-        logger.warning(f"SIGTERM: saved after step {self.trainer.iter + 1}; `--resume` continues")
-        raise SystemExit(PREEMPTED)
-
-    def _write(self) -> None:
-        # A last update may break what losses show only in the next step, and statistics break before any loss does.
-        self.trainer.assert_state_finite()
-        self._checkpointer.save(f"model_{self.trainer.iter + 1:07d}", **self._extra)
-
-    def after_train(self) -> None:
-        self._preemption.remove()
 
 
 def _larger(value: float, best: float) -> float:

@@ -1,16 +1,17 @@
 """What a run is made with: kept in its checkpoints, and compared with what it is resumed with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from detectron2.solver import LRMultiplier
 from fvcore.common.config import CfgNode
 from torch.optim import Optimizer
 
-__all__ = ["apply_new_hyperparams", "config_diff", "flat_settings", "param_group_hparams"]
+__all__ = ["apply_new_hyperparams", "config_diff", "flat_settings", "param_group_hparams", "what_makes_another_run"]
 
-#: Which folder it is, and what a run only begins with: another value changes nothing in a run that goes on.
-_OF_NO_EFFECT = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.STUDENT.WEIGHTS")
+#: Which folder it is, and where files are: another value changes nothing in a run that continues.
+_OF_NO_EFFECT = ("OUTPUT_DIR", "IMPORTS", "DATASETS.ROOT", "*MODEL.WEIGHTS", "MODEL.STUDENT.WEIGHTS")
 
 
 def flat_settings(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
@@ -24,27 +25,39 @@ def flat_settings(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def what_makes_another_run(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str]) -> list[str]:
+    """``"KEY was old, now new"`` for every difference that `may_change` (patterns of keys) does not name."""
+    patterns = [*may_change, *_OF_NO_EFFECT]
+    methods = {name.upper() for name in now.get("DISTILL.METHODS", ())}
+
+    def counts(key: str) -> bool:
+        node, _, rest = key.removeprefix("DISTILL.").partition(".")
+        idle = key.startswith("DISTILL.") and rest and node not in methods  # a method that is not chosen
+        return not idle and not any(fnmatchcase(key, pattern) for pattern in patterns)
+
+    different = [key for key in now if key in before and before[key] != now[key] and counts(key)]
+    return [f"{key} was {before[key]!r}, now {now[key]!r}" for key in different]
+
+
 def config_diff(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``"KEY old -> new"`` for what both have and that makes a difference to a run that goes on."""
-    keys = [key for key in now if key in before and key not in _OF_NO_EFFECT]
+    """``"KEY old -> new"`` for what both have and that makes a difference to a run that continues."""
+    keys = [key for key in now if key in before and not any(fnmatchcase(key, pattern) for pattern in _OF_NO_EFFECT)]
     return [f"{key} {before[key]!r} -> {now[key]!r}" for key in keys if before[key] != now[key]]
 
 
 def param_group_hparams(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Of each group of a freshly built optimiser everything but its parameters and the scheduled learning rate."""
+    """Of each group of a freshly built optimizer everything but its parameters and the scheduled learning rate."""
     return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
 
 
 def apply_new_hyperparams(
     optimizer: Optimizer, schedule: LRMultiplier, before: list[dict[str, Any]], now: list[dict[str, Any]]
 ) -> None:
-    """Give a restored optimiser the settings that it is built with `now` and was not `before`, and its learning rates.
+    """Give a restored optimizer the hyperparameters that it is built with `now` and was not `before`.
 
-    A restored group has its old settings. The others are left as they are: an optimiser may keep a state among them.
+    A restored group has its old ones. The others stay as they are: an optimizer may keep a state among them. The
+    schedule sets the learning rates from them at its next step.
     """
     for group, old, new in zip(optimizer.param_groups, before, now, strict=True):
         group.update({key: value for key, value in new.items() if key in old and old[key] != value})
     schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-    # Of the step that comes next. The same as before where neither the schedule nor its length is another.
-    for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
-        group["lr"] = rate

@@ -1,134 +1,284 @@
-"""A training loop whose every step is a function of (seed, step): what both tasks train with."""
+"""The trainer of both tasks: one visible step, a function of (seed, step), and the hooks around it."""
 
+import json
 import logging
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.engine import TrainerBase
+from detectron2.engine import TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from fvcore.common.config import CfgNode
+from torch import Tensor
 
-from d2distill.common.engine.checkpoint import assert_finite_tensors
+from d2distill.common.engine.accumulation import accumulate
+from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
+from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.ema import EMAHook
+from d2distill.common.engine.hooks import PREEMPTED, CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import MeanMetrics, average_states
-from d2distill.common.errors import DivergedError, UserError
+from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
+from d2distill.common.engine.run_folder import RESULTS, read_results, write_run_folder, write_text
+from d2distill.common.engine.seeding import seed_step
+from d2distill.common.engine.settings import (
+    apply_new_hyperparams,
+    config_diff,
+    flat_settings,
+    param_group_hparams,
+    what_makes_another_run,
+)
+from d2distill.common.engine.task import Task
+from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
 
-__all__ = ["StepTrainer", "seed_step"]
+__all__ = ["Trainer"]
 
-
-def _is_no_users_error(record: logging.LogRecord) -> bool:
-    return record.exc_info is None or not isinstance(record.exc_info[1], UserError)
-
-
-# Detectron2 logs a traceback of whatever ends a training. What the user can mend needs one line: the caller's.
-logging.getLogger(TrainerBase.__module__).addFilter(_is_no_users_error)
-
-
-def seed_step(seed: int, step: int, rank: int | None = None) -> None:
-    """Seed Python, numpy and torch by (seed, step, rank); without a rank, by this process's.
-
-    Done before every step, it makes dropout and the like continue after a restart as they would have without one,
-    whatever evaluation, hooks or workers drew in between, and leaves no generator state to save.
-    """
-    rank = comm.get_rank() if rank is None else rank
-    low, high = np.random.SeedSequence([seed, step, rank], spawn_key=(1,)).generate_state(2)
-    random.seed(int(low))
-    np.random.seed(int(low))
-    torch.manual_seed(int(high) << 32 | int(low))
+logger = logging.getLogger("detectron2.d2distill")
 
 
-class StepTrainer(TrainerBase):
-    """Detectron2's TrainerBase with a step that is exact under restarts.
+class Trainer(TrainerBase):
+    """Trains a task: Detectron2's loop and hooks around :meth:`train_step`, which is exact under restarts.
 
     Args:
-        model: returns a dict of losses in training mode.
-        optimizer: over the trainable parameters of `model`.
-        build_batches: called with the first step to do; returns the batches from that step on.
-        seed: of the run.
-        precision: of autocast; None trains in fp32. torch.float16 comes with loss scaling.
-        clip: largest norm of the gradient; 0 does not clip.
+        cfg: OUTPUT_DIR, SEED, LOG_PERIOD, SOLVER.CHECKPOINT_KEEP, EMA_DECAY and ACCUMULATE are read here.
+        task: what is trained.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        build_batches: Callable[[int], Iterable[Any]],
-        seed: int,
-        precision: torch.dtype | None = None,
-        clip: float = 0.0,
-    ) -> None:
+    def __init__(self, cfg: CfgNode, task: Task) -> None:
         super().__init__()
-        self.model = model
-        self.optimizer = optimizer
-        self.build_batches = build_batches
-        self.seed = seed
-        self.precision = precision
-        self.clip = clip
-        self.device = next(model.parameters()).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision is torch.float16)
+        self.cfg, self.task = cfg, task
+        self.model, self.optimizer = task.wrapped, task.optimizer
+        self.max_iter, self.epoch_length = task.max_iter, task.epoch_length
+        self.device = next(task.model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=task.precision is torch.float16)
+        parts = cfg.SOLVER.ACCUMULATE
+        self.split_batch = accumulate(task.split_batch, parts) if parts > 1 else task.split_batch
         self.metrics = MeanMetrics()
         # Of what the model itself puts into the event storage.
         self.model_scalars = MeanMetrics(finite=False)
         self._metric_states: list[dict[str, Any]] = []
         self._batches: Iterator[Any] = iter(())
+        # Of training and evaluation, over all restarts.
+        self.seconds, self._started_at = 0.0, time.perf_counter()
+        self.settings = flat_settings(cfg)
+        self._hparams = param_group_hparams(task.optimizer)
+        self.preemption = Preemption()
+        self.checkpointer = RunCheckpointer(
+            task.model, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP, trainer=self, **task.checkpointables
+        )
+        self.ema = EMAHook(task.deployed_student, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY else None
+        best = {"best": task.best_metric} | ({"ema_best": f"ema_{task.best_metric}"} if self.ema else {})
+        self.evaluation = EvaluationHook(self.evaluate, task.eval_period, best, self.save_student)
+        facts = {"run_identity": dict(task.run_identity), "settings": self.settings}
+        saves = [*task.checkpoint_periods, task.eval_period]
+        # A checkpoint is what the update left. The hooks behind it are repeated when a run is resumed from it.
+        self.checkpointing = CheckpointHook(self.checkpointer, saves, self.preemption, facts)
+        self.hooks_after_checkpoint = [
+            hooks.LRScheduler(task.optimizer, task.lr_scheduler),
+            self.ema,
+            self.evaluation,
+            WriterHook(cfg.OUTPUT_DIR, cfg.LOG_PERIOD, task.max_iter, task.epoch_length),
+        ]
+        self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
+
+    def train_step(self) -> None:
+        """Forward, backward, update: the only place where a step happens."""
+        batch = self._next_batch()
+        seed_step(self.cfg.SEED, self.iter)
+        if self.task.prepare is not None:
+            batch = self.task.prepare(batch)
+        self.optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        for part, weight in self.split_batch(batch, self.iter):
+            with self._forward_context():
+                part_losses = self.model(part)
+            if weight != 1:
+                part_losses = {name: weight * value for name, value in part_losses.items()}
+            self.backward(part_losses)
+            losses = {n: losses[n] + v.detach() if n in losses else v.detach() for n, v in part_losses.items()}
+        self.after_backward()
+        if self.task.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.task.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.metrics.update({"total_loss": sum(losses.values()), **losses})
+
+    run_step = train_step
+
+    def backward(self, losses: dict[str, Tensor]) -> None:
+        if self.task.backward is not None:
+            self.task.backward(losses)
+        else:
+            self.scaler.scale(sum(losses.values())).backward()
+
+    def _next_batch(self) -> Any:
+        self._metric_states = []
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self.storage.put_scalar("data_time", time.perf_counter() - start)
+        return batch
+
+    @contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        """Autocast, and what the model puts into the event storage collected for the next log line."""
+        precision = self.task.precision
+        autocast = torch.autocast(self.device.type, precision, enabled=precision is not None)
+        # TorchScript's profiling executor changes numerics on a function's second call; off on CPU, so that resumed
+        # runs are bit-identical.
+        scripted = torch.jit.optimized_execution(self.device.type != "cpu")
+        # In a storage of its own: the trainer's smooths over a window, which a restart would cut.
+        with EventStorage(self.iter) as scalars, autocast, scripted:
+            try:
+                yield
+            except FloatingPointError as error:  # Detectron2's networks look at what they compute
+                raise DivergedError(str(error)) from error
+        self.model_scalars.update({name: value for name, (value, _) in scalars.latest().items()})
+        self.storage._vis_data += scalars._vis_data
+        self.storage._histograms += scalars._histograms
+
+    def run(self, resume: bool = False) -> dict[str, float]:
+        """Train to the end, from the latest checkpoint of the run folder with `resume`.
+
+        Returns:
+            The last value of each metric and the best under ``best_<metric>`` on the main process, else nothing.
+
+        Raises:
+            UserError: what ended the training, after a line in the log.
+            SystemExit: preempted; everything is saved.
+        """
+        start = self.resume() if resume else 0
+        if start == self.max_iter and (results := read_results(self.cfg.OUTPUT_DIR, self.max_iter)) is not None:
+            logger.info(f"All {self._format_progress(start)} are done already: results are those of {RESULTS}")
+            return results if comm.is_main_process() else {}
+        # Only now, so that a call that fails leaves the folder of an earlier run as it was.
+        if start < self.max_iter:
+            run_on_main_process(lambda: write_run_folder(self.cfg))
+        self._started_at = time.perf_counter() - self.seconds
+        try:
+            with _one_line_for_user_errors():
+                self.train(start, self.max_iter)
+            student = self.task.deployed_student()
+            results = {
+                **(self.evaluation.summary() if comm.is_main_process() else {}),
+                **self.task.evaluate_once(student),
+            }
+            run_on_main_process(lambda: self._finish(results))
+        except EvaluationInterrupted as stop:
+            if stop.error is None:
+                logger.warning(f"SIGTERM in the evaluation after step {self.iter + 1}; `--resume` starts with it")
+                raise SystemExit(PREEMPTED) from None
+            logger.error(f"{stop.error}; `--resume` starts with this evaluation")
+            raise stop.error from None
+        except DivergedError as error:
+            diverged = DivergedError(error.what, self._recovery_hint())
+            logger.error(diverged)
+            raise diverged from error
+        except UserError as error:
+            logger.error(error)
+            raise
+        return results
+
+    def _finish(self, results: dict[str, float]) -> None:
+        self.save_student("final")
+        if self.ema is not None:
+            self.save_student("ema_final")
+        facts = {**self.task.model_stats(self.task.deployed_student()), "seconds": self.seconds, "steps": self.max_iter}
+        # JSON has no NaN, which a metric is that is not defined on the data.
+        results = {name: None if value != value else value for name, value in results.items()}
+        write_text(Path(self.cfg.OUTPUT_DIR, RESULTS), json.dumps({**results, **facts}, indent=2))
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the deployed student, and under ``ema_<metric>`` of its average; empty on other ranks."""
+
+        def interruptible(batches: Any) -> InterruptibleLoader:
+            return InterruptibleLoader(batches, self.preemption)
+
+        results = self.task.evaluate(self.task.deployed_student(), interruptible)
+        if self.ema is not None:
+            averaged = self.task.evaluate(self.ema.network, interruptible)
+            results = {**results, **{f"ema_{name}": value for name, value in averaged.items()}}
+        return results
+
+    def save_student(self, name: str) -> None:
+        """Write ``student_<name>.pth``; a name that begins with ``ema_`` is of the average."""
+        network = self.ema.network if name.startswith("ema_") else self.task.deployed_student()
+        save_student(Path(self.cfg.OUTPUT_DIR, f"student_{name}.pth"), network.state_dict())
+
+    def resume(self) -> int:
+        """Load the latest valid checkpoint, if there is one, and return the step to continue from.
+
+        Settings of ``task.may_change`` may be others than before, and apply from that step on; the log says which.
+
+        Raises:
+            CheckpointError: no checkpoint can be read, or it is of another run.
+            ConfigError: more steps are done than this run is to have.
+        """
+        found = self.checkpointer.latest()
+        if found is None:
+            logger.warning(f"--resume: there is no checkpoint in {self.cfg.OUTPUT_DIR}; starting from the beginning")
+            return 0
+        path, saved = found
+        # Before anything is loaded, which may fail for the same reason and says less of it.
+        before = {**saved.get("settings", {}), **saved.get("run_identity", {})}
+        now = {**self.settings, **self.task.run_identity}
+        refused = what_makes_another_run(before, now, self.task.may_change)
+        if refused:
+            raise CheckpointError(
+                f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(refused)}. Set it as it was, or "
+                "choose another OUTPUT_DIR"
+            )
+        self.checkpointer.restore(path, saved)
+        done, changed = self.iter + 1, config_diff(saved["settings"], self.settings)
+        if changed and done == self.max_iter:
+            logger.warning(f"--resume: all steps are done, so that these have no effect: {'; '.join(changed)}")
+        elif changed:
+            logger.warning(f"--resume: from step {done} on other settings apply than before: {'; '.join(changed)}")
+        return done
+
+    def _format_progress(self, steps: int) -> str:
+        return f"{steps / self.epoch_length:g} epochs" if self.epoch_length else f"{steps} iterations"
+
+    def _recovery_hint(self) -> str:
+        files = self.checkpointer.files()
+        if not files:
+            return "there is no checkpoint yet: start again"
+        earlier = " (delete it to continue from the one before)" if files[1:] else ""
+        return f"`--resume` continues from {files[0]}{earlier}"
 
     def before_train(self) -> None:
         super().before_train()
         self.model.train()
-        self._batches = iter(self.build_batches(self.start_iter))
+        if self.start_iter:
+            # What the run that was stopped may not have done any more after it saved.
+            self.iter = self.storage.iter = self.start_iter - 1
+            with warnings.catch_warnings():
+                # The optimizer's step was made by that run.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                for hook in filter(None, self.hooks_after_checkpoint):
+                    hook.after_step()
+            self.iter = self.storage.iter = self.start_iter
+        self._batches = iter(self.task.build_batches(self.start_iter))
+
+    def after_step(self) -> None:
+        self.seconds = time.perf_counter() - self._started_at
+        super().after_step()
 
     def after_train(self) -> None:
         # Ends the loader's workers now, and not when the garbage collector finds the iterator.
         self._batches = iter(())
         super().after_train()
 
-    def run_step(self) -> None:
-        self._metric_states = []
-        start = time.perf_counter()
-        batch = next(self._batches)
-        self.storage.put_scalar("data_time", time.perf_counter() - start)
-        seed_step(self.seed, self.iter)
-        # In a storage of its own: the trainer's smooths over a window, which a restart would cut.
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
-        # TorchScript computes another way from a function's second call on, which after a restart is another step's.
-        # On GPUs, where the last bits are not promised, its speed goes first.
-        scripted = torch.jit.optimized_execution(self.device.type != "cpu")
-        with EventStorage(self.iter) as notes, autocast, scripted:
-            try:
-                losses = self.compute_losses(batch)
-            except FloatingPointError as error:  # Detectron2's networks look at what they compute
-                raise DivergedError(str(error)) from error
-        self.model_scalars.update({name: value for name, (value, _) in notes.latest().items()})
-        self.storage._vis_data += notes._vis_data
-        self.storage._histograms += notes._histograms
-        self.optimizer.zero_grad()
-        self.backward(losses)
-        self.after_backward()
-        if self.clip:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.metrics.update({"total_loss": sum(losses.values()), **losses})
-
-    def compute_losses(self, batch: Any) -> dict[str, Tensor]:
-        """The losses of a batch, whose sum is what this process descends on."""
-        return self.model(batch)
-
-    def backward(self, losses: dict[str, Tensor]) -> None:
-        """Put the gradients where the optimiser finds them."""
-        self.scaler.scale(sum(losses.values())).backward()
-
     def log_metrics(self) -> None:
         """Put the means since the last call, over all processes, into the event storage."""
-        notes = comm.all_gather(self.model_scalars.compute())
-        gathered = [{**losses, **own} for losses, own in zip(self.gather_finite_means(), notes, strict=True)]
+        scalars = comm.all_gather(self.model_scalars.compute())
+        gathered = [{**losses, **own} for losses, own in zip(self.gather_finite_means(), scalars, strict=True)]
         self.metrics.reset()
         self.model_scalars.reset()
         for name in {name: None for means in gathered for name in means}:
@@ -153,14 +303,14 @@ class StepTrainer(TrainerBase):
         return gathered
 
     def assert_state_finite(self) -> None:
-        """See that this process's weights and its optimiser's state may be saved.
+        """Check that this process's weights and its optimizer's state may be saved.
 
         Raises:
             DivergedError: they are not finite.
         """
-        tensors = {name.removeprefix("module."): value for name, value in self.model.state_dict().items()}
+        tensors = dict(self.task.model.state_dict())
         for index, state in enumerate(self.optimizer.state.values()):
-            tensors.update({f"{name} of the optimiser's parameter {index}": value for name, value in state.items()})
+            tensors.update({f"{name} of the optimizer's parameter {index}": value for name, value in state.items()})
         assert_finite_tensors(tensors)
 
     def collect_state(self) -> None:
@@ -173,18 +323,43 @@ class StepTrainer(TrainerBase):
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "metrics": self._metric_states or [self._own_metrics()],
+            "seconds": self.seconds,
+            "hparams": self._hparams,
         }
 
     def _own_metrics(self) -> list[dict[str, Any]]:
         return [self.metrics.state_dict(), self.model_scalars.state_dict()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise ConfigError(
+                f"{self._format_progress(done)} are done in {self.cfg.OUTPUT_DIR}, more than the "
+                f"{self._format_progress(self.max_iter)} asked for: a run can be made longer, not shorter than it is"
+            )
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        apply_new_hyperparams(self.optimizer, self.task.lr_scheduler, state_dict["hparams"], self._hparams)
         self.scaler.load_state_dict(state_dict["scaler"])
+        self.seconds = state_dict["seconds"]
         states = state_dict["metrics"]
         for metrics, own in zip((self.metrics, self.model_scalars), zip(*states, strict=True), strict=True):
             # Of another number of processes the average is taken: it is what is logged.
             metrics.load_state_dict(
                 own[comm.get_rank()] if len(own) == comm.get_world_size() else average_states(list(own))
             )
+
+
+@contextmanager
+def _one_line_for_user_errors() -> Iterator[None]:
+    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], UserError | EvaluationInterrupted)
+
+    loop = logging.getLogger(TrainerBase.__module__)
+    loop.addFilter(keep)
+    try:
+        yield
+    finally:
+        loop.removeFilter(keep)

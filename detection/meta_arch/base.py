@@ -1,7 +1,6 @@
-"""What every student detector does with its teacher, whatever its meta-architecture."""
+"""Mix-in that adds a frozen teacher and distillation losses to a Detectron2 meta-architecture."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,43 +10,63 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from d2distill.common.config import chosen_methods
-from d2distill.common.distillers import Context, Distiller
-from d2distill.common.engine.teacher import exclude_teacher_from_state_dict, passes, teaching
+from d2distill.common.distillers import Distiller
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs, OutputSpec
-from d2distill.detection.teacher import Teacher, build_teacher
+from d2distill.common.modules import MODULE_PREFIX, ModuleCall, capture_calls, captured_extras, shared_copy
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress
+from d2distill.common.teachers import TeacherSource, exclude_teacher_from_state_dict
+from d2distill.detection.teacher import TeacherAdapter, build_teacher
 
 __all__ = ["DistillDetector"]
 
+#: The calls of the student's submodules within one forward pass, by the names of :meth:`hooked_modules`.
+Calls = dict[str, list[ModuleCall]]
+
 
 class DistillDetector(nn.Module):
-    """Mix-in before one of Detectron2's meta-architectures: its losses, and after them those of the methods.
+    """Goes before one of Detectron2's meta-architectures: its losses, and after them those of the methods.
 
-    The detector itself runs as Detectron2 wrote it; what the methods look at is recorded on the way. The teacher is
-    always in eval mode, in no gradient and in no state dict. A subclass states `watched()`, `student_scores()`,
-    `teacher_scores()` and `spec()`.
+    The detector itself runs as Detectron2 wrote it; what the methods look at is captured on the way. The teacher is
+    always in eval mode, in no gradient and in no state dict. A subclass states `hooked_modules()`, `student_logits()`,
+    `teacher_logits()` and `network_info()`.
 
     Args:
         teacher: None for plain training, and for methods that need none.
         distillers: methods by lower-case name.
+        max_iter: of the training, for the methods' `Progress`.
         kwargs: of the meta-architecture.
 
     Attributes:
         teacher: the teacher's network, a child named as in published checkpoints, or None.
-        teacher_view: what belongs to it and is no module.
+        teacher_adapter: what belongs to it and is no module.
+        teacher_source: gives its outputs.
         distillers: a ModuleDict.
     """
 
+    #: What the configuration asks of a meta-architecture when DISTILL.METHODS is not empty.
+    takes_methods = True
+
     def __init__(
-        self, *, teacher: Teacher | None = None, distillers: dict[str, Distiller] | None = None, **kwargs: Any
+        self,
+        *,
+        teacher: TeacherAdapter | None = None,
+        distillers: dict[str, Distiller] | None = None,
+        max_iter: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.distillers = nn.ModuleDict(distillers or {})
         self.teacher = None if teacher is None else teacher.network
-        self.teacher_view = teacher
-        needs = {part for distiller in self.distillers.values() for part in distiller.needs}
-        self._looks_at_scores = "logits" in needs
-        self._levels = list(levels(self.backbone)) if "feats" in needs else []
+        self.teacher_adapter = teacher
+        self.max_iter = max_iter
+        methods = self.distillers.values()
+        self._student_needs = {need for method in methods for need in method.student_needs}
+        needs = self._student_needs | {need for method in methods for need in method.teacher_needs}
+        self._compares_logits = any(map(needs_head, needs))
+        self._levels = list(feature_strides(self.backbone)) if "feats" in needs else []
+        self.teacher_source = None if teacher is None else DetectorTeacher(self)
+        if self.teacher_source is not None:
+            self.teacher_source.serve(method for method in methods if method.needs_teacher)
         exclude_teacher_from_state_dict(self)
 
     @classmethod
@@ -61,47 +80,51 @@ class DistillDetector(nn.Module):
         parts = super().from_config(cfg)
         methods = chosen_methods(cfg)
         teacher = build_teacher(cfg) if any(method.needs_teacher for method in methods.values()) else None
+        infos = [cls.network_info(cfg, parts["backbone"])]
+        if teacher is not None:
+            infos.append(replace(cls.network_info(teacher.cfg, teacher.network.backbone), module=teacher.network))
         distillers = {}
         for name, method in methods.items():
             if teacher is not None and method.needs_teacher:
                 if "feats" in method.needs:
                     check_levels(parts["backbone"], teacher.network.backbone, name)
-                if "logits" in method.needs:
-                    cls.check_scores(cfg, parts, teacher, name)
-            specs = (cls.spec(cfg, parts["backbone"]), teacher and cls.spec(teacher.cfg, teacher.network.backbone))
+                if any(map(needs_head, method.needs)):
+                    cls.check_comparable(cfg, parts, teacher, name)
             try:
-                distillers[name.lower()] = method(cfg.DISTILL[name.upper()], *specs)
+                distillers[name.lower()] = method(cfg.DISTILL[name.upper()], *infos)
             except ValueError as error:
                 raise ConfigError(f"DISTILL.METHODS: {error}") from error
-        # Only now, so that what does not fit is said before a long download.
+            if method.deployed is not Distiller.deployed:
+                raise ConfigError(f"DISTILL.METHODS: {name} changes the deployed student: it is for classifiers only")
+        # Only now, so that what does not fit is reported before a long download.
         if teacher is not None:
             teacher.load_weights()
-        return {**parts, "teacher": teacher, "distillers": distillers}
+        return {**parts, "teacher": teacher, "distillers": distillers, "max_iter": cfg.SOLVER.MAX_ITER}
 
     @classmethod
-    def spec(cls, cfg: CfgNode, backbone: Backbone) -> OutputSpec:
+    def network_info(cls, cfg: CfgNode, backbone: Backbone) -> NetworkInfo:
         """Shapes of the outputs of a detector of this kind."""
         raise NotImplementedError
 
     @classmethod
-    def check_scores(cls, cfg: CfgNode, parts: dict[str, Any], teacher: Teacher, method: str) -> None:
-        """See that class scores of student and teacher can be compared row by row.
+    def check_comparable(cls, cfg: CfgNode, parts: dict[str, Any], teacher: TeacherAdapter, method: str) -> None:
+        """Check that class logits of student and teacher can be compared row by row.
 
         Raises:
             ConfigError: they cannot.
         """
         raise NotImplementedError
 
-    def watched(self) -> dict[str, nn.Module]:
-        """The modules whose calls are recorded during the detector's own forward pass."""
+    def hooked_modules(self) -> dict[str, nn.Module]:
+        """The modules whose calls are captured during the detector's own forward pass."""
         return {"backbone": self.backbone}
 
-    def student_scores(self, calls: dict[str, "Call"]) -> tuple[Tensor, Tensor]:
-        """Logits (R, C), and the class of each row (R,), of the pass that was recorded."""
+    def student_logits(self, calls: Calls) -> tuple[Tensor, Tensor]:
+        """Logits (R, C), and the class of each row (R,), of the captured forward pass."""
         raise NotImplementedError
 
-    def teacher_scores(self, calls: dict[str, "Call"], maps: dict[str, Tensor]) -> Tensor:
-        """The teacher's logits (R, C) from its own maps, row by row those of :meth:`student_scores`."""
+    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
+        """The teacher's logits (R, C) from its own maps, row by row those of :meth:`student_logits`."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "DistillDetector":
@@ -109,6 +132,12 @@ class DistillDetector(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def deployed_student(self) -> nn.Module:
+        """The plain detector: it shares its parameters with this one and has no teacher and no methods."""
+        student = shared_copy(self, {"teacher": None, "distillers": nn.ModuleDict()})
+        student.teacher_adapter = student.teacher_source = None
+        return student
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Losses in training mode, one ``loss_<method>`` each after the detector's own; else Detectron2's results.
@@ -118,70 +147,81 @@ class DistillDetector(nn.Module):
         """
         if not self.training or not self.distillers:
             return super().forward(batched_inputs)
-        with recorded(self.watched()) as calls:
+        with capture_calls(self.hooked_modules()) as calls, captured_extras(self, self._student_needs) as extras:
             losses = super().forward(batched_inputs)
-        logits, target = self.student_scores(calls) if self._looks_at_scores else (None, None)
-        student = Outputs(logits=logits)
+        student = Outputs(extras=extras)
+        batch = self._batch_info(batched_inputs, calls)
+        if self._compares_logits:
+            student.logits, batch.target = self.student_logits(calls)
+        teacher = None if self.teacher_source is None else self.teacher_source(batched_inputs, batch)
         if self._levels:
-            student.feats = [calls["backbone"].output[name] for name in self._levels]
-        methods = self.distillers.values()
-        teachers = {by_batch: self._teach(batched_inputs, calls, by_batch) for by_batch in passes(methods)}
-        if self._levels:
-            # Not in _teach(), where nothing has a gradient: the student's maps keep theirs.
-            for teacher in teachers.values():
-                pairs = [crop(*maps) for maps in zip(student.feats, teacher.feats, strict=True)]
+            student.feats = [calls["backbone"][0].output[name] for name in self._levels]
+            if teacher is not None and teacher.feats is not None:
+                pairs = [crop_to_common_size(*maps) for maps in zip(student.feats, teacher.feats, strict=True)]
                 student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
-        # Iterations are counted from 0; a warm-up begins with its first part, not with nothing.
-        ctx = Context(time=get_event_storage().iter + 1)
-        for distiller in methods:
-            teacher = teachers[distiller.teacher_batch_statistics] if distiller.needs_teacher else None
-            losses.update(distiller(student, teacher, target, ctx))
+        for name, method in self.distillers.items():
+            if f"loss_{name}" in losses:
+                raise ConfigError(f"DISTILL.METHODS: loss_{name} is a loss of the detector itself; rename the method")
+            term = method(student, method.pick_teacher(teacher), batch)
+            losses[f"loss_{name}"] = method.weight(batch.progress) * term
         return losses
 
+    def _batch_info(self, batched_inputs: list[dict[str, Any]], calls: Calls) -> Batch:
+        step = get_event_storage().iter
+        instances = [x["instances"] for x in batched_inputs]
+        return Batch(
+            progress=Progress(step, None, step / self.max_iter if self.max_iter else 0.0),
+            boxes=[per_image.gt_boxes.tensor.to(self.device) for per_image in instances],
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            extras={"calls": calls},
+        )
+
+
+class DetectorTeacher(TeacherSource):
+    """A frozen detector that sees the student's images, and for logits the student's proposals or anchors.
+
+    Args:
+        student: the detector at whose side it stands.
+    """
+
+    def __init__(self, student: DistillDetector) -> None:
+        super().__init__()
+        # Not as an attribute of its own: the student holds this source.
+        self._student = [student]
+
     @torch.no_grad()
-    def _teach(self, batched_inputs: list[dict[str, Any]], calls: dict[str, "Call"], by_batch: bool) -> Outputs:
-        with teaching(self.teacher, by_batch):
-            maps = self.teacher.backbone(self.teacher_view.images(batched_inputs))
-            scores = self.teacher_scores(calls, maps) if self._looks_at_scores else None
-        return Outputs(scores, feats=[maps[name] for name in self._levels] if self._levels else None)
+    def __call__(self, inputs: list[dict[str, Any]], batch: Batch) -> Outputs:
+        (student,) = self._student
+        images = student.teacher_adapter.images(inputs)
+        with captured_extras(student.teacher, self.needs) as extras:
+            maps = student.teacher.backbone(images)
+            head = any(map(needs_head, self.needs))
+            logits = student.teacher_logits(batch.extras["calls"], maps) if head else None
+        extras |= {name: provide(student.teacher, images) for name, provide in self.extras.items()}
+        feats = [maps[name] for name in feature_strides(student.backbone)] if "feats" in self.needs else None
+        return Outputs(logits, feats, extras=extras)
 
 
-class Call:
-    """Arguments and result of a module's last call."""
-
-    def __init__(self, args: tuple, output: Any) -> None:
-        self.args, self.output = args, output
+def needs_head(need: str) -> bool:
+    """Whether what a method needs comes from the head and not from the backbone alone."""
+    return need == "logits" or (need.startswith(MODULE_PREFIX) and not need.startswith(f"{MODULE_PREFIX}backbone"))
 
 
-@contextmanager
-def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Call]]:
-    """Record the calls of modules within the block, by the names given."""
-    calls: dict[str, Call] = {}
-    handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: calls.__setitem__(name, Call(args, output)))
-        for name, module in modules.items()
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def levels(backbone: Backbone) -> dict[str, int]:
+def feature_strides(backbone: Backbone) -> dict[str, int]:
     """Names of a backbone's maps and their strides in pixels, from fine to coarse."""
     shapes = backbone.output_shape()
     return {name: shapes[name].stride for name in sorted(shapes, key=lambda name: shapes[name].stride)}
 
 
 def check_levels(student: Backbone, teacher: Backbone, method: str) -> None:
-    """See that two backbones give maps of the same names and strides.
+    """Check that two backbones give maps of the same names and strides.
 
     Raises:
         ConfigError: they do not.
     """
     sides = [
-        ", ".join(f"{name} (stride {stride})" for name, stride in levels(side).items()) for side in (student, teacher)
+        ", ".join(f"{name} (stride {stride})" for name, stride in feature_strides(side).items())
+        for side in (student, teacher)
     ]
     if sides[0] != sides[1]:
         raise ConfigError(
@@ -190,7 +230,7 @@ def check_levels(student: Backbone, teacher: Backbone, method: str) -> None:
         )
 
 
-def crop(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def crop_to_common_size(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Maps (N, C, H, W) of two networks without the rows and columns that only one of them has.
 
     They begin at the same pixel; networks that pad images to multiples of different sizes end at different ones.

@@ -9,9 +9,9 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from torch import Tensor, nn
 
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import OutputSpec
-from d2distill.detection.meta_arch.base import Call, DistillDetector, levels
-from d2distill.detection.teacher import Teacher
+from d2distill.common.outputs import NetworkInfo
+from d2distill.detection.meta_arch.base import Calls, DistillDetector, feature_strides
+from d2distill.detection.teacher import TeacherAdapter
 
 __all__ = ["DistillRCNN"]
 
@@ -30,18 +30,17 @@ class DistillRCNN(DistillDetector, GeneralizedRCNN):
         super().__init__(**kwargs)
 
     @classmethod
-    def spec(cls, cfg: CfgNode, backbone: Backbone) -> OutputSpec:
+    def network_info(cls, cfg: CfgNode, backbone: Backbone) -> NetworkInfo:
         sigmoid = cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
         shapes = backbone.output_shape()
-        return OutputSpec(
+        return NetworkInfo(
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES + (not sigmoid),
-            feats=tuple((shapes[name].channels,) for name in levels(backbone)),
+            feats=tuple((shapes[name].channels,) for name in feature_strides(backbone)),
             sigmoid=sigmoid,
-            row_per_image=False,
         )
 
     @classmethod
-    def check_scores(cls, cfg: CfgNode, parts: dict[str, Any], teacher: Teacher, method: str) -> None:
+    def check_comparable(cls, cfg: CfgNode, parts: dict[str, Any], teacher: TeacherAdapter, method: str) -> None:
         for side, heads in (("student", parts["roi_heads"]), ("teacher", getattr(teacher.network, "roi_heads", None))):
             if not isinstance(heads, StandardROIHeads) or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
                 raise ConfigError(
@@ -49,21 +48,22 @@ class DistillRCNN(DistillDetector, GeneralizedRCNN):
                     f"one box predictor, but the {side} has {type(heads).__name__}"
                 )
 
-    def watched(self) -> dict[str, nn.Module]:
-        if not self._looks_at_scores:
-            return super().watched()
+    def hooked_modules(self) -> dict[str, nn.Module]:
+        if not self._compares_logits:
+            return super().hooked_modules()
         heads = self.roi_heads
-        return {**super().watched(), "pooler": heads.box_pooler, "predictor": heads.box_predictor, "heads": heads}
+        parts = {"pooler": heads.box_pooler, "predictor": heads.box_predictor, "heads": heads}
+        return {**super().hooked_modules(), **parts}
 
-    def student_scores(self, calls: dict[str, Call]) -> tuple[Tensor, Tensor]:
-        proposals, _ = calls["heads"].output
+    def student_logits(self, calls: Calls) -> tuple[Tensor, Tensor]:
+        proposals, _ = calls["heads"][0].output
         target = torch.cat([per_image.gt_classes for per_image in proposals])
-        return self._columns(calls["predictor"].output[0]), target
+        return self._columns(calls["predictor"][0].output[0]), target
 
-    def teacher_scores(self, calls: dict[str, Call], maps: dict[str, Tensor]) -> Tensor:
+    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
         heads = self.teacher.roi_heads
         # The boxes as the student's head saw them: later they may be replaced by those it predicts.
-        _, boxes = calls["pooler"].args
+        _, boxes = calls["pooler"][0].args
         pooled = heads.box_pooler([maps[name] for name in heads.box_in_features], boxes)
         return self._columns(heads.box_predictor(heads.box_head(pooled))[0])
 

@@ -10,9 +10,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import OutputSpec
-from d2distill.detection.meta_arch.base import Call, DistillDetector, levels
-from d2distill.detection.teacher import Teacher
+from d2distill.common.outputs import NetworkInfo
+from d2distill.detection.meta_arch.base import Calls, DistillDetector, feature_strides
+from d2distill.detection.teacher import TeacherAdapter
 
 __all__ = ["DistillRetinaNet"]
 
@@ -30,17 +30,16 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
         super().__init__(**kwargs)
 
     @classmethod
-    def spec(cls, cfg: CfgNode, backbone: Backbone) -> OutputSpec:
+    def network_info(cls, cfg: CfgNode, backbone: Backbone) -> NetworkInfo:
         shapes = backbone.output_shape()
-        return OutputSpec(
+        return NetworkInfo(
             num_classes=cfg.MODEL.RETINANET.NUM_CLASSES,
-            feats=tuple((shapes[name].channels,) for name in levels(backbone)),
+            feats=tuple((shapes[name].channels,) for name in feature_strides(backbone)),
             sigmoid=True,
-            row_per_image=False,
         )
 
     @classmethod
-    def check_scores(cls, cfg: CfgNode, parts: dict[str, Any], teacher: Teacher, method: str) -> None:
+    def check_comparable(cls, cfg: CfgNode, parts: dict[str, Any], teacher: TeacherAdapter, method: str) -> None:
         network = teacher.network
         if not isinstance(network, RetinaNet):
             raise ConfigError(
@@ -63,19 +62,19 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
                 f"in their {facts}: make MODEL.ANCHOR_GENERATOR, MODEL.RETINANET.IN_FEATURES and the backbones alike"
             )
 
-    def watched(self) -> dict[str, nn.Module]:
-        return {**super().watched(), "head": self.head}
+    def hooked_modules(self) -> dict[str, nn.Module]:
+        return {**super().hooked_modules(), "head": self.head}
 
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[list[Tensor], list[Tensor]]:
         labels, boxes = super().label_anchors(anchors, gt_instances)
         self._labels = torch.stack(labels)  # (N, anchors); -1: ignored, K: background
         return labels, boxes
 
-    def student_scores(self, calls: dict[str, Call]) -> tuple[Tensor, Tensor]:
+    def student_logits(self, calls: Calls) -> tuple[Tensor, Tensor]:
         counts = self._labels >= 0
-        return self._rows(calls["head"].output)[counts], self._labels[counts]
+        return self._rows(calls["head"][0].output)[counts], self._labels[counts]
 
-    def teacher_scores(self, calls: dict[str, Call], maps: dict[str, Tensor]) -> Tensor:
+    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
         predictions = self.teacher.head([maps[name] for name in self.teacher.head_in_features])
         return self._rows(predictions)[self._labels >= 0]
 

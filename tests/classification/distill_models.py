@@ -9,7 +9,7 @@ from d2distill.classification.config import get_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
 from d2distill.common.distillers import DISTILLERS, LogitDistiller
-from d2distill.common.engine.trainer import seed_step
+from d2distill.common.engine.seeding import seed_step
 from tests.goldens.fill import array
 
 METHODS = [name for name, _ in DISTILLERS]

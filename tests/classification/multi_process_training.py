@@ -12,11 +12,11 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from d2distill.classification.data.loader import Subset
-from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.classification.data.loader import FixedSubset, build_test_loader
+from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.launch import join_job
-from d2distill.common.engine.run import start_logs
-from d2distill.common.engine.trainer import seed_step
+from d2distill.common.engine.run_folder import start_logs
+from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import DataError
 from tests.classification.tiny_training import small_cfg
 from tests.interruptions import fail_in_evaluation, terminate_in_evaluation
@@ -58,18 +58,20 @@ def train_case(folder: Path, name: str) -> None:
     cfg = small_cfg(folder / name, **settings)
     train_set, test_set = load_datasets(cfg)
     if name not in ("unbroken", "stopped", "stopped in evaluation", "broken evaluation", "parent stopped"):
-        test_set = Subset(test_set, 99)
+        test_set = FixedSubset(test_set, 99)
     start_logs(cfg.OUTPUT_DIR)
     # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
     exact = cfg.MODEL.SYNC_BN
     torch.set_default_dtype(torch.float64 if exact else torch.float32)
-    trainer = ClassificationTrainer(cfg, train_set, test_set)
-    for norm in (trainer.distill_model.student_norm, *trainer.distill_model.teacher_norms) if exact else ():
+    trainer = build_trainer(cfg, train_set, test_set)
+    model = trainer.task.model
+    for norm in (model.student_norm, *model.teacher_norms) if exact else ():
         norm.register_forward_hook(lambda module, inputs, images: images.double())
-    facts = {"initial": {key: value.clone() for key, value in trainer.distill_model.state_dict().items()}}
-    facts["teacher"] = {} if trainer.distill_model.teacher is None else trainer.distill_model.teacher.state_dict()
-    facts["accuracy"] = trainer.test()
-    facts["tested"] = torch.cat([batch["index"] for batch in trainer.test_loader])
+    facts = {"initial": {key: value.clone() for key, value in model.state_dict().items()}}
+    facts["teacher"] = {} if model.teacher is None else model.teacher.state_dict()
+    facts["accuracy"] = trainer.evaluate()
+    loader = build_test_loader(test_set, 99, 32, 0)
+    facts["tested"] = torch.cat([batch["index"] for batch in loader])
     if name == "stopped":
         # In the middle of an epoch, and between two log lines.
         trainer.register_hooks([StopHook(os.getpid(), 5)])
@@ -85,7 +87,7 @@ def train_case(folder: Path, name: str) -> None:
     if name == "parent stopped":
         trainer.register_hooks([StopHook(os.getppid(), 1)])
     trainer.run()
-    facts["final"] = trainer.distill_model.state_dict()
+    facts["final"] = model.state_dict()
     seed_step(cfg.SEED, 1)
     facts["drawn"] = torch.rand(4)
     torch.save(facts, folder / name / f"rank{comm.get_rank()}.pth")

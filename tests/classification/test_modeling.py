@@ -13,7 +13,7 @@ from d2distill.classification.models import build_model
 from d2distill.classification.networks import build_network, model_cost
 from d2distill.common.distillers import kd_loss
 from d2distill.common.engine.checkpoint import save_student
-from d2distill.common.engine.weights import read_weights
+from d2distill.common.engine.weight_files import read_weights
 from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.common.outputs import Outputs
 from tests.goldens.fill import array, fill_by_name

@@ -11,15 +11,16 @@ import torch
 from detectron2.layers import NaiveSyncBatchNorm
 from timm.layers import BatchNormAct2d
 
-from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.distributed import synchronize_batch_norms
-from d2distill.common.engine.trainer import StepTrainer, seed_step
+from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError, DivergedError
 from tests.classification.tiny_training import run, small_cfg, state
 from tests.dataset_files import write_image_folder
 from tests.fake_slurm import RUN_TWO_TASKS, slurm
 from tests.interruptions import assert_identical
+from tests.tiny_task import tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("-m", "tests.classification.multi_process_training")
@@ -110,23 +111,22 @@ def test_steps_differ_between_processes_and_starts_do_not(monkeypatch):
         return torch.rand(3).tolist()
 
     alone = draw(3, 0)
-    monkeypatch.setattr("d2distill.common.engine.trainer.comm.get_rank", lambda: 1)
+    monkeypatch.setattr("d2distill.common.engine.seeding.comm.get_rank", lambda: 1)
     assert draw(3, 0) != alone and draw(3, 0, rank=0) == alone
 
 
 def test_every_process_evaluates_with_the_main_ones_statistics(tmp_path, monkeypatch):
     cfg, sent = small_cfg(tmp_path), []
-    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    trainer = build_trainer(cfg, *load_datasets(cfg))
     monkeypatch.setattr("d2distill.classification.trainer.broadcast_buffers", sent.append)
     monkeypatch.setattr("d2distill.classification.trainer.inference_on_dataset", lambda *_: {"sent": list(sent)})
-    assert trainer.test() == {"sent": []}
+    assert trainer.evaluate() == {"sent": []}
     monkeypatch.setattr("d2distill.classification.trainer.comm.get_world_size", lambda: 2)
-    assert trainer.test() == {"sent": [trainer.distill_model.student]}
+    assert trainer.evaluate() == {"sent": [trainer.task.model.student]}
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all(monkeypatch):
-    model = torch.nn.Linear(1, 1)
-    trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.1), iter, seed=0)
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
     trainer.metrics.update({"loss": torch.tensor(1.0)})
     assert trainer.gather_finite_means() == [{"loss": 1.0}]
     other = DivergedError("of the other process.")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
-from d2distill.classification.trainer import ClassificationTrainer, load_datasets
+from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
-from d2distill.common.engine.run import prepare_run
+from d2distill.common.engine.run_folder import prepare_run
 from d2distill.common.engine.writers import drop_lines_from, read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
 from tests.classification.tiny_training import STEPS, run, small_cfg, state
@@ -53,12 +53,14 @@ def start(folder, workers, moment, step):
 @pytest.mark.parametrize(
     ("moment", "step"),
     [
-        ("before hooks", 1),  # nothing saved yet
-        ("before hooks", 5),  # in the middle of an epoch
-        ("before saving", 6),  # at an epoch's end: evaluated and logged, but not saved
+        ("before saving", 1),  # nothing saved yet
+        ("before saving", 6),
         ("while saving", 6),
         ("after saving", 5),  # the checkpoint of a step in the middle of an epoch and of a log period
-        ("after saving", STEPS),
+        ("after saving", 6),  # neither evaluated nor logged
+        ("after evaluating", 6),  # not logged
+        ("after writing", 6),
+        ("after writing", STEPS),  # no results yet
     ],
 )
 @pytest.mark.parametrize("workers", [0, 2])
@@ -96,10 +98,10 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroke
 def test_an_error_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
     cfg = small_cfg(tmp_path)
     for resumed in (False, True):
-        trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+        trainer = build_trainer(cfg, *load_datasets(cfg))
         fail_in_evaluation(trainer, step, DataError("cannot read image 7.jpg"))
         with pytest.raises(DataError, match=r"cannot read image 7\.jpg"):
-            trainer.run(trainer.resume() if resumed else 0)
+            trainer.run(resumed)
         assert trainer.checkpointer.files()[0].name == f"model_{step:07d}.pth"
     run(cfg, resume=True)
     assert_identical(state(tmp_path), unbroken)
@@ -160,10 +162,14 @@ def test_another_run_is_not_resumed(tmp_path):
     run(cfg)
     (path,) = tmp_path.glob("model_*3.pth")
     saved = torch.load(path, weights_only=True)
-    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
-    names = ["SOLVER.IMS_PER_BATCH", "DATASETS.TRAIN_SIZE", "MODEL.STUDENT.NAME", "DISTILL.METHODS", "training samples"]
-    for name in names:
-        torch.save({**saved, name: "other"}, path)
+    trainer = build_trainer(cfg, *load_datasets(cfg))
+    for part, name in (
+        ("settings", "SOLVER.IMS_PER_BATCH"),
+        ("settings", "DISTILL.METHODS"),
+        ("run_identity", "training samples"),
+        ("run_identity", "the teacher's weights"),
+    ):
+        torch.save({**saved, part: {**saved[part], name: "other"}}, path)
         with pytest.raises(CheckpointError, match=f"{name} was 'other', now"):
             trainer.resume()
     torch.save(saved, path)
@@ -182,9 +188,9 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path):
 
 def test_epochs_are_counted_from_1(tmp_path):
     cfg, epochs = small_cfg(tmp_path), []
-    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
-    for distiller in trainer.distill_model.distillers.values():
-        distiller.register_forward_pre_hook(lambda module, args: epochs.append(args[3].time))
+    trainer = build_trainer(cfg, *load_datasets(cfg))
+    for distiller in trainer.task.model.distillers.values():
+        distiller.register_forward_pre_hook(lambda module, args: epochs.append(args[2].progress.time))
     trainer.run()
     assert epochs == [1] * 6 + [2] * 6 + [3] * 6  # of two methods
 
@@ -192,8 +198,8 @@ def test_epochs_are_counted_from_1(tmp_path):
 def test_methods_are_told_the_class_of_every_sample(tmp_path):
     cfg = small_cfg(tmp_path, DISTILL__METHODS=["CRD"], DISTILL__CRD__K=8)
     train_set, test_set = load_datasets(cfg)
-    method = ClassificationTrainer(cfg, train_set, test_set).distill_model.distillers["crd"]
-    assert torch.equal(method.labels, train_set.labels) and method.all_known
+    method = build_trainer(cfg, train_set, test_set).task.model.distillers["crd"]
+    assert torch.equal(method.labels, train_set.labels)
 
 
 def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
@@ -202,11 +208,11 @@ def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("IMPORTED_HERE", "")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     cfg = small_cfg(tmp_path / "run", CUDNN_BENCHMARK=True, IMPORTS=[str(tmp_path / "own.py")])
-    prepare_run(cfg, False)
+    prepare_run(cfg, resume=False)
     assert os.environ["IMPORTED_HERE"] == "yes" and torch.backends.cudnn.benchmark
 
 
-def test_more_epochs_go_on(tmp_path):
+def test_a_run_can_be_made_longer(tmp_path):
     run(small_cfg(tmp_path))
     run(small_cfg(tmp_path, SOLVER__EPOCHS=4), resume=True)
     assert [line["iteration"] for line in read_metrics(tmp_path)][-1] == 11
@@ -221,7 +227,7 @@ def test_other_settings_of_the_solver_hold_from_there_on(tmp_path):
     last = torch.load(tmp_path / f"model_{STEPS:07d}.pth", weights_only=True)["trainer"]
     (group,) = last["optimizer"]["param_groups"]
     assert (group["weight_decay"], group["momentum"], group["initial_lr"]) == (0.0, 0.9, 0.004)
-    (line,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "other settings hold" in line]
+    (line,) = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "other settings apply" in line]
     assert "from step 3 on" in line and "SOLVER.BASE_LR 0.05 -> 0.004" in line and "SOLVER.EPOCHS 1 -> 3" in line
     assert "SOLVER.LR_SCHEDULE 'step' -> 'cosine'" in line and "SOLVER.WEIGHT_DECAY 0.0005 -> 0.0" in line
     assert "OUTPUT_DIR" not in line and "MOMENTUM" not in line
@@ -229,7 +235,7 @@ def test_other_settings_of_the_solver_hold_from_there_on(tmp_path):
 
 def test_a_divergence_ends_where_the_rate_is_lowered(tmp_path):
     run(small_cfg(tmp_path, SOLVER__EPOCHS=1))
-    with pytest.raises(DivergedError, match=r"goes on from .*/model_0000003\.pth$"):
+    with pytest.raises(DivergedError, match=r"continues from .*/model_0000003\.pth( \(delete|$)"):
         run(small_cfg(tmp_path, SOLVER__BASE_LR=1e20), resume=True)
     run(small_cfg(tmp_path, SOLVER__BASE_LR=1e-3), resume=True)
     assert [line["lr"] for line in read_metrics(tmp_path)][2:] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
@@ -244,6 +250,11 @@ def test_a_divergence_ends_where_the_rate_is_lowered(tmp_path):
         ({"SOLVER.AMP": "fp16"}, "SOLVER.AMP was '', now 'fp16'"),
         ({"MODEL.STUDENT.NAME": "resnet14"}, "MODEL.STUDENT.NAME was 'resnet8', now 'resnet14'"),
         ({"MODEL.TEACHER.NAME": "resnet8"}, "MODEL.TEACHER.NAME was 'wrn_16_1', now 'resnet8'"),
+        ({"MODEL.STUDENT.PIXEL_MEAN": [1.0, 1.0, 1.0]}, r"MODEL.STUDENT.PIXEL_MEAN was \[\], now \[1.0, 1.0, 1.0\]"),
+        ({"INPUT.SIZE": 40}, "INPUT.SIZE was 0, now 40"),
+        ({"INPUT.AUGMENTATION": "none"}, "INPUT.AUGMENTATION was '', now 'none'"),
+        ({"MODEL.SYNC_BN": True}, "MODEL.SYNC_BN was False, now True"),
+        ({"DISTILL.KD.T": 2.0}, "DISTILL.KD.T was 4.0, now 2.0"),
     ],
 )
 def test_what_would_be_another_run_is_not_resumed(finished, settings, message):
@@ -257,7 +268,8 @@ def test_a_finished_run_keeps_its_settings(finished):
     before = (finished / "config.yaml").read_bytes()
     run(small_cfg(finished, SOLVER__BASE_LR=0.1), resume=True)
     assert (finished / "config.yaml").read_bytes() == before
-    assert "All 3 epochs are done already" in (log := (finished / "log.txt").read_text()) and "BASE_LR" not in log
+    log = (finished / "log.txt").read_text()
+    assert "All 3 epochs are done already" in log and "have no effect: SOLVER.BASE_LR 0.05 -> 0.1" in log
 
 
 def change_model(data):
@@ -284,16 +296,6 @@ def test_a_checkpoint_of_something_else(finished, change, message):
     with pytest.raises(CheckpointError, match=f"{path} {message}") as error:
         run(small_cfg(finished), resume=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
-
-
-def test_a_checkpoint_from_before_settings_were_kept(finished, unbroken):
-    for path in finished.glob("model_*.pth"):
-        data = torch.load(path, weights_only=True)
-        del data["settings"], data["trainer"]["groups"], data["SOLVER.OPTIMIZER"]
-        torch.save(data, path)
-    (finished / f"model_{STEPS:07d}.pth").unlink()
-    run(small_cfg(finished), resume=True)
-    assert_identical(state(finished), unbroken)
 
 
 def test_write_is_all_or_nothing(tmp_path):
@@ -359,11 +361,11 @@ def test_a_run_folder_that_cannot_be_is_said_before_anything_is_read(tmp_path, m
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     checkpointer = RunCheckpointer(torch.nn.Linear(2, 2), str(tmp_path), keep=2)
     for step in (10000000, 3, 9999999):
-        checkpointer.save(f"model_{step:07d}")
+        checkpointer.save(f"model_{step:07d}", settings={}, run_identity={})
     assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_9999999.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_9999999.pth"
     (tmp_path / "model_10000001.pth.77.tmp").write_bytes(b"half")
-    assert checkpointer.newest()[0].name == "model_10000000.pth" and not list(tmp_path.glob("*.tmp"))
+    assert checkpointer.latest()[0].name == "model_10000000.pth" and not list(tmp_path.glob("*.tmp"))
 
 
 # Of losses and weights, or of what the student makes of the test images.
@@ -375,15 +377,15 @@ def saved_weights(folder):
 
 
 @pytest.mark.parametrize(
-    ("rate", "way_on"),
+    ("rate", "hint"),
     [
-        (1e10, r"goes on from .*/model_0000001\.pth$"),  # infinite statistics before any loss is
-        (1e3, r"goes on from .*/model_000000\d\.pth \(delete it to go on from the one before\)$"),
+        (1e10, r"continues from .*/model_0000001\.pth$"),  # infinite statistics before any loss is
+        (1e3, r"continues from .*/model_000000\d\.pth \(delete it to continue from the one before\)$"),
     ],
 )
-def test_nothing_is_saved_that_is_not_finite(tmp_path, rate, way_on):
+def test_nothing_is_saved_that_is_not_finite(tmp_path, rate, hint):
     settings = {"SOLVER.CHECKPOINT_STEPS": 1, "LOG_PERIOD": 100, "SOLVER.EPOCHS": 9, "SOLVER.STEPS": []}
-    with pytest.raises(DivergedError, match=f"{BROKEN}.* Lower SOLVER.BASE_LR.*; .*{way_on}") as error:
+    with pytest.raises(DivergedError, match=f"{BROKEN}.* Lower SOLVER.BASE_LR.*; .*{hint}") as error:
         run(small_cfg(tmp_path, SOLVER__BASE_LR=rate, **settings))
     assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())
     assert (tmp_path / "log.txt").read_text().count(str(error.value)) == 1
@@ -397,17 +399,17 @@ def test_a_run_that_diverged_before_its_first_checkpoint(tmp_path):
 class BreakHook(HookBase):
     def after_step(self):
         if self.trainer.iter + 1 == STEPS:
-            self.trainer.distill_model.student.fc.bias.data[0] = float("nan")
+            self.trainer.task.model.student.fc.bias.data[0] = float("nan")
 
 
 @pytest.mark.parametrize("last", [True, False])
 def test_a_last_update_that_breaks_the_student_does_not_succeed(tmp_path, last):
     cfg = small_cfg(tmp_path, TEST__EVAL_PERIOD=3)
-    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    trainer = build_trainer(cfg, *load_datasets(cfg))
     trainer.register_hooks([BreakHook()])
     if not last:  # but before the only evaluation, whose student is the best one then
         trainer._hooks.insert(0, trainer._hooks.pop())
-    with pytest.raises(DivergedError, match=f"{BROKEN}.*/model_0000006\\.pth"):
+    with pytest.raises(DivergedError, match=f"{BROKEN}.*/model_000000{9 if last else 6}\\.pth"):
         trainer.run()
     assert (tmp_path / "student_best.pth").exists() == last and not (tmp_path / "student_final.pth").exists()
     assert all(tensor.isfinite().all() for weights in saved_weights(tmp_path) for tensor in weights.values())

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from d2distill.classification.modeling import build_distiller
-from d2distill.common.distillers import DISTILLERS, Context, kd_loss, nkd_loss, rld_loss, standardize_logits
+from d2distill.common.distillers import DISTILLERS, kd_loss, nkd_loss, rld_loss, standardize_logits
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs
+from d2distill.common.outputs import Batch, Outputs
 from tests.classification.distill_models import (
     CLASSES,
     ON_LOGITS,
@@ -33,7 +33,7 @@ def test_networks_are_built_by_name_and_kept_out_of_checkpoints():
     model = build_distiller(make_cfg("KD", "MODEL.STUDENT.NAME", "resnet8", "MODEL.TEACHER.NAME", list(TEACHERS)))
     assert isinstance(model.teacher, nn.ModuleList)
     assert [type(teacher).__name__ for teacher in model.teacher] == ["WideResNet", "CifarResNet"]
-    assert model.shares == [0.5, 0.5]
+    assert model.teacher_source.weights == [0.5, 0.5]
     state = model.state_dict()
     assert state and all(name.startswith("student.") for name in state)
     assert not any(m.training for m in model.train().teacher.modules())
@@ -44,7 +44,7 @@ def test_networks_are_built_by_name_and_kept_out_of_checkpoints():
 def test_kd_learns_from_the_average_of_the_softened_probabilities():
     model = build("KD", *STATISTICS, "MODEL.TEACHER.SHARES", [3.0, 1.0], key("KD", "T"), 2.0, teacher=TEACHERS)
     batch = make_batch()
-    assert model.shares == [0.75, 0.25]
+    assert model.teacher_source.weights == [0.75, 0.25]
     model.student.eval()
     loss = seeded_losses(model, batch)["loss_kd"]
     mixture, images = 0.0, batch["image"].float()
@@ -83,12 +83,13 @@ def test_each_temperature_has_an_average_of_its_own():
     student, *logits = (array(seed, 6, CLASSES, scale=5.0) for seed in (1, 2, 3))
     target, shares = torch.arange(6), (0.3, 0.7)
     at = {t: sum(s * (z / t).softmax(1) for s, z in zip(shares, logits, strict=True)).log() * t for t in (1, 2, 3, 4)}
-    outputs = Outputs(student), Outputs(logits[0], ensemble=list(zip(shares, logits, strict=True)))
+    members = [(share, Outputs(z)) for share, z in zip(shares, logits, strict=True)]
+    outputs = Outputs(student), Outputs(members=members)
 
     def loss(name, **settings):
         opts = [item for setting, value in settings.items() for item in (key(name, setting), value)]
         distiller = build(name, *opts).distillers[name.lower()]
-        return distiller(*outputs, target, Context(30))[loss_of(name)]
+        return distiller(*outputs, Batch(target))
 
     expected = nkd_loss(student, at[1], target, 0.0, 3.0)
     expected += nkd_loss(student, at[3], target, 2.0, 3.0) - nkd_loss(student, at[3], target, 0.0, 3.0)
@@ -138,7 +139,7 @@ def test_standardised_logits(name):
     def loss(switch, prepare):
         distiller = build(name, key(name, "STANDARDIZE"), switch).distillers[name.lower()]
         outputs = [Outputs(prepare(logits)) for logits in (student, teacher)]
-        return distiller(*outputs, batch["label"], Context(30))[loss_of(name)]
+        return distiller(*outputs, Batch(batch["label"]))
 
     standardised = loss(True, lambda logits: logits)
     assert torch.equal(standardised, loss(False, standardize_logits))
@@ -155,9 +156,9 @@ def test_several_teachers_are_standardised_each(name):
     distiller = build(name, key(name, "STANDARDIZE"), True).distillers[name.lower()]
 
     def loss(scale):
-        ensemble = [(0.5, teachers[0]), (0.5, scale * teachers[1])]
-        outputs = Outputs(student), Outputs(teachers[0], ensemble=ensemble)
-        return distiller(*outputs, batch["label"], Context(30))[loss_of(name)]
+        members = [(0.5, Outputs(teachers[0])), (0.5, Outputs(scale * teachers[1]))]
+        outputs = Outputs(student), Outputs(members=members)
+        return distiller(*outputs, Batch(batch["label"]))
 
     torch.testing.assert_close(loss(10.0), loss(1.0), rtol=1e-4, atol=1e-6)
     assert DISTILLERS.get(name).common_defaults()["STANDARDIZE"] is False

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from d2distill.classification.config import get_cfg, validate
-from d2distill.classification.trainer import ClassificationTrainer, load_datasets, train
+from d2distill.classification.trainer import build_trainer, load_datasets, train
 from d2distill.common.config import CfgNode
 from tests.interruptions import disturb, read_state
 
@@ -55,7 +55,7 @@ def state(folder) -> tuple[dict, dict, list]:
 def _main(folder: str, workers: str, moment: str, step: str) -> None:
     torch.set_num_threads(1)
     cfg = small_cfg(folder, int(workers))
-    trainer = ClassificationTrainer(cfg, *load_datasets(cfg))
+    trainer = build_trainer(cfg, *load_datasets(cfg))
     disturb(trainer, moment, int(step))
     trainer.run()
 

@@ -29,7 +29,8 @@ class Net(nn.Module):
 def train(net, optimizer, steps):
     for step in steps:
         optimizer.zero_grad()
-        optimizer.backward(*net.losses(step))
+        task, distill = net.losses(step)
+        optimizer.backward({"loss_ce": task}, {"loss_kd": distill})
         optimizer.step()
 
 
@@ -131,7 +132,8 @@ def test_frozen_and_unreached_parameters_stay():
 def test_a_gradient_is_applied_once():
     net = Net()
     optimizer = DOT(net.connector.parameters(), 0.1, 0.5, 0.1)
-    optimizer.backward(net.losses(0)[0] + 0 * net.connector.weight.sum(), net.losses(0)[1])
+    task, distill = net.losses(0)
+    optimizer.backward({"loss_ce": task + 0 * net.connector.weight.sum()}, {"loss_kd": distill})
     optimizer.step()
     optimizer.zero_grad()
     before = net.connector.weight.clone()
@@ -143,3 +145,22 @@ def test_a_gradient_is_applied_once():
 def test_settings_that_do_not_converge(momentum, delta):
     with pytest.raises(ValueError, match="delta"):
         DOT(Net().parameters(), 0.1, momentum, delta)
+
+
+def test_gradients_that_are_expanded_views():
+    """The gradient of a sum is one number, expanded: no memory of its own."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = DOT([weight], lr=1.0, momentum=0.5, delta=0.25)
+    for step in range(2):
+        optimizer.backward({"loss_ce": weight.sum()}, {"loss_kd": 2 * weight.sum()})
+        optimizer.step()
+        # v_task 1, then 1.25; v_distill 2, then 3.5.
+        assert weight.tolist() == [[-2.0, -6.75][step]] * 3
+
+
+def test_nothing_is_allocated_for_parameters_that_no_loss_reaches():
+    weight, unused = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = DOT([weight, unused], 0.1)
+    optimizer.backward({"loss_ce": weight.sum()}, {"loss_kd": weight.sum()})
+    optimizer.step()
+    assert set(optimizer.state) == {weight}

@@ -3,12 +3,14 @@
 import math
 import random
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from d2distill.common.engine import writers
@@ -16,8 +18,10 @@ from d2distill.common.engine.checkpoint import RunCheckpointer, save_student
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import MeanMetrics, average_states
 from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
-from d2distill.common.engine.trainer import StepTrainer
+from d2distill.common.engine.seeding import seed_step
+from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import DivergedError
+from tests.tiny_task import tiny_trainer
 
 NAN = float("nan")
 
@@ -32,7 +36,9 @@ def after_each_step(hook, max_iter, **trainer):
 
 def test_evaluations_are_periodic_and_last():
     steps = []
-    hook = EvaluationHook(lambda: {"top1": steps.append(hook.trainer.iter + 1) or 0.0}, 4, "top1", lambda: None)
+    hook = EvaluationHook(
+        lambda: {"top1": steps.append(hook.trainer.iter + 1) or 0.0}, 4, {"best": "top1"}, lambda name: None
+    )
     after_each_step(hook, 10)
     assert steps == [4, 8, 10]
 
@@ -47,7 +53,9 @@ def test_evaluations_are_periodic_and_last():
 )
 def test_the_best_is_above_all_before(values, best, taken):
     given, kept = iter(values), []
-    hook = EvaluationHook(lambda: {"top1": next(given)}, 1, "top1", lambda: kept.append(hook.last["top1"]))
+    hook = EvaluationHook(
+        lambda: {"top1": next(given)}, 1, {"best": "top1"}, lambda name: kept.append(hook.last["top1"])
+    )
     after_each_step(hook, 3)
     assert hook.best == {"top1": best} and kept == taken
     last = hook.summary()["top1"]
@@ -72,7 +80,7 @@ def test_a_line_at_multiples_at_ends_of_epochs_and_after_the_last_step(epoch_len
         epoch = hook.trainer.storage.latest().get("epoch", (None,))[0]
         lines.append((hook.trainer.iter + 1, epoch))
 
-    hook = WriterHook([], 4, epoch_length)
+    hook = WriterHook("", 4, 10, epoch_length)
     hook._writers = [SimpleNamespace(write=write)]
     after_each_step(hook, 10, log_metrics=lambda: None)
     assert lines == [(step, step / epoch_length if epoch_length else None) for step in expected]
@@ -165,66 +173,69 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch
     assert given == [{"purge_step": start or None}]
 
 
-def test_what_a_step_draws_depends_on_seed_and_step_alone():
-    model = torch.nn.Linear(1, 1)
+def drawn(folder, start, seed=0):
+    """What four steps draw from `start` on, in the losses."""
+    draws = []
 
-    def drawn(start, seed=0):
-        draws = []
+    def losses(batch, weight):
+        # On CPUs, where TorchScript must compute a function's first call as it does the others.
+        assert not torch._C._get_graph_executor_optimize()
+        draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return {"loss": weight}
 
-        def losses(batch):
-            # On CPUs, where TorchScript must compute a function's first call as it does the others.
-            assert not torch._C._get_graph_executor_optimize()
-            draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
-            return {"loss": model.weight.sum()}
+    trainer = tiny_trainer(folder, losses, seed=seed)
+    trainer.hooks_after_checkpoint = []  # of the step before, which was not made here
+    trainer.train(start, 4)
+    return draws
 
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        trainer = StepTrainer(model, optimizer, lambda start: range(start, 4), seed)
-        trainer.compute_losses = losses
-        trainer.train(start, 4)
-        return draws
 
-    whole = drawn(0)
-    assert drawn(2) == whole[2:] and drawn(0, seed=1) != whole
+def test_what_a_step_draws_depends_on_seed_and_step_alone(tmp_path):
+    whole = drawn(tmp_path, 0)
+    assert drawn(tmp_path, 2) == whole[2:] and drawn(tmp_path, 0, seed=1) != whole
     assert len({value for draws in whole for value in draws}) == 12
 
 
-def test_what_a_network_notes_is_logged_as_its_mean_since_the_last_line():
-    """Of a resumed run too, whatever a part of it did."""
-    model = torch.nn.Linear(1, 1)
-
-    def train(start, end, state=None):
-        trainer = StepTrainer(model, torch.optim.SGD(model.parameters(), 0.0), lambda start: range(start, 9), seed=0)
-
-        def losses(batch):
-            get_event_storage().put_scalar("noted", batch)
-            return {"loss": 0 * model.weight.sum() + batch}
-
-        trainer.compute_losses, lines = losses, []
-        hook = WriterHook([], 2)
-
-        def write():
-            latest = trainer.storage.latest()
-            lines.append((latest["loss"][0], latest["noted"][0]))
-
-        hook._writers = [SimpleNamespace(write=write, close=lambda: None)]
-        trainer.register_hooks([hook])
-        if state is not None:
-            trainer.load_state_dict(state)
-        trainer.train(start, end)
-        return lines, trainer
-
-    assert train(0, 6)[0] == [(0.5, 0.5), (2.5, 2.5), (4.5, 4.5)]
-    trainer = train(0, 2)[1]
-    trainer.metrics.update({"loss": 2.0})
-    trainer.model_scalars.update({"noted": 2.0})
-    assert train(3, 6, trainer.state_dict())[0] == [(2.5, 2.5), (4.5, 4.5)]
+def test_the_generators_of_a_step_draw_different_numbers():
+    """numpy and torch are both Mersenne twisters: of the same seed they would draw the same words."""
+    seed_step(3, 5)
+    of_torch = torch.randint(0, 2**32, (64,)).tolist()
+    of_numpy = np.random.randint(0, 2**32, 64, dtype=np.uint32).tolist()
+    of_python = [random.getrandbits(32) for _ in range(64)]
+    assert not set(of_torch) & set(of_numpy) and not set(of_numpy) & set(of_python)
 
 
-def test_the_norm_of_all_gradients_is_clipped():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    trainer = StepTrainer(model, optimizer, lambda start: [torch.ones(5, 3)], seed=0, clip=0.5)
-    trainer.compute_losses = lambda batch: {"loss": 100 * model(batch).square().sum()}
+def test_a_step_adds_up_its_parts(tmp_path):
+    """0.1 * (0.25 * 4 + 0.75 * 8) from 1; the loss that is logged is that of the whole batch."""
+    trainer = tiny_trainer(tmp_path, max_iter=1, split_batch=lambda batch, step: [(4.0, 0.25), (8.0, 0.75)])
     trainer.train(0, 1)
-    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert gradients.norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert trainer.model.weight.item() == pytest.approx(1 - 0.1 * 7)
+    assert read_metrics(tmp_path)[0]["loss"] == 7 and read_metrics(tmp_path)[0]["total_loss"] == 7
+
+
+def test_what_a_network_notes_is_logged_as_its_mean_since_the_last_line(tmp_path):
+    """Of a resumed run too, whatever a part of it did."""
+
+    def losses(batch, weight):
+        get_event_storage().put_scalar("noted", batch)
+        return {"loss": 0 * weight + batch}
+
+    def lines(folder):
+        return [(line["loss"], line["noted"]) for line in read_metrics(folder)]
+
+    tiny_trainer(tmp_path / "whole", losses, max_iter=6).run()
+    assert lines(tmp_path / "whole") == [(0.5, 0.5), (2.5, 2.5), (4.5, 4.5)]
+    # Stopped after 3 steps, in the middle of a line.
+    stopped = tiny_trainer(tmp_path / "stopped", losses, max_iter=6, checkpoint_periods=[3])
+    with pytest.raises(SystemExit):
+        stopped.register_hooks([CallHook(lambda trainer: trainer.iter == 3 and sys.exit())])
+        stopped.run()
+    tiny_trainer(tmp_path / "stopped", losses, max_iter=6, checkpoint_periods=[3]).run(resume=True)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+class CallHook(HookBase):
+    def __init__(self, after_step):
+        self._after_step = after_step
+
+    def after_step(self):
+        self._after_step(self.trainer)

@@ -7,12 +7,14 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from fvcore.common.config import CfgNode
 from torch import nn
 
-from d2distill.common.distillers import DISTILLERS, Context, dkd_loss
+from d2distill.common.distillers import DISTILLERS, Distiller, dkd_loss
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import Outputs
-from d2distill.detection.meta_arch.base import crop, levels, recorded
+from d2distill.common.modules import capture_calls
+from d2distill.common.outputs import Batch, Outputs, Progress
+from d2distill.detection.meta_arch.base import crop_to_common_size, feature_strides
 from tests.detection.tiny_detectors import batch, build, image, plain, small_cfg, step
 
 ARCHITECTURES = ["review_dkd_r101_r18", "retinanet_bckd_r101_r50"]
@@ -80,15 +82,15 @@ def test_reviewkd_is_the_class_of_classification():
     method = model.distillers["reviewkd"]
     assert type(method) is DISTILLERS.get("ReviewKD") and len(method.fusions) == 5
     method.eval()
-    with recorded({"student": model.backbone, "teacher": model.teacher.backbone}) as calls:
+    with capture_calls({"student": model.backbone, "teacher": model.teacher.backbone}) as calls:
         torch.manual_seed(7)
         model.training = True  # alone: batch norms of the fusions stay in eval mode
         from detectron2.utils.events import EventStorage
 
         with EventStorage():
             losses = model(batch())
-    sides = [Outputs(feats=[calls[side].output[f"p{i}"] for i in range(2, 7)]) for side in ("student", "teacher")]
-    assert torch.equal(losses["loss_reviewkd"], method(*sides, None, Context(1))["loss_reviewkd"])
+    sides = [Outputs(feats=[calls[side][0].output[f"p{i}"] for i in range(2, 7)]) for side in ("student", "teacher")]
+    assert torch.equal(losses["loss_reviewkd"], method(*sides, Batch()) * method.weight(Progress()))
 
 
 def test_boxes_are_those_the_students_head_saw():
@@ -108,9 +110,9 @@ def test_connectors_begin_alike_with_any_teacher():
 
 def test_the_teachers_head_takes_the_levels_it_was_built_for():
     model = build(small_cfg("dkd_r101_r18", **{"TEACHER.MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"]}))
-    with recorded({"pooler": model.teacher.roi_heads.box_pooler}) as calls:
+    with capture_calls({"pooler": model.teacher.roi_heads.box_pooler}) as calls:
         step(model, batch())
-    maps, _ = calls["pooler"].args
+    maps, _ = calls["pooler"][0].args
     assert [max(feat.shape[2:]) for feat in maps] == [16, 8, 4]
 
 
@@ -151,33 +153,51 @@ def test_each_method_teaches_the_students_backbone(name):
         assert any(gradient is not None and gradient.any() for gradient in gradients), method
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_teacher_uses_the_statistics_that_a_method_asks_for(monkeypatch, asked):
-    monkeypatch.setattr(DISTILLERS.get("PKD"), "teacher_batch_statistics", asked)
-    model, seen = build(small_cfg("pkd_r101_r50", **{"TEACHER.MODEL.RESNETS.NORM": "BN"})), []
-    norm = model.teacher.backbone.bottom_up.res5[-1].conv1.norm  # the first stages are frozen
-    norm.register_forward_hook(lambda module, *_: seen.append(module.training))
-    before = norm.running_mean.clone()
-    step(model, batch())
-    assert seen == [asked] and not norm.training and torch.equal(norm.running_mean, before)
-
-
 def test_a_method_without_a_teacher_is_given_none():
-    class Alone(nn.Module):
-        needs_teacher = teacher_batch_statistics = False
+    class Alone(Distiller):
+        needs, needs_teacher = (), False
 
-        def forward(self, student, teacher, target, ctx):
-            return {"loss_alone": torch.tensor(float(teacher is None))}
+        def forward(self, student, teacher, batch):
+            return torch.tensor(float(teacher is None))
 
     model = build(small_cfg("pkd_r101_r50"))
-    model.distillers["alone"] = Alone()
+    model.distillers["alone"] = Alone(CfgNode({"WEIGHT": 3.0, "WARMUP": 0}), None)
     losses = step(model, batch())
-    assert losses["loss_alone"] == 1 and losses["loss_pkd"] > 0
+    assert losses["loss_alone"] == 3 and losses["loss_pkd"] > 0
+
+
+def test_methods_see_boxes_sizes_and_progress():
+    """And the outputs of any submodule that they name, of both networks."""
+    seen = {}
+
+    class Looking(Distiller):
+        needs = ("feats", "module:backbone.bottom_up.res5", "module:roi_heads.box_head")
+
+        def forward(self, student, teacher, batch):
+            seen.update(student=student, teacher=teacher, batch=batch)
+            return student.feats[0].sum() * 0
+
+    DISTILLERS.register(Looking)
+    try:
+        cfg = small_cfg("pkd_r101_r50", **{"DISTILL.METHODS": ["Looking"], "SOLVER.MAX_ITER": 8})
+        step(build(cfg), batch(), iteration=2)
+    finally:
+        DISTILLERS._obj_map.pop("Looking")
+    assert (seen["batch"].progress.step, seen["batch"].progress.fraction) == (2, 0.25)
+    assert [boxes.shape[1] for boxes in seen["batch"].boxes] == [4, 4]
+    assert seen["batch"].image_sizes == [tuple(x["image"].shape[1:]) for x in batch()]
+    for side in ("student", "teacher"):
+        assert seen[side].extras["module:backbone.bottom_up.res5"].ndim == 4
+        assert seen[side].extras["module:roi_heads.box_head"].ndim == 2
 
 
 def test_levels_go_from_fine_to_coarse_whatever_their_names():
     shapes = {"p10": ShapeSpec(stride=8), "p9": ShapeSpec(stride=4), "a": ShapeSpec(stride=16)}
-    assert list(levels(SimpleNamespace(output_shape=lambda: shapes)).items()) == [("p9", 4), ("p10", 8), ("a", 16)]
+    assert list(feature_strides(SimpleNamespace(output_shape=lambda: shapes)).items()) == [
+        ("p9", 4),
+        ("p10", 8),
+        ("a", 16),
+    ]
 
 
 def test_the_state_dict_is_plain_detectron2s_beside_the_methods():
@@ -193,20 +213,20 @@ def test_the_teacher_normalises_for_itself():
     """BGR teacher of an RGB student: flipped first, then its own mean and deviation, then its own padding."""
     model = build(small_cfg(**{"TEACHER.MODEL.PIXEL_MEAN": [10.0, 20.0, 30.0], "TEACHER.MODEL.PIXEL_STD": [1.0, 2, 4]}))
     inputs = batch()
-    seen = model.teacher_view.images(inputs)
+    seen = model.teacher_adapter.images(inputs)
     first = inputs[0]["image"].float().flip(0)
     expected = (first - torch.tensor([10.0, 20, 30])[:, None, None]) / torch.tensor([1.0, 2, 4])[:, None, None]
     assert torch.equal(seen[0, :, :96, :128], expected)
     same = build(small_cfg(**{"TEACHER.INPUT.FORMAT": "RGB"}))
     assert torch.allclose(
-        same.teacher_view.images(inputs)[0][:, :96, :128] + 0, inputs[0]["image"] - same.teacher.pixel_mean
+        same.teacher_adapter.images(inputs)[0][:, :96, :128] + 0, inputs[0]["image"] - same.teacher.pixel_mean
     )
     with pytest.raises(ConfigError, match=r"TEACHER.INPUT.FORMAT is L, but the student's images are RGB"):
         build(small_cfg(**{"TEACHER.INPUT.FORMAT": "L"}))
 
 
 def test_maps_of_networks_with_other_padding_are_cut_to_what_both_have():
-    a, b = crop(torch.arange(24.0).reshape(1, 1, 4, 6), torch.zeros(1, 2, 5, 3))
+    a, b = crop_to_common_size(torch.arange(24.0).reshape(1, 1, 4, 6), torch.zeros(1, 2, 5, 3))
     assert a.shape == (1, 1, 4, 3) and b.shape == (1, 2, 4, 3) and a[0, 0, 1].tolist() == [6, 7, 8]
     model = build(small_cfg("pkd_r101_r50", **{"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}))
     model.teacher.backbone._size_divisibility = 128
@@ -288,7 +308,7 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
         ("dkd_r101_r18", {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}, "sigmoid"),
         ("dkd_r101_r18", {"DISTILL.METHODS": ["OFD"]}, "OFD takes its margins"),
         ("dkd_r101_r18", {"DISTILL.METHODS": ["CRD"]}, "CRD needs the pooled"),
-        ("dkd_r101_r18", {"DISTILL.METHODS": ["USKD"]}, "USKD needs a feature for each row"),
+        ("dkd_r101_r18", {"DISTILL.METHODS": ["USKD"]}, "USKD needs the pooled of the student"),
         ("reviewkd_r101_r18", {"DISTILL.REVIEWKD.TEACHER": 1}, "one teacher"),
         ("dkd_r101_r18", {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN"}, "need MODEL.META_ARCHITECTURE DistillRCNN"),
         ("dkd_r101_r18", {"MODEL.META_ARCHITECTURE": "DistilRCNN"}, "did you mean DistillRCNN"),
@@ -302,12 +322,12 @@ def test_what_does_not_fit_is_told_before_training(name, settings, message):
 def test_anchors_are_the_same_only_in_retinanets_that_pad_alike():
     model = build(small("retinanet_bckd_r101_r50"))
     parts = vars(model) | model._modules
-    model.check_scores(model.teacher_view.cfg, parts, model.teacher_view, "BCKD")
+    model.check_comparable(model.teacher_adapter.cfg, parts, model.teacher_adapter, "BCKD")
     model.teacher.backbone._size_divisibility = 128
     with pytest.raises(ConfigError, match="classes of anchors, but the teacher is a Linear"):
-        model.check_scores(model.teacher_view.cfg, parts, SimpleNamespace(network=nn.Linear(1, 1)), "BCKD")
+        model.check_comparable(model.teacher_adapter.cfg, parts, SimpleNamespace(network=nn.Linear(1, 1)), "BCKD")
     with pytest.raises(ConfigError, match=r"differ in their padding \(32, .*\) and \(128, "):
-        model.check_scores(model.teacher_view.cfg, parts, model.teacher_view, "BCKD")
+        model.check_comparable(model.teacher_adapter.cfg, parts, model.teacher_adapter, "BCKD")
 
 
 def test_sigmoid_classes_of_an_rcnn_have_no_background_column():

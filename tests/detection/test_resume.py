@@ -49,13 +49,13 @@ def start(folder, name, workers, moment, step):
 @pytest.mark.parametrize(
     ("name", "moment", "step", "workers"),
     [
-        ("rcnn", "before hooks", 1, 0),  # nothing saved yet
-        ("rcnn", "before hooks", 5, 2),
-        ("rcnn", "before saving", 4, 0),
+        ("rcnn", "before saving", 1, 0),  # nothing saved yet
+        ("rcnn", "before saving", 5, 2),
+        ("rcnn", "after evaluating", 6, 0),
         ("rcnn", "while saving", 4, 2),
         ("rcnn", "after saving", 2, 0),
-        ("rcnn", "after saving", STEPS, 0),
-        ("retinanet", "before hooks", 3, 0),  # its running normaliser is no buffer
+        ("rcnn", "after writing", STEPS, 0),
+        ("retinanet", "before saving", 3, 0),  # its running normaliser is no buffer
         ("retinanet", "while saving", 4, 2),
     ],
 )

@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import load_cfg
 from d2distill.detection.data import load_training_set, register_datasets
-from d2distill.detection.trainer import DetectionTrainer
+from d2distill.detection.trainer import build_trainer
 from tests.detection.tiny_detectors import SMALL, TEACHER, build, small_cfg
 from tests.detection.tiny_training import run, tiny_cfg
 from tests.interruptions import assert_identical
@@ -31,8 +31,8 @@ def test_mixed_precision(tiny, tmp_path):
     """bf16 on CPUs, fp16 with loss scaling on GPUs; losses and weights stay fp32."""
     cfg = tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.AMP.ENABLED": True})
     register_datasets(cfg)
-    trainer = DetectionTrainer(cfg, load_training_set(cfg))
-    assert trainer.precision is torch.bfloat16
+    trainer = build_trainer(cfg, load_training_set(cfg))
+    assert trainer.task.precision is torch.bfloat16
     trainer.run()
     student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
@@ -41,12 +41,13 @@ def test_mixed_precision(tiny, tmp_path):
 def test_every_process_evaluates_with_the_main_ones_statistics(tiny, tmp_path, monkeypatch):
     cfg, sent = tiny_cfg("rcnn", tmp_path), []
     register_datasets(cfg)
-    trainer = DetectionTrainer(cfg, load_training_set(cfg))
+    trainer = build_trainer(cfg, load_training_set(cfg))
     monkeypatch.setattr("d2distill.detection.trainer.broadcast_buffers", sent.append)
     monkeypatch.setattr("d2distill.detection.trainer.evaluate_detector", lambda *_, **__: {"sent": list(sent)})
-    assert trainer.test() == {"sent": []}
+    assert trainer.evaluate() == {"sent": []}
     monkeypatch.setattr("d2distill.detection.trainer.comm.get_world_size", lambda: 2)
-    assert trainer.test() == {"sent": [trainer.detector]}
+    (network,) = trainer.evaluate()["sent"]
+    assert network.backbone is trainer.task.model.backbone and network.teacher is None
 
 
 def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
@@ -116,7 +117,7 @@ def test_a_merged_file_gives_student_and_teacher(tmp_path, zoo):
     else:
         cfg = small_cfg(**{"MODEL.WEIGHTS": str(tmp_path / "merged.pth")})
     built = build(cfg, seed=4)
-    assert built.teacher_view.key == "MODEL.WEIGHTS"
+    assert built.teacher_adapter.key == "MODEL.WEIGHTS"
     assert_identical({**built.teacher.state_dict()}, {**model.teacher.state_dict()})
     cfg.TEACHER.MODEL.WEIGHTS = str(tmp_path / "teacher.pth")
-    assert build(cfg).teacher_view.key == "TEACHER.MODEL.WEIGHTS"
+    assert build(cfg).teacher_adapter.key == "TEACHER.MODEL.WEIGHTS"

@@ -1,4 +1,4 @@
-"""crd_loss and CRD's memory: values, banks, Z, checkpoints."""
+"""CRD's memory: banks, Z, checkpoints."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d2distill.common.distillers import Context, crd_loss
+from d2distill.common.distillers import Context
 from d2distill.common.distillers._contrast import contrast_logits, last_of_each
 from d2distill.common.outputs import Outputs
 from tests.common.distillers.single_method import build, settings
@@ -45,21 +45,6 @@ def transcribed(scores, num_samples, eps=1e-7):
         c = len(negatives) / num_samples
         total -= math.log(positive / (positive + c + eps)) + sum(math.log(c / (p + c + eps)) for p in negatives)
     return total / len(scores)
-
-
-def test_equals_the_formula():
-    log_scores = array(1, 5, 8, scale=3).double()
-    expected = transcribed(log_scores.exp(), 40)
-    assert crd_loss(log_scores, 40).item() == pytest.approx(expected, rel=1e-12)
-    assert crd_loss(log_scores.float(), 40).item() == pytest.approx(expected, rel=1e-6)
-    assert torch.autograd.gradcheck(lambda s: crd_loss(s, 40), log_scores.requires_grad_())
-
-
-def test_finite_for_any_score():
-    log_scores = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, 0.0]], requires_grad=True)
-    value = crd_loss(log_scores, 40)
-    value.backward()
-    assert value.isfinite() and log_scores.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("num_samples", [30, 3000])

@@ -190,19 +190,6 @@ def test_hint_regressor(student, teacher, kind, kernel):
         build("FitNet", *spec, HINT_LAYER=3)
 
 
-@pytest.mark.parametrize(("weight", "bias"), [(0.5, 0.1), (-0.5, 0.1), (1.0, -2.0), (0.3, 0.9), (2.0, 0.0), (1.0, 3.0)])
-def test_margin_is_the_mean_of_the_negative_part(weight, bias):
-    x = torch.linspace(-12, 0, 2_000_001, dtype=torch.float64)
-    density = torch.exp(-((x - bias) ** 2) / (2 * weight**2))
-    expected = (torch.trapezoid(x * density) / torch.trapezoid(density)).item()
-    assert ofd_margin(torch.tensor([weight]), torch.tensor([bias])).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_margin_where_hardly_anything_is_negative():
-    margins = ofd_margin(torch.tensor([0.1, -0.1, 0.0, 0.0, 0.0]), torch.tensor([0.5, 0.5, 0.5, 0.0, -0.5]))
-    assert margins.tolist() == pytest.approx([-0.3, -0.3, 0.0, 0.0, -0.5])
-
-
 def test_margins_come_from_the_teachers_batch_norms():
     student, teacher = outputs(1, PAIRS["equal"][0]), outputs(60, PAIRS["equal"][1])
     norms = [nn.BatchNorm2d(shape[0]) for shape in PAIRS["equal"][1][1:]]

@@ -1,4 +1,4 @@
-"""Standardised logits, and what the base classes give to every method."""
+"""The methods on logits, and what the base classes give to every method."""
 
 from dataclasses import replace
 
@@ -14,46 +14,6 @@ LOGIT_METHODS = [name for name, method in DISTILLERS if issubclass(method, Logit
 SWITCHED = [name for name in LOGIT_METHODS if not DISTILLERS.get(name).takes_sigmoid]
 SIDES = ("student", "teacher")
 TARGET = torch.tensor([3, 0, 9, 5, 1, 1])
-
-
-def test_mean_0_and_deviation_1():
-    z = standardize_logits(array(1, 6, 10, scale=7).double() + 100)
-    assert torch.allclose(z.mean(1), torch.zeros(6).double(), atol=1e-12)
-    assert torch.allclose(z.std(1), torch.ones(6).double(), atol=1e-7)
-
-
-def test_equals_the_formula():
-    logits = array(2, 3, 4, scale=3).double()
-    for row, got in zip(logits.tolist(), standardize_logits(logits, eps=0.5).tolist(), strict=True):
-        mean = sum(row) / 4
-        deviation = (sum((v - mean) ** 2 for v in row) / 3) ** 0.5
-        assert got == pytest.approx([(v - mean) / (deviation + 0.5) for v in row], rel=1e-12)
-
-
-def test_gradcheck():
-    assert torch.autograd.gradcheck(standardize_logits, array(3, 4, 5).double().requires_grad_())
-
-
-@pytest.mark.parametrize(
-    "logits",
-    [
-        torch.zeros(2, 5),
-        torch.full((2, 5), 1e4),
-        torch.full((2, 100), 0.1),
-        torch.ones(2, 1),
-        torch.zeros(0, 5),
-        torch.tensor([[1e4, -1e4]]),
-    ],
-    ids=["zero", "constant", "rounded", "one class", "empty", "two huge"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_finite_with_finite_gradients(logits, dtype):
-    logits = logits.clone().to(dtype).detach().requires_grad_()
-    z = standardize_logits(logits)
-    (z * torch.arange(logits.shape[1])).sum().backward()
-    assert z.dtype == torch.float32 and z.isfinite().all() and logits.grad.isfinite().all()
-    if torch.equal(logits, logits[:, :1].expand_as(logits)):
-        assert not z.any() and not logits.grad.any()  # nor is there a direction in what rounding leaves
 
 
 @pytest.mark.parametrize("name", SWITCHED)
@@ -131,3 +91,21 @@ def test_a_name_that_a_module_dict_cannot_hold(name):
 def test_a_method_may_ignore_labels():
     method = build("KD", Outputs(torch.zeros(1, 3)), Outputs(torch.zeros(1, 3)))
     assert method.set_labels(torch.zeros(5, dtype=torch.long)) is None and Distiller.needs_teacher
+
+
+def test_bckd_averages_the_sigmoids_of_several_teachers():
+    student, one, two = (array(seed, 6, 4, scale=3).double() for seed in (28, 29, 30))
+    method = build("BCKD", Outputs(student), Outputs(one))
+    together = method.average([(0.25, one), (0.75, two)])
+    torch.testing.assert_close(together.sigmoid(), 0.25 * one.sigmoid() + 0.75 * two.sigmoid())
+    huge = method.average([(0.5, torch.tensor([[1e4, -1e4, 1e4]])), (0.5, torch.tensor([[1e4, -1e4, -1e4]]))])
+    assert huge.tolist() == [pytest.approx([1e4, -1e4, 0.0], abs=1e-3)]
+
+
+def test_published_defaults():
+    common = {"WEIGHT": 1.0, "WARMUP": 0, "STANDARDIZE": False}
+    assert settings("DIST") == {**common, "WEIGHT": 2.0, "BETA": 1.0, "GAMMA": 1.0, "T": 4.0}
+    assert settings("NKD") == {**common, "GAMMA": 3.5, "T": 3.0}
+    assert settings("RLD") == {**common, "WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
+    assert settings("BCKD") == {"WEIGHT": 1.0, "WARMUP": 0}
+    assert settings("WTTM") == {**common, "WEIGHT": 3.0, "GAMMA": 0.1}

@@ -1,0 +1,44 @@
+"""Soft targets: mixup and cutmix by torchvision, and label smoothing."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from d2distill.common.config import CfgNode
+
+__all__ = ["build_soft_targets"]
+
+
+def build_soft_targets(cfg: CfgNode, num_classes: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What gives a training batch its ``soft_target`` (N, C), by INPUT.MIXUP, INPUT.CUTMIX and SOLVER.LABEL_SMOOTHING.
+
+    Mixup and cutmix are torchvision's, one of the two in each step where both are set. They draw from torch's generator
+    which the trainer seeds by (seed, step). Student and teacher see the same mixed images. The ``label`` stays: with
+    label smoothing alone, methods that need the one class of an image have it.
+
+    Returns:
+        A function from batch to batch; None where no setting asks for one.
+    """
+    mixes: list[Callable] = []
+    if cfg.INPUT.MIXUP:
+        mixes.append(v2.MixUp(alpha=cfg.INPUT.MIXUP, num_classes=num_classes))
+    if cfg.INPUT.CUTMIX:
+        mixes.append(v2.CutMix(alpha=cfg.INPUT.CUTMIX, num_classes=num_classes))
+    smoothing = cfg.SOLVER.LABEL_SMOOTHING
+    if not mixes and not smoothing:
+        return None
+
+    def soften(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, target = batch["image"], batch["label"]
+        if mixes and len(target):
+            mix = mixes[int(torch.rand(()) * len(mixes))] if len(mixes) > 1 else mixes[0]
+            images, target = mix(images.float(), target)
+        else:
+            target = F.one_hot(target, num_classes).float()
+        target = (1 - smoothing) * target + smoothing / num_classes
+        return {**batch, "image": images, "soft_target": target}
+
+    return soften

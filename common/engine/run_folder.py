@@ -1,0 +1,93 @@
+"""A run folder (OUTPUT_DIR): made, described, and its log started."""
+
+import json
+import logging
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+from fvcore.common.config import CfgNode
+
+from d2distill.common.config import import_extensions
+from d2distill.common.engine.checkpoint import write_atomically
+from d2distill.common.engine.distributed import check_processes, run_on_main_process
+from d2distill.common.errors import ConfigError
+
+__all__ = ["RESULTS", "prepare_run", "read_results", "start_logs", "write_run_folder", "write_text"]
+
+RESULTS = "results.json"
+#: Facts of the run in results.json, which are no metrics.
+_FACTS = ("parameters", "flops", "seconds", "steps")
+logger = logging.getLogger("detectron2.d2distill")
+
+
+def prepare_run(cfg: CfgNode, resume: bool) -> None:
+    """What comes before data and networks: own modules, checks of the run folder and the batch size.
+
+    Raises:
+        ConfigError: the folder holds another run or cannot be used, or a batch or device does not fit the number of
+            processes.
+    """
+    # Processes that Detectron2 started have imported nothing yet.
+    import_extensions(cfg.IMPORTS)
+    check_processes(cfg)
+    run_on_main_process(lambda: _make_folder(cfg.OUTPUT_DIR))
+    if not resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
+        )
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def _make_folder(folder: str) -> None:
+    """Before anything is read, which may take long: that it can be written to is seen by writing."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} cannot be used as a run folder: {error.strerror}; choose one that can be made and "
+            "written to"
+        ) from error
+
+
+def start_logs(output_dir: str | None) -> None:
+    """Send Detectron2's and our logs to the console and, in a run folder, to log.txt.
+
+    One process may start several runs, one by one.
+    """
+    setup_logger.cache_clear()
+    for name in ("fvcore", "detectron2"):
+        logging.getLogger(name).handlers.clear()
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+
+
+def write_run_folder(cfg: CfgNode) -> None:
+    """Write the settings and the versions of everything."""
+    for name, text in (("config.yaml", cfg.dump()), ("environment.txt", collect_env_info() + "\n")):
+        write_text(Path(cfg.OUTPUT_DIR, name), text)
+    logger.info(f"Run folder {cfg.OUTPUT_DIR}: settings in config.yaml, versions in environment.txt")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        OutputError: the disk is full, or may not be written to.
+    """
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
+    """The metrics in results.json of a run that has ended after that many steps; None where it has not."""
+    path = Path(folder, RESULTS)
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if content.get("steps") != steps:
+        return None
+    # A metric that is not defined on the data is null there.
+    metrics = {name: value for name, value in content.items() if name not in _FACTS}
+    return {name: float("nan") if value is None else value for name, value in metrics.items()}

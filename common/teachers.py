@@ -1,0 +1,109 @@
+"""Where a teacher's outputs come from. No trainer and no method asks which kind of source it is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2distill.common.distillers import Distiller
+from d2distill.common.modules import captured_extras
+from d2distill.common.outputs import Batch, Outputs
+
+__all__ = ["LiveTeacher", "TeacherEnsemble", "TeacherSource", "exclude_teacher_from_state_dict"]
+
+#: What a method asks of a teacher beyond its outputs: a function of the network and its images, by name.
+Extras = Mapping[str, Callable[[nn.Module, Tensor], Any]]
+_PREFIX = "teacher."
+
+
+class TeacherSource(ABC):
+    """Gives the teacher's `Outputs` for a batch.
+
+    Attributes:
+        needs: the parts of `Outputs` that the chosen methods read.
+        extras: what they ask for beyond those.
+    """
+
+    def __init__(self) -> None:
+        self.needs: set[str] = set()
+        self.extras: dict[str, Callable[[nn.Module, Tensor], Any]] = {}
+
+    def serve(self, distillers: Iterable[Distiller]) -> None:
+        """Provide from now on what these methods need."""
+        for distiller in distillers:
+            self.needs |= distiller.teacher_needs
+            self.extras |= distiller.teacher_extras
+
+    @abstractmethod
+    def __call__(self, inputs: Any, batch: Batch) -> Outputs:
+        """
+        Args:
+            inputs: the images as the task's loader gives them, not normalized.
+            batch: what else is known of them.
+        """
+
+
+class LiveTeacher(TeacherSource):
+    """A frozen network in eval mode, run on every batch without gradients.
+
+    Args:
+        network: has ``outputs(images)``.
+        prepare: makes the network's images of the task's: its own normalization.
+    """
+
+    def __init__(self, network: nn.Module, prepare: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.prepare = prepare
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any, batch: Batch) -> Outputs:
+        images = self.prepare(inputs)
+        outputs = Outputs()
+        if self.needs:
+            with captured_extras(self.network, self.needs) as captured:
+                outputs = self.network.outputs(images)
+            outputs.extras.update(captured)
+        for name, provide in self.extras.items():
+            outputs.extras[name] = provide(self.network, images)
+        return outputs
+
+
+class TeacherEnsemble(TeacherSource):
+    """Several teachers: its outputs are theirs, with their weights.
+
+    Args:
+        sources: one each.
+        weights: how much each counts; they sum to 1.
+    """
+
+    def __init__(self, sources: Sequence[TeacherSource], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.sources, self.weights = list(sources), list(weights)
+
+    def serve(self, distillers: Iterable[Distiller]) -> None:
+        # A method that uses one teacher of several asks nothing of the others.
+        distillers = list(distillers)
+        for number, source in enumerate(self.sources):
+            source.serve(method for method in distillers if method.cfg.get("TEACHER", number) == number)
+
+    def __call__(self, inputs: Any, batch: Batch) -> Outputs:
+        outputs = [source(inputs, batch) for source in self.sources]
+        return Outputs(members=list(zip(self.weights, outputs, strict=True)))
+
+
+def exclude_teacher_from_state_dict(model: nn.Module) -> None:
+    """Make ``model.state_dict()`` end without, and ``model.load_state_dict()`` expect nothing of, ``model.teacher``."""
+    model.register_state_dict_post_hook(_drop)
+    model.register_load_state_dict_post_hook(_expect_none)
+
+
+def _drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(prefix + _PREFIX)]:
+        del state[name]
+
+
+def _expect_none(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith(_PREFIX)]
