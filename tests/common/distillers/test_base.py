@@ -15,17 +15,23 @@ from tests.goldens.fill import array
 
 METHODS = [name for name, _ in DISTILLERS]
 ON_LOGITS = [name for name, method in DISTILLERS if "logits" in method.needs]
-SHAPES = ((3, 8, 8), (4, 4, 4), (6, 2, 2))
 SIDES = ("student", "teacher")
 TARGET = torch.tensor([3, 0, 9, 5])
 BATCH = Batch(TARGET, index=torch.arange(4))
-NORMS = SimpleNamespace(bn_before_relu=[nn.BatchNorm2d(4), nn.BatchNorm2d(6)])
-INFO = NetworkInfo(10, SHAPES, SHAPES, 6, classifier=nn.Linear(6, 10), module=NORMS)
 
 
-def outputs(seed, scale=1.0, dtype=torch.float32):
-    """Of a network with INFO."""
-    preacts = [array(seed + i, 4, *shape, scale=scale).to(dtype).requires_grad_() for i, shape in enumerate(SHAPES)]
+def info(channels):
+    """Of a network whose middle map has so many channels."""
+    shapes = ((3, 8, 8), (channels, 4, 4), (6, 2, 2))
+    module = SimpleNamespace(bn_before_relu=[nn.BatchNorm2d(channels), nn.BatchNorm2d(6)])
+    return NetworkInfo(10, shapes, shapes, 6, classifier=nn.Linear(6, 10), module=module)
+
+
+INFO, TEACHER = info(4), info(5)
+
+
+def outputs(seed, info, scale=1.0, dtype=torch.float32):
+    preacts = [array(seed + i, 4, *shape, scale=scale).to(dtype).requires_grad_() for i, shape in enumerate(info.feats)]
     feats = [m.detach().relu().requires_grad_() for m in preacts]
     pooled = feats[-1].detach().mean((2, 3)).requires_grad_()
     return Outputs(array(seed + 9, 4, 10, scale=scale).to(dtype).requires_grad_(), feats, preacts, pooled)
@@ -33,7 +39,7 @@ def outputs(seed, scale=1.0, dtype=torch.float32):
 
 def make(name, **changed):
     torch.manual_seed(0)
-    return build(name, INFO, INFO if DISTILLERS.get(name).needs_teacher else None, TrainingData(40), **changed)
+    return build(name, INFO, TEACHER if DISTILLERS.get(name).needs_teacher else None, TrainingData(40), **changed)
 
 
 def run(method, student, teacher):
@@ -66,19 +72,19 @@ def run(method, student, teacher):
             {"DISTANCE_WEIGHT": 2.0, "ANGLE_WEIGHT": 3.0, "SQUARED": True, "EPS": 0.1},
             lambda s, t: d.rkd_loss(s.pooled, t.pooled, 2.0, 3.0, True, 0.1),
         ),
-        ("PKD", {"FIRST": 0}, lambda s, t: d.pkd_loss(s.feats, t.feats)),
-        ("CWD", {"T": 2.0}, lambda s, t: d.cwd_loss(s.feats[1:], t.feats[1:], 2.0)),
+        ("PKD", {"FIRST": 2}, lambda s, t: d.pkd_loss(s.feats[2:], t.feats[2:])),
+        ("CWD", {"T": 2.0, "FIRST": 2}, lambda s, t: d.cwd_loss(s.feats[2:], t.feats[2:], 2.0)),
     ],
 )
 def test_a_method_is_its_loss_with_its_settings(name, changed, loss):
-    student, teacher = outputs(1), outputs(50)
+    student, teacher = outputs(1, INFO), outputs(50, TEACHER)
     torch.testing.assert_close(run(make(name, **changed), student, teacher), loss(student, teacher))
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_autocast_changes_no_digit_of_huge_inputs(name, dtype):
-    student, teacher = outputs(1, 1e4, dtype), outputs(50, 1e4, dtype)
+    student, teacher = outputs(1, INFO, 1e4, dtype), outputs(50, TEACHER, 1e4, dtype)
     plain = run(make(name), student, teacher)
     for autocast in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", autocast):
@@ -145,7 +151,7 @@ def test_class_counts_that_cannot_be_compared(student, teacher, message):
 
 def test_a_subclass_defines_forward():
     with pytest.raises(TypeError, match="Distiller defines no forward"):
-        Distiller(make("KD").cfg, INFO, INFO)(outputs(1), outputs(2), BATCH)
+        Distiller(make("KD").cfg, INFO, INFO)(outputs(1, INFO), outputs(2, INFO), BATCH)
 
 
 def test_bckd_averages_the_sigmoids_of_several_teachers():
@@ -158,7 +164,7 @@ def test_bckd_averages_the_sigmoids_of_several_teachers():
 
 
 def test_uskd_by_hand():
-    student, method = outputs(1), make("USKD", ALPHA=2.0, BETA=0.3, MU=0.5)
+    student, method = outputs(1, INFO), make("USKD", ALPHA=2.0, BETA=0.3, MU=0.5)
     weak = student.feats[1].mean((2, 3)) @ method.head.weight.T + method.head.bias
     value = run(method, student, student)
     torch.testing.assert_close(value, d.uskd_loss(student.logits, weak, TARGET, 2.0, 0.3, 0.5))
@@ -166,4 +172,4 @@ def test_uskd_by_hand():
     # The weak classifier is trained, and trains what lies before it.
     assert method.head.weight.grad.any() and student.feats[1].grad.any() and student.feats[2].grad is None
     with pytest.raises(ValueError, match="map before the last"):
-        build("USKD", replace(INFO, feats=SHAPES[:1]))
+        build("USKD", replace(INFO, feats=INFO.feats[:1]))
