@@ -19,9 +19,16 @@ setup(
     packages=["d2distill", *(f"d2distill.{name}" for name in find_packages(include=[f"{f}*" for f in FOLDERS]))],
     package_dir={f"d2distill.{folder}": folder for folder in FOLDERS},
     package_data={"d2distill.configs": ["*/*.yaml"]},
+    entry_points={
+        "console_scripts": [
+            "d2distill-train-cls = d2distill.commands:train_cls",
+            "d2distill-train-det = d2distill.commands:train_det",
+            "d2distill-eval = d2distill.tools.eval_cls:main",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.10",  # older ones have a known hole in torch.load(weights_only=True)
+        "torch>=2.10",  # older ones have a known vulnerability in torch.load(weights_only=True)
         "torchvision>=0.25",
         "numpy>=1.26",
         "pillow>=10",
@@ -30,7 +37,7 @@ setup(
         "yacs>=0.1.8",
         "pycocotools>=2.0.7",
         "tensorboard>=2.15",
-        # Detectron2 itself has no release on the index: tools/setup_env.py installs it. These are what it imports.
+        # Detectron2 itself has no release on the index: tools/setup_env.py installs it. It imports these.
         "setuptools<81",  # pkg_resources
         "omegaconf>=2.1,<2.4",
         "hydra-core>=1.1",
@@ -45,7 +52,7 @@ setup(
     extras_require={
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
-        "vis": ["opencv-python-headless"],  # Detectron2's pictures of a training, VIS_PERIOD
+        "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
         "dev": ["scikit-learn>=1.3", "timm>=1.0.15", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "wheel>=0.43"],
     },
 )

@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,27 +112,34 @@ def training_table(device: str, quick: bool) -> str:
     return "left out" if quick else subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def measure(parts: Sequence[Callable], args: argparse.Namespace, report: dict[str, Any], files: Sequence[Path]) -> None:
+    """Add what each part measures, and how long that took, to `report` and its files; a failed part stops no other."""
+    for part in parts:
+        # TF32 would hide a difference of three digits.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        start = time.perf_counter()
+        try:
+            report[part.__name__] = part(args.device, args.quick)
+        except Exception as error:
+            report[part.__name__] = f"failed: {type(error).__name__}: {error}"
+        report[f"{part.__name__} seconds"] = round(time.perf_counter() - start, 1)
+        for file in files:
+            file.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{part.__name__}: {json.dumps(report[part.__name__], indent=1)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results"))
     parser.add_argument("--quick", action="store_true", help="a few of everything")
     args = parser.parse_args()
-    # TF32 would hide a difference of three digits.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     report = {"device": name, "torch": torch.__version__}
     path = Path(args.output, f"device_{name.replace(' ', '-')}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for part in (methods_against_cpu, models_against_cpu, step_times, training_table):
-        start = time.perf_counter()
-        try:
-            report[part.__name__] = part(args.device, args.quick)
-        except Exception as error:  # the parts after it are worth having all the same
-            report[part.__name__] = f"failed: {type(error).__name__}: {error}"
-        report[f"{part.__name__} seconds"] = round(time.perf_counter() - start, 1)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{part.__name__}: {report[part.__name__]}", flush=True)
+    parts = [methods_against_cpu, models_against_cpu, step_times, training_table]
+    measure(parts, args, report, [path])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     bash benchmarks/gpu.sh detection                  # on a GPU; again, until it says that all is done
     python benchmarks/gpu_detection.py --device cpu --quick --runs /tmp/runs --output /tmp/out
 
-What is done is kept in the folder of the runs: a call goes on where the last one stopped, after --minutes at most.
+What is done is kept in the folder of the runs: a call of --minutes at most continues where the last one stopped.
 Networks have the widths of COCO's detectors (R50-FPN -> R18-FPN) and random weights, but for those of the table.
 """
 
@@ -14,26 +14,27 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from detection_table import CONFIGS, METHODS, STUDENT, TEACHER, entries, run_until, table
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from gpu import measure
 from torch import nn
 
+from d2distill.common.data.locate import ROOT_VARIABLE
 from d2distill.common.distillers import DISTILLERS
-from d2distill.common.errors import ConfigError
+from d2distill.common.errors import ConfigError, UserError
 from d2distill.detection.config import load_cfg
-from d2distill.detection.data.digits_coco import make, prepare
-from d2distill.detection.data.locate import ROOT_VARIABLE
+from d2distill.detection.data.digits_coco import ensure_generated, generate_split
+from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry
 
-ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs" / "det"
+TEACHER, STUDENT, METHODS = "large_digits_r50", "large_digits_r18", "large_digits_r50_r18_"
 # So few channels and proposals that the script itself can be tried on a CPU.
 SMALL = {
     "MODEL.FPN.OUT_CHANNELS": 16,
@@ -228,7 +229,7 @@ def training_table(args: argparse.Namespace, deadline: float) -> tuple[str, dict
     if args.quick:
         registered = {}
         for split, number in (("train", 4), ("val", 2)):
-            make(runs / "tiny", split, number, seed=0)
+            generate_split(runs / "tiny", split, number, seed=0)
             paths = {"JSON": str(runs / "tiny" / "annotations" / f"{split}.json"), "IMAGES": str(runs / "tiny" / split)}
             registered[f"tiny_{split}"] = paths
         few = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "SOLVER.IMS_PER_BATCH": 2, "DATALOADER.NUM_WORKERS": 0}
@@ -236,12 +237,19 @@ def training_table(args: argparse.Namespace, deadline: float) -> tuple[str, dict
         opts += map(str, settings(few, SMALL))
         seeds = seeds[:1]
     else:
-        prepare("digits_coco_large")
-    rows = entries(runs, seeds, opts, most=1 if args.quick else None)
-    failed = run_until(rows, args.processes, deadline)
-    numbers = {row.label: row.results() for row in rows}
-    missing = sum(len(row.seeds) - len(row.results()) for row in rows)
-    return table(rows), {"runs": numbers, "runs to do": missing, "failed": failed, "at a time": args.processes}
+        ensure_generated("digits_coco_large")
+    teacher = Entry("teacher alone", str(CONFIGS / f"{TEACHER}.yaml"), seeds[:1], opts)
+    rows = [teacher, Entry("student alone", str(CONFIGS / f"{STUDENT}.yaml"), seeds, opts)]
+    for path in sorted(CONFIGS.glob(f"{METHODS}*.yaml"))[: 1 if args.quick else None]:
+        rows.append(Entry(path.stem.removeprefix(METHODS), str(path), seeds, opts, teacher))
+    comparison, failed = Comparison(DETECTION, rows, runs), ""
+    try:
+        comparison.run(args.processes, deadline)
+    except UserError as error:
+        failed = str(error)
+    numbers = {row.label: comparison.results(row) for row in rows}
+    missing = sum(len(row.seeds) - len(numbers[row.label]) for row in rows)
+    return comparison.table(), {"runs": numbers, "runs to do": missing, "failed": failed, "at a time": args.processes}
 
 
 def main() -> None:
@@ -264,41 +272,29 @@ def main() -> None:
     report = json.loads(kept.read_text()) if kept.is_file() else {}
     report |= {"device": name, "torch": torch.__version__}
 
-    def keep() -> None:
-        for path in (kept, args.output / kept.name):
-            path.write_text(json.dumps(report, indent=2) + "\n")
-
-    parts: list[Callable] = [losses_against_cpu, mixed_precision, step_times]
-    for part in parts:
-        if args.only is not None and part.__name__ not in args.only:
-            continue
-        if part.__name__ in report and not str(report[part.__name__]).startswith("failed"):
-            continue
-        # TF32 would hide a difference of three digits.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        start = time.perf_counter()
-        try:
-            report[part.__name__] = part(args.device, args.quick)
-        except Exception as error:  # the parts after it are worth having all the same
-            report[part.__name__] = f"failed: {type(error).__name__}: {error}"
-        report[f"{part.__name__} seconds"] = round(time.perf_counter() - start, 1)
-        print(f"{part.__name__}: {json.dumps(report[part.__name__], indent=1)}", flush=True)
-        keep()
+    files = [kept, args.output / kept.name]
+    parts = [losses_against_cpu, mixed_precision, step_times]
+    if args.only is not None:
+        parts = [part for part in parts if part.__name__ in args.only]
+    # What failed is tried again.
+    measure([p for p in parts if str(report.get(p.__name__, "failed")).startswith("failed")], args, report, files)
     if args.only is not None and "table" not in args.only:
         return
     if args.device == "cuda":
         torch.cuda.empty_cache()
     text, report["table"] = training_table(args, deadline)
-    keep()
+    for file in files:
+        file.write_text(json.dumps(report, indent=2) + "\n")
     head = (
         f"`bash benchmarks/gpu.sh detection`, seeds {args.seeds}, {TEACHER} -> {STUDENT}, digits_coco_large_val; "
         f"{name}, {args.processes} runs at a time.\n\n"
     )
     (args.output / f"digits_detection_{device}.md").write_text(head + text + "\n")
     print(text)
-    print("\n".join(f"failed: {failure}" for failure in report["table"]["failed"]))
+    if report["table"]["failed"]:
+        print(f"failed: {report['table']['failed']}")
     left = report["table"]["runs to do"]
-    print(f"{left} runs to do: the same command goes on" if left else "all is done")
+    print(f"{left} runs to do: the same command continues" if left else "all is done")
 
 
 if __name__ == "__main__":

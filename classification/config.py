@@ -1,67 +1,36 @@
 """Settings of the classification trainer: all defaults, reading, and every check that needs no data."""
 
-from typing import Any
+import os
 
 import torch
 
 from d2distill.classification.data import dataset_info
 from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
 from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
+from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import (
-    MOMENTUM,
-    NUMBERS,
-    RISING,
-    TEXT_OR_TEXTS,
-    at_least,
-    check_rules,
-    is_number,
-    refuse_nan,
-)
+from d2distill.common.rules import BELOW_ONE, INCREASING, NUMBERS, STR_OR_LIST, at_least, check_rules
 
-__all__ = [
-    "PRECISIONS",
-    "get_cfg",
-    "image_size",
-    "load_cfg",
-    "teacher_nodes",
-    "validate",
-]
+__all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "schedule_notes", "teacher_nodes", "validate"]
 
 #: Precisions of autocast by SOLVER.AMP.
 PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: What single settings must be, whatever the others are. The methods check their own.
 _RULES = {
-    "SEED": at_least(0),
-    "LOG_PERIOD": at_least(1),
-    "MODEL.NUM_CLASSES": at_least(0),
-    "MODEL.TEACHER.NAME": TEXT_OR_TEXTS,
-    "MODEL.TEACHER.WEIGHTS": TEXT_OR_TEXTS,
-    "MODEL.TEACHER.SHARES": NUMBERS,
-    "DISTILL.CE_WEIGHT": at_least(0),
-    "DATASETS.TRAIN_SIZE": at_least(0),
-    "INPUT.SIZE": at_least(0),
-    "INPUT.MIXUP": at_least(0),
-    "INPUT.CUTMIX": at_least(0),
-    "SOLVER.EPOCHS": at_least(1, most=10**9),
-    "SOLVER.IMS_PER_BATCH": at_least(1),
-    "SOLVER.BASE_LR": at_least(0),
-    "SOLVER.MOMENTUM": MOMENTUM,
-    "SOLVER.WEIGHT_DECAY": at_least(0),
-    "SOLVER.STEPS": RISING,
-    "SOLVER.GAMMA": at_least(0),
-    "SOLVER.WARMUP_EPOCHS": at_least(0),
-    "SOLVER.CLIP_GRAD_NORM": at_least(0),
-    "SOLVER.LABEL_SMOOTHING": MOMENTUM,
-    "SOLVER.ACCUMULATE": at_least(1),
-    "SOLVER.EMA_DECAY": MOMENTUM,
-    "SOLVER.CHECKPOINT_PERIOD": at_least(1),
-    "SOLVER.CHECKPOINT_STEPS": at_least(0),
-    "SOLVER.CHECKPOINT_KEEP": at_least(1),
-    "DATALOADER.NUM_WORKERS": at_least(0),
-    "TEST.EVAL_PERIOD": at_least(1),
-    "TEST.IMS_PER_BATCH": at_least(1, most=10**9),
-}
+    at_least(0): (
+        "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.MIXUP",
+        "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
+        "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS",
+    ),
+    at_least(1): (
+        "LOG_PERIOD", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
+        "SOLVER.ACCUMULATE", "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH",
+    ),
+    STR_OR_LIST: ("MODEL.TEACHER.NAME", "MODEL.TEACHER.WEIGHTS"),
+    NUMBERS: ("MODEL.TEACHER.SHARES",),
+    BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY"),
+    INCREASING: ("SOLVER.STEPS",),
+}  # fmt: skip
 
 
 class _CfgNode(CfgNode):
@@ -76,7 +45,7 @@ def get_cfg() -> CfgNode:
     cfg.OUTPUT_DIR = ""
     # Everything random in a run is a function of it: weights, order, augmentation, dropout.
     cfg.SEED = 0
-    # Modules or files (relative to the config file) to import first: own methods, models, data sets.
+    # Modules, or files beside the YAML that names them, to import first: own methods, models, data sets.
     cfg.IMPORTS = []
     # Let cuDNN try its algorithms; faster, but two runs may then differ in the last bits.
     cfg.CUDNN_BENCHMARK = False
@@ -90,7 +59,7 @@ def get_cfg() -> CfgNode:
     cfg.MODEL.DEVICE = "auto"
     for side in ("STUDENT", "TEACHER"):
         node = cfg.MODEL[side] = _CfgNode()
-        # A model of the zoo, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
+        # A model of this package, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
         node.NAME = ""
         # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
         node.WEIGHTS = ""
@@ -165,14 +134,15 @@ def get_cfg() -> CfgNode:
 
 
 def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
-    """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs; checked.
-
-    Raises:
-        ConfigError: unknown keys (named with the nearest known ones) or impossible values.
-        FileNotFoundError: no such file.
-    """
+    """Defaults, YAML file and ``KEY VALUE`` pairs (:func:`read_cfg`), checked by :func:`validate`."""
     cfg = read_cfg(get_cfg, config_file, opts)
     validate(cfg)
+    student, teacher = cfg.MODEL.STUDENT, cfg.MODEL.TEACHER
+    student.WEIGHTS = absolute_file(student.WEIGHTS)
+    several = not isinstance(teacher.WEIGHTS, str)
+    teacher.WEIGHTS = [*map(absolute_file, teacher.WEIGHTS)] if several else absolute_file(teacher.WEIGHTS)
+    if cfg.DATASETS.ROOT:
+        cfg.DATASETS.ROOT = os.path.abspath(os.path.expanduser(cfg.DATASETS.ROOT))
     return cfg
 
 
@@ -190,40 +160,49 @@ def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
     Raises:
         ConfigError: lists of different length, or shares that are not positive.
     """
-    node, count = cfg.MODEL.TEACHER, given or len(_names(cfg))
+    node = cfg.MODEL.TEACHER
+    names = [""] * given or _as_list(node.NAME)
+    count = len(names)
     if not count:
         return []
-    names = [""] * count if given else _names(cfg)
-    if given or not node.WEIGHTS:
-        weights = [""] * count
-    else:
-        weights = [node.WEIGHTS] if isinstance(node.WEIGHTS, str) else list(node.WEIGHTS)
-    shares = list(node.SHARES) or [1.0] * count
-    statistics = []
+    columns = {
+        "WEIGHTS": ([] if given else _as_list(node.WEIGHTS)) or [""] * count,
+        "SHARES": list(node.SHARES) or [1.0] * count,
+    }
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        several = any(isinstance(value, list | tuple) for value in node[key])
-        statistics.append(list(node[key]) if several else [node[key]] * count)
-    for key, values in zip(
-        ("WEIGHTS", "SHARES", "PIXEL_MEAN", "PIXEL_STD"), (weights, shares, *statistics), strict=True
-    ):
+        one_each = any(isinstance(value, list | tuple) for value in node[key])
+        columns[key] = list(node[key]) if one_each else [node[key]] * count
+    for key, values in columns.items():
         if len(values) != count:
             raise ConfigError(f"MODEL.TEACHER.{key} has {len(values)} entries for {count} teachers: {values}")
+    shares = columns.pop("SHARES")
     if any(share <= 0 for share in shares):
         raise ConfigError(f"MODEL.TEACHER.SHARES must be positive, but is {shares}")
-    keys = ("NAME", "WEIGHTS", "PIXEL_MEAN", "PIXEL_STD")
-    return [
-        CfgNode({**dict(zip(keys, values[:4], strict=True)), "SHARE": values[4] / sum(shares)})
-        for values in zip(names, weights, *statistics, shares, strict=True)
-    ]
+    columns = {"NAME": names, **columns, "SHARE": [share / sum(shares) for share in shares]}
+    return [CfgNode(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
-def _names(cfg: CfgNode) -> list[str]:
-    names = cfg.MODEL.TEACHER.NAME
-    return [name for name in ([names] if isinstance(names, str) else names) if name]
+def _as_list(value: str | list[str]) -> list[str]:
+    return ([value] if value else []) if isinstance(value, str) else [item for item in value if item]
 
 
-def _is_colour(values: Any) -> bool:
-    return isinstance(values, list | tuple) and len(values) in (0, 3) and all(map(is_number, values))
+def schedule_notes(cfg: CfgNode) -> list[str]:
+    """What of the schedules a run of SOLVER.EPOCHS never reaches, a sentence each, for the log.
+
+    No errors: most often a published recipe was shortened to try it out.
+    """
+    solver, notes = cfg.SOLVER, []
+    missed = [step for step in solver.STEPS if step >= solver.EPOCHS]
+    if solver.LR_SCHEDULE == "step" and missed:
+        notes.append(
+            f"SOLVER.EPOCHS is {solver.EPOCHS}: the learning rate is not lowered at {', '.join(map(str, missed))} of "
+            f"SOLVER.STEPS {list(solver.STEPS)}; set STEPS to earlier epochs, or to [] for a constant rate"
+        )
+    warmups = {f"DISTILL.{name.upper()}.WARMUP": cfg.DISTILL[name.upper()].WARMUP for name in cfg.DISTILL.METHODS}
+    for key, epochs in {"SOLVER.WARMUP_EPOCHS": solver.WARMUP_EPOCHS, **warmups}.items():
+        if epochs > solver.EPOCHS:
+            notes.append(f"SOLVER.EPOCHS is {solver.EPOCHS}: the run ends in the warm-up of {key} {epochs}")
+    return notes
 
 
 def validate(cfg: CfgNode) -> None:
@@ -232,46 +211,37 @@ def validate(cfg: CfgNode) -> None:
     Raises:
         ConfigError: with the key, its value, and what would be right.
     """
-    methods = chosen_methods(cfg)
+    methods, solver = chosen_methods(cfg), cfg.SOLVER
     check_rules(cfg, _RULES)
-    refuse_nan(cfg)
     if not cfg.MODEL.STUDENT.NAME:
         raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
-    needy = [name for name, method in methods.items() if method.needs_teacher]
-    if needy and not _names(cfg):
-        raise ConfigError(f"DISTILL.METHODS {needy} need a teacher, but MODEL.TEACHER.NAME is empty")
+    methods_needing_teacher = [name for name, method in methods.items() if method.needs_teacher]
+    teachers = teacher_nodes(cfg)
+    if methods_needing_teacher and not teachers:
+        raise ConfigError(f"DISTILL.METHODS {methods_needing_teacher} need a teacher, but MODEL.TEACHER.NAME is empty")
     try:
         dataset_info(cfg.DATASETS.NAME)
     except ValueError as error:
         raise ConfigError(f"DATASETS.NAME: {error}") from None
-    for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES)):
-        if cfg.SOLVER[key] not in known:
-            value = cfg.SOLVER[key]
-            raise ConfigError(f"SOLVER.{key} {value} is none of {', '.join(known)}{did_you_mean(value, known)}")
-    for key, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teacher_nodes(cfg))]:
-        for name in ("PIXEL_MEAN", "PIXEL_STD"):
-            if not _is_colour(node[name]):
+    for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES), ("AMP", PRECISIONS)):
+        if solver[key] not in known:
+            names = ", ".join(name or "''" for name in known)
+            raise ConfigError(f"SOLVER.{key} {solver[key]} is none of {names}{did_you_mean(solver[key], known)}")
+    for side, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teachers)]:
+        for key in ("PIXEL_MEAN", "PIXEL_STD"):
+            if not NUMBERS.predicate(node[key]) or len(node[key]) not in (0, 3):
                 raise ConfigError(
-                    f"MODEL.{key}.{name} takes 3 numbers in RGB order, or none for the data set's, but is {node[name]}"
+                    f"MODEL.{side}.{key} takes 3 numbers in RGB order, or none for the data set's, but is {node[key]}"
                 )
         if any(value <= 0 for value in node.PIXEL_STD):
-            raise ConfigError(f"MODEL.{key}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
-    if cfg.SOLVER.AMP not in PRECISIONS:
-        raise ConfigError(f"SOLVER.AMP {cfg.SOLVER.AMP} is none of {', '.join(map(repr, PRECISIONS))}")
-    if cfg.SOLVER.NESTEROV and cfg.SOLVER.OPTIMIZER != "SGD":
-        raise ConfigError(f"SOLVER.NESTEROV is SGD's; {cfg.SOLVER.OPTIMIZER} has no such momentum")
-    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+            raise ConfigError(f"MODEL.{side}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
+    if solver.NESTEROV and solver.OPTIMIZER != "SGD":
+        raise ConfigError(f"SOLVER.NESTEROV is SGD's; {solver.OPTIMIZER} has no such momentum")
+    if solver.NESTEROV and not solver.MOMENTUM:
         raise ConfigError("SOLVER.NESTEROV needs a momentum, but SOLVER.MOMENTUM is 0")
-    if cfg.SOLVER.OPTIMIZER == "DOT":
-        if not 0 <= cfg.SOLVER.DELTA < min(cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM):
-            raise ConfigError(f"SOLVER.DELTA {cfg.SOLVER.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
-        if (
-            not cfg.DISTILL.METHODS
-            or cfg.SOLVER.CLIP_GRAD_NORM
-            or cfg.SOLVER.AMP == "fp16"
-            or cfg.SOLVER.ACCUMULATE > 1
-        ):
-            raise ConfigError(
-                "SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, no ACCUMULATE, and bf16 or no AMP"
-            )
+    if solver.OPTIMIZER == "DOT":
+        if not 0 <= solver.DELTA < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
+            raise ConfigError(f"SOLVER.DELTA {solver.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
+        if not methods or solver.CLIP_GRAD_NORM or solver.AMP == "fp16" or solver.ACCUMULATE > 1:
+            raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, no ACCUMULATE, no fp16")
     resolve_device(cfg)

@@ -7,9 +7,9 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from d2distill.classification.config import PRECISIONS, image_size
+from d2distill.classification.config import PRECISIONS, image_size, schedule_notes
 from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
-from d2distill.classification.data.loader import EpochBatchSampler, Subset, build_test_loader, build_train_loader
+from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.classification.modeling import DistillModel, Predictor, build_distiller
@@ -19,11 +19,11 @@ from d2distill.common.config import CfgNode, chosen_methods, resolve_device
 from d2distill.common.distillers import Distiller
 from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from d2distill.common.engine.dot import DOT
-from d2distill.common.engine.run_folder import find_student, prepare_run, start_logs
+from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weights import load_weights, weights_digest
+from d2distill.common.engine.weight_files import load_weights, weights_digest
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from d2distill.common.outputs import Progress
 
@@ -87,7 +87,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     def split_batch(batch: dict[str, Tensor], step: int) -> list[tuple[dict[str, Any], float]]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
         # where all have the same number, so not in an epoch's last batch.
-        weight = sampler.share(step)
+        weight = sampler.rank_loss_weight(step)
         if weight == 0 and sync_bn:
             # The sample it was given in place of none would count in the others' batch norms.
             batch = {name: part[:0] for name, part in batch.items()}
@@ -155,7 +155,7 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
-        train_set = Subset(train_set, cfg.DATASETS.TRAIN_SIZE)
+        train_set = FixedSubset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
 
 
@@ -180,6 +180,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
+    for note in schedule_notes(cfg):
+        logger.warning(note)
     trainer = build_trainer(cfg, *load_datasets(cfg))
     results = trainer.run(resume)
     if results:
@@ -188,12 +190,12 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS, or of the run folder's best student, on the test split.
+    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
-    weights = cfg.MODEL.STUDENT.WEIGHTS or find_student(cfg.OUTPUT_DIR)
+    weights = cfg.MODEL.STUDENT.WEIGHTS
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
     _take_classes(cfg, test_set)

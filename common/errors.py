@@ -1,9 +1,20 @@
-"""Errors that say what was wrong, where, and how to mend it. Commands print them without a traceback."""
+"""User-facing errors. Command lines print them without a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "OutputError", "UserError", "did_you_mean"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "MissingDependencyError",
+    "OutputError",
+    "UserError",
+    "did_you_mean",
+    "require_detectron2",
+]
 
 
 class UserError(Exception):
@@ -26,21 +37,38 @@ class DivergedError(UserError, FloatingPointError):
     """A training whose losses or weights are no longer finite.
 
     Args:
-        what: became so; a sentence.
-        way_on: where the run can be taken up again.
+        what: is not finite; a sentence.
+        hint: where the run can be continued from.
     """
 
-    def __init__(self, what: str, way_on: str = "") -> None:
-        super().__init__(f"{what} Lower SOLVER.BASE_LR, warm up, or clip gradients{way_on and '; '}{way_on}")
-        # Processes tell each other of it: a copy is made of the same words.
-        self.what, self.way_on = what, way_on
+    def __init__(self, what: str, hint: str = "") -> None:
+        # The arguments are what is pickled when ranks send each other the error.
+        super().__init__(what, hint)
+        self.what, self.hint = what, hint
 
-    def __reduce__(self) -> tuple:
-        return DivergedError, (self.what, self.way_on)
+    def __str__(self) -> str:
+        return f"{self.what} Lower SOLVER.BASE_LR, warm up, or clip gradients{self.hint and '; '}{self.hint}"
 
 
 class OutputError(UserError, OSError):
     """A file that cannot be written."""
+
+
+class MissingDependencyError(UserError, ImportError):
+    """A package that is not installed."""
+
+
+def require_detectron2() -> None:
+    """Check that Detectron2 is installed.
+
+    Raises:
+        MissingDependencyError: with the command that installs it.
+    """
+    if find_spec("detectron2") is None:
+        raise MissingDependencyError(
+            "Detectron2 is not installed: `python -m d2distill.tools.setup_env --detectron2` installs it, or see "
+            "https://detectron2.readthedocs.io/tutorials/install.html"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,99 +1,48 @@
-"""Rules for settings: what a value must be, in words and as a test."""
+"""What values of settings must be."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
 
 from fvcore.common.config import CfgNode
 
 from d2distill.common.errors import ConfigError
 
-__all__ = [
-    "FRACTION",
-    "MOMENTUM",
-    "NUMBERS",
-    "RISING",
-    "TEXTS",
-    "TEXT_OR_TEXTS",
-    "Rule",
-    "above",
-    "at_least",
-    "check_rules",
-    "is_number",
-    "refuse_nan",
-]
+__all__ = ["BELOW_ONE", "INCREASING", "LIST_OF_STR", "NUMBERS", "STR_OR_LIST", "Rule", "at_least", "check_rules"]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a setting must be: ``KEY is VALUE, but must be`` goes on with `words`."""
+class Rule(NamedTuple):
+    """A test of a value. The error reads: KEY is VALUE, but must be `description`."""
 
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number, and finite."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
+    description: str
+    predicate: Callable[[Any], bool]
 
 
-def at_least(low: float, most: float = math.inf) -> Rule:
-    """A number from `low` on, up to `most`."""
-    limit = f" and at most {most}" if math.isfinite(most) else ""
-    return Rule(f"at least {low}{limit}", lambda value: is_number(value) and low <= value <= most)
+def at_least(low: float) -> Rule:
+    """A finite number from `low` on."""
+    return Rule(f"at least {low}", lambda value: low <= value < math.inf)
 
 
-def above(low: float) -> Rule:
-    """A number that is larger than `low`."""
-    return Rule(f"above {low}", lambda value: is_number(value) and value > low)
+def _all(values: Any, *types: type) -> bool:
+    return isinstance(values, list | tuple) and all(type(value) in types for value in values)
 
 
-def _each(value: Any, test: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple) and all(map(test, value))
+def _increasing(values: Any) -> bool:
+    return _all(values, int, float) and list(values) == sorted(set(values)) and all(value >= 1 for value in values)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
+NUMBERS = Rule("a list of numbers", lambda value: _all(value, int, float))
+INCREASING = Rule("a list of increasing numbers from 1 on", _increasing)
+LIST_OF_STR = Rule("a list of names", lambda value: _all(value, str))
+STR_OR_LIST = Rule("a name, or a list of names", lambda value: isinstance(value, str) or _all(value, str))
 
 
-def _rises(values: Any) -> bool:
-    return _each(values, is_number) and list(values) == sorted(set(values)) and all(value >= 1 for value in values)
-
-
-FRACTION = Rule("from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
-MOMENTUM = Rule("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
-NUMBERS = Rule("a list of numbers", lambda value: _each(value, is_number))
-RISING = Rule("a list of numbers from 1 on, each once and in order", _rises)
-TEXTS = Rule("a list of names", lambda value: _each(value, _is_text))
-TEXT_OR_TEXTS = Rule("a name, or a list of names", lambda value: _is_text(value) or _each(value, _is_text))
-
-
-def check_rules(cfg: CfgNode, rules: Mapping[str, Rule]) -> None:
-    """Check settings by their full names.
-
-    Raises:
-        ConfigError: with the key, its value, and what would be right.
-    """
-    for key, rule in rules.items():
-        value = cfg
-        for part in key.split("."):
-            value = value[part]
-        if not rule.holds(value):
-            infinite = isinstance(value, float) and not math.isfinite(value)
-            raise ConfigError(f"{key} is {value!r}, but must be {'a finite number, ' * infinite}{rule.words}")
-
-
-def refuse_nan(cfg: CfgNode, prefix: str = "") -> None:
-    """Look for values that are not a number, in lists as well. Infinite ones may have a sense, as the order of a norm.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            refuse_nan(value, f"{prefix}{key}.")
-        elif any(item != item for item in (value if isinstance(value, list | tuple) else [value])):
-            raise ConfigError(f"{prefix}{key} is {value!r}, but must be a number")
+def check_rules(cfg: CfgNode, rules: Mapping[Rule, Sequence[str]]) -> None:
+    """Check settings by their full names; the :class:`ConfigError` names the key, its value, and what is right."""
+    for rule, keys in rules.items():
+        for key in keys:
+            value = reduce(dict.__getitem__, key.split("."), cfg)
+            if not rule.predicate(value):
+                raise ConfigError(f"{key} is {value!r}, but must be {rule.description}")

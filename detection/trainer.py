@@ -16,7 +16,7 @@ from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weights import weights_digest
+from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
@@ -162,25 +162,24 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Metrics of MODEL.WEIGHTS, or of the run folder's best student.
+    """Metrics of MODEL.WEIGHTS; empty on other ranks.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
     """
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
-    weights = cfg.MODEL.WEIGHTS
     cfg.DISTILL.METHODS = []
     register_datasets(cfg)
     check_test_sets(cfg)
     check_evaluators(cfg)
     start_logs(None)
     model = build_model(cfg)
-    load_student(model, weights, complete=True)
+    load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
     results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
     if results:
-        logger.info(f"{weights}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+        logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
     return results
 
 

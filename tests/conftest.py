@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from pathlib import Path
 
 # Before torch is loaded: threads that spin while they wait make tests on a busy machine ten times slower.
@@ -18,3 +19,19 @@ torch.set_num_threads(1)
 def loss_goldens():
     """Loss and gradient norms of the reference code (tests/goldens/losses.json)."""
     return json.loads((GOLDENS / "losses.json").read_text())
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls a command line in this process: ``command(main, *arguments)`` gives exit code, stdout and stderr."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            return end.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return call

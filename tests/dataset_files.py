@@ -1,10 +1,8 @@
 """Write tiny data sets in the files and formats of the real ones.
 
-Every class has its own colour under the noise, so that a network can learn from these images. Writers return, for each
+Every class has its own color under the noise, so that a network can learn from these images. Writers return, for each
 split, what they wrote: ``(images, labels)`` arrays where the format keeps pixels, ``(paths, labels)`` where it is JPEG.
 """
-
-from __future__ import annotations
 
 import gzip
 import pickle
@@ -22,40 +20,15 @@ def class_labels(n: int, num_classes: int) -> np.ndarray:
 
 
 def class_images(labels: np.ndarray, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """(n, 3, height, width) uint8: a colour per label plus noise, different for every image."""
-    colours = np.random.default_rng(0).integers(40, 216, (int(max(labels, default=0)) + 1, 3, 1, 1))
+    """(n, 3, height, width) uint8: a color per label plus noise, different for every image."""
+    colors = np.random.default_rng(0).integers(40, 216, (int(max(labels, default=0)) + 1, 3, 1, 1))
     noise = np.random.default_rng([1, seed]).integers(-40, 40, (len(labels), 3, height, width))
-    return (colours[labels] + noise).astype(np.uint8)
+    return (colors[labels] + noise).astype(np.uint8)
 
 
-class _Python2Pickler(pickle._Pickler):
-    """Writes the opcodes that Python 2 and its NumPy wrote: byte strings, and ``numpy.core``."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def _save_str(self, value: str | bytes) -> None:
-        data = value.encode("latin1") if isinstance(value, str) else value
-        head = pickle.SHORT_BINSTRING + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))
-        self.write(head + data)
-        self.memoize(value)
-
-    def save_global(self, obj: Any, name: str | None = None) -> None:
-        module = obj.__module__.replace("numpy._core", "numpy.core")
-        self.write(pickle.GLOBAL + f"{module}\n{obj.__name__}\n".encode())
-        self.memoize(obj)
-
-    dispatch[str] = dispatch[bytes] = _save_str
-    dispatch[type] = dispatch[type(class_labels)] = dispatch[type(len)] = save_global
-
-
-def write_pickle(path: Path, content: Any, python2: bool = True) -> None:
-    """Protocol 2 as Python 2 wrote it (the published CIFAR files), or as Python 3 does."""
+def write_pickle(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        if python2:
-            _Python2Pickler(file, protocol=2).dump(content)
-        else:
-            pickle.dump(content, file, protocol=2)
+    path.write_bytes(pickle.dumps(content, protocol=2))
 
 
 def _write_cifar_batch(path: Path, keys: dict[str, str], labels: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
@@ -154,14 +127,14 @@ def write_image_folder(
 
 
 def write_imagenet(root: str | Path, per_class: int = 1, size: tuple[int, int] = (24, 32), n_val: int = 16) -> None:
-    """``root/imagenet`` with its 1,000 class folders; one JPEG per colour is stored many times, which is quick."""
-    colours = class_images(np.arange(10), *size)
+    """``root/imagenet`` with its 1,000 class folders; one JPEG per color is stored many times, which is quick."""
+    colors = class_images(np.arange(10), *size)
     for split, labels in (("train", np.repeat(np.arange(1000), per_class)), ("val", np.arange(n_val) % 1000)):
         for i, label in enumerate(labels):
             path = Path(root, "imagenet", split, f"n{label:08d}", f"{i:06d}.JPEG")
-            first = Path(root, "imagenet", f"colour_{label % 10}.JPEG")
+            first = Path(root, "imagenet", f"color_{label % 10}.JPEG")
             if not first.exists():
-                _save(first, colours[label % 10])
+                _save(first, colors[label % 10])
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(first.read_bytes())
 

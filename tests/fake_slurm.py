@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["slurm"]
+__all__ = ["RUN_TWO_TASKS", "slurm"]
 
 ROOT = Path(__file__).resolve().parents[1]
-# Two tasks with the variables that srun gives them, and the command that follows srun's options.
-SRUN = """#!/bin/bash
-printf '%s\\n' "$@" > "$RECORD"
+#: Two tasks with the variables that srun sets, of the command that follows srun's options.
+RUN_TWO_TASKS = """
 while [[ $1 == --* ]]; do shift; done
 export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE=2
 export SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
@@ -20,16 +19,22 @@ wait $first && wait $second
 """
 
 
-def slurm(folder, script, *arguments, **environment):
-    """Run a script of tools/ with `srun` as above, which leaves its options in FOLDER/srun.txt."""
+def slurm(folder, script, *arguments, srun="exit 0", **environment):
+    """Run a script of tools/. `srun` and `scontrol` leave their arguments in FOLDER/<name>.txt; srun then does `srun`.
+
+    Returns:
+        The finished process, and the arguments by name.
+    """
     tools = folder / "bin"
     tools.mkdir()
-    (tools / "srun").write_text(SRUN)
+    for name, action in (("srun", srun), ("scontrol", "exit 0")):
+        (tools / name).write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {folder / name}.txt\n{action}\n")
     (tools / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    env.update(PATH=f"{tools}:{os.environ['PATH']}", RECORD=str(folder / "srun.txt"), OMP_NUM_THREADS="1", GPUS="2")
-    env.update(SRUN_ARGS="--time=1:00:00 --exclusive", **environment)
+    env.update(PATH=f"{tools}:{os.environ['PATH']}", OMP_NUM_THREADS="1", **environment)
     command = ["bash", str(ROOT / "tools" / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    records = (folder / "srun.txt", folder / "scontrol.txt")
+    return done, {path.stem: path.read_text().split() for path in records if path.exists()}

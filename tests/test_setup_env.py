@@ -62,6 +62,15 @@ def test_own_choice_of_detectron2_is_kept_later(built):
     assert built(DETECTRON2="other") == ["git+https://example.org/d2", "other"]
 
 
+def test_detectron2_alone(setup_env, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--detectron2"])
+    monkeypatch.setattr(setup_env, "pip", lambda python, *arguments: calls.append(arguments[-1]))
+    monkeypatch.setattr(setup_env, "install_detectron2", lambda python, choice: calls.append((python, choice)))
+    setup_env.main()
+    assert calls == ["wheel", (Path(sys.executable), "")]
+
+
 def test_the_wheel_is_packed_as_what_it_is(setup_env, tmp_path):
     tree = tmp_path / "source" / "sal_detectron2-0.7.2"
     info = tree / "sal_detectron2-0.7.2.dist-info"

@@ -83,9 +83,7 @@ def test_no_method_is_named_outside_its_own_file(path):
 
 @pytest.mark.parametrize("path", CODE, ids=named)
 def test_no_module_is_long(path):
-    lines = path.read_text().count("\n")
-    assert lines <= 350
-    assert path.relative_to(ROOT).parts[0] != "tools" or path.name == "setup_env.py" or lines <= 80
+    assert path.read_text().count("\n") <= 350
 
 
 @pytest.mark.parametrize("path", METHODS, ids=named)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Weights of detectors from one form into another; the outputs (.pth or .safetensors) hold nothing but tensors.
+"""Convert weights of detectors; the outputs (.pth or .safetensors) hold nothing but tensors.
 
 python tools/convert_weights.py backbone torchvision:ResNet18_Weights.IMAGENET1K_V1 r18.pth
 python tools/convert_weights.py safe detectron2://COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/\
@@ -10,20 +10,18 @@ python tools/convert_weights.py split r101_r18.pth r18.pth r101.pth
 Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or timm:NAME.
 """
 
-import argparse
-
-from d2distill.common.engine.launch import command
-from d2distill.detection.convert import convert_backbone, copy_safely, merge, split
+from d2distill.common.engine.cli import CommandParser, run_cli
+from d2distill.detection.convert import convert_to_tensors, merge, split
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, convert, text, names in (
-        ("backbone", convert_backbone, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
-        ("safe", copy_safely, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
+        ("backbone", convert_to_tensors, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
+        ("safe", convert_to_tensors, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
         ("merge", merge, "a student and a teacher, as one file", ("STUDENT", "TEACHER", "OUT")),
-        ("split", split, "such a file, as two", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
+        ("split", split, "such a file, as two files", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
     ):
         sub = actions.add_parser(action, help=text, description=text)
         for name in names:
@@ -36,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

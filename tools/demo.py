@@ -1,28 +1,27 @@
 #!/usr/bin/env python3
 """`make demo`: a teacher, and one small student trained alone, with KD and with DKD, over three seeds.
 
-Real handwritten digits, under 5 minutes on two cores. Prints a table and draws the learning curves.
+Real handwritten digits, under 5 minutes on two cores. Prints a table and draws the learning curves. A demo that was
+stopped continues; one that has ended shows its results again.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
-from d2distill.classification.compare import Entry, draw_curves, run_all, table
-from d2distill.common.engine.launch import command
+from d2distill.common.engine.cli import run_cli
+from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "cls"
+CONFIGS = ROOT / "configs" / "cls"
 SEEDS = (0, 1, 2)
 
 
-def entries(output: str) -> list[Entry]:
+def entries() -> list[Entry]:
     teacher = Entry("teacher (vgg8)", str(CONFIGS / "digits_vgg8.yaml"), [0])
-    weights = ["MODEL.TEACHER.WEIGHTS", str(teacher.folders(output)[0] / "student_final.pth")]
     return [
         teacher,
         Entry("student alone (resnet8)", str(CONFIGS / "digits_r8.yaml"), SEEDS),
-        Entry("student with KD", str(CONFIGS / "digits_vgg8_r8_kd.yaml"), SEEDS, weights),
-        Entry("student with DKD", str(CONFIGS / "digits_vgg8_r8_dkd.yaml"), SEEDS, weights),
+        Entry("student with KD", str(CONFIGS / "digits_vgg8_r8_kd.yaml"), SEEDS, teacher=teacher),
+        Entry("student with DKD", str(CONFIGS / "digits_vgg8_r8_dkd.yaml"), SEEDS, teacher=teacher),
     ]
 
 
@@ -31,18 +30,15 @@ def main() -> None:
     parser.add_argument("--output", default="output/demo", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     args = parser.parse_args()
-    shutil.rmtree(args.output, ignore_errors=True)
-    rows = entries(args.output)
-    print("1/2: the teacher learns from 1,297 digits, three students alone from 100 of them", flush=True)
-    run_all(rows[:2], args.output, args.processes)
-    print("2/2: the same students learn from the same 100 digits and the teacher", flush=True)
-    run_all(rows[2:], args.output, args.processes)
+    comparison = Comparison(CLASSIFICATION, entries(), args.output)
+    print("A teacher learns from 1,297 digits; nine students learn from 100 of them, alone and with it", flush=True)
+    comparison.run(args.processes)
     picture = Path(args.output, "learning_curves.png")
-    draw_curves(rows[1:], args.output, picture, "resnet8 on 100 real digits, teacher vgg8")
-    results = table(rows, args.output)
+    comparison.draw_curves(comparison.entries[1:], picture, "resnet8 on 100 real digits, teacher vgg8")
+    results = comparison.table()
     Path(args.output, "results.md").write_text(results + "\n")
     print(f"\nTop-1 on 500 test digits, last and best epoch:\n\n{results}\n\nLearning curves: {picture}")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_cli(main)

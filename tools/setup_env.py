@@ -3,6 +3,7 @@
 
     python3 tools/setup_env.py                # .venv, made or remade only when it is not complete
     python3 tools/setup_env.py --current      # into the interpreter that runs this
+    python3 tools/setup_env.py --detectron2   # only Detectron2, into the interpreter that runs this
     DETECTRON2='git+https://github.com/facebookresearch/detectron2' python3 tools/setup_env.py
 
 Detectron2 has no release on the package index under its own name. By default the wheel of the
@@ -86,7 +87,8 @@ def replace(path: Path, pattern: str, text: str) -> None:
 
 def install_detectron2(python: Path, choice: str) -> None:
     if choice:
-        pip(python, "install", "-c", "constraints.txt", "--no-build-isolation", choice)
+        pinned = ["-c", "constraints.txt"] if (ROOT / "constraints.txt").is_file() else []  # only in a checkout
+        pip(python, "install", *pinned, "--no-build-isolation", choice)
     elif subprocess.run([str(python), "-c", "import detectron2"], capture_output=True, cwd=os.sep).returncode:
         with tempfile.TemporaryDirectory() as folder:
             pip(python, "install", "-q", "--no-deps", str(pack_wheel(python, Path(folder))))
@@ -109,6 +111,7 @@ def fingerprint(choice: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--current", action="store_true", help="install into the running interpreter")
+    parser.add_argument("--detectron2", action="store_true", help="install only Detectron2, likewise")
     parser.add_argument("--wheel", metavar="DIR", help="only pack Detectron2's wheel, into this folder")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where to build (default: .venv)")
     args = parser.parse_args()
@@ -119,6 +122,10 @@ def main() -> None:
         return
     if args.current:
         install(Path(sys.executable), choice)
+        return
+    if args.detectron2:
+        pip(Path(sys.executable), "install", "-q", "setuptools<81", "wheel")
+        install_detectron2(Path(sys.executable), choice)
         return
     # The stamp is written last, so a build that was cut off has none and is made again from nothing.
     venv = args.venv.absolute()
@@ -137,4 +144,4 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"set-up stopped: {' '.join(map(str, error.cmd))} failed; run it again once mended") from None
+        raise SystemExit(f"set-up stopped: {' '.join(map(str, error.cmd))} failed; fix that and run it again") from None

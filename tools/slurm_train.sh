@@ -5,8 +5,8 @@
 #     tools/slurm_train.sh PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR [KEY VALUE ...]
 #   TRAIN_PROGRAM=detection/train_net.py tools/slurm_train.sh PARTITION JOB_NAME CONFIG_FILE OUTPUT_DIR
 #
-# A job that is near its time limit, or preempted, saves after the step it is in; the same line goes on from there.
-# For a job that puts itself back into the queue see tools/train_cls.sbatch.
+# A job that is preempted, or near its time limit, saves after its current step; the same line continues from there.
+# For a job that requeues itself see tools/train.sbatch.
 set -euo pipefail
 
 if (($# < 4)); then
@@ -22,7 +22,7 @@ read -ra more <<<"${SRUN_ARGS:-}"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# One process's end is the end of all: the others would wait for it.
+# When one process fails the others would wait for it.
 exec srun \
     --partition="$partition" \
     --job-name="$job" \

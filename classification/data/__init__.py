@@ -7,7 +7,7 @@ from .augment import (
     augmentation_names,
     build_augmentation,
     eval_transform,
-    sample,
+    load_sample,
     sample_rng,
 )
 from .datasets import (
@@ -39,8 +39,8 @@ __all__ = [
     "dataset_info",
     "dataset_names",
     "eval_transform",
+    "load_sample",
     "read_image",
     "register_dataset",
-    "sample",
     "sample_rng",
 ]

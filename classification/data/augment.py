@@ -4,8 +4,6 @@ No global RNG is read or moved, so a sample's pixels do not depend on the order 
 or on restarts. All pixel work is torchvision's: on PIL images in PIL, on tensors in torch.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -15,8 +13,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from d2distill.classification.registry import NamedRegistry
+
 from .datasets import ImageDataset
-from .registry import NamedRegistry
 
 ImageLike = torch.Tensor | Image.Image
 Params = dict[str, int | float | bool]
@@ -41,7 +40,7 @@ def _flip_if(image: ImageLike, flip: bool) -> ImageLike:
 
 
 def eval_transform(image: ImageLike, size: int) -> torch.Tensor:
-    """The image as it is if size x size; else short side to size * 256/224 (bilinear, antialiased), centre crop.
+    """The image as it is if size x size; else short side to size * 256/224 (bilinear, antialiased), center crop.
 
     Args:
         image: uint8 tensor (3, H, W) or RGB PIL image.
@@ -90,10 +89,8 @@ class Crop(Augmentation):
     """
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        return {
-            "top": int(rng.integers(2 * (height // 8) + 1)),
-            "left": int(rng.integers(2 * (width // 8) + 1)),
-        }
+        top, left = (int(rng.integers(2 * (side // 8) + 1)) for side in (height, width))
+        return {"top": top, "left": left}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         padding = size // 8
@@ -122,10 +119,8 @@ class RotateFlip(Augmentation):
     max_angle = 20.0
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        return {
-            "angle": float(rng.uniform(-self.max_angle, self.max_angle)),
-            "flip": bool(rng.random() < 0.5),
-        }
+        angle = float(rng.uniform(-self.max_angle, self.max_angle))
+        return {"angle": angle, "flip": bool(rng.random() < 0.5)}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         rotated = F.rotate(_fit(image, size), params["angle"], interpolation=InterpolationMode.NEAREST, fill=0)
@@ -145,8 +140,7 @@ class ResizedCropFlip(Augmentation):
     attempts = 10
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        box = self._draw_box(rng, height, width)
-        return box | {"flip": bool(rng.random() < 0.5)}
+        return self._draw_box(rng, height, width) | {"flip": bool(rng.random() < 0.5)}
 
     def _draw_box(self, rng: np.random.Generator, height: int, width: int) -> Params:
         for _ in range(self.attempts):
@@ -158,7 +152,7 @@ class ResizedCropFlip(Augmentation):
                 top = int(rng.integers(height - h + 1))
                 left = int(rng.integers(width - w + 1))
                 return {"top": top, "left": left, "height": h, "width": w}
-        # No box fits in a very long or very small image: the largest zero_mean one of an allowed ratio.
+        # No box fits in a very long or very small image: the largest centered one of an allowed ratio.
         low, high = self.ratio
         w = min(width, max(1, round(height * high)))
         h = min(height, max(1, round(width / low)))
@@ -189,7 +183,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, index])
 
 
-def sample(
+def load_sample(
     dataset: ImageDataset,
     index: int,
     *,
@@ -212,7 +206,6 @@ def sample(
 
     Raises:
         UnreadableImageError: the image file cannot be decoded.
-        ValueError: unknown recipe, or a negative seed, epoch or index.
     """
     index = int(index)
     image, label = dataset.load(index)

@@ -3,8 +3,6 @@
 torchvision's classes check md5 sums, which refuses every subset; here a folder is as many samples as its files hold.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,9 @@ import numpy as np
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import DataError
 
-from .datasets import ArrayDataset, DatasetInfo, register_dataset
-from .locate import find_folder
+from .datasets import ArrayDataset, DatasetInfo, find_folder, register_dataset
 
 logger = logging.getLogger("detectron2.d2distill")
-
-
-def _download(cls: str) -> str:
-    return f"""python -c "import torchvision; torchvision.datasets.{cls}('ROOT', download=True)" """.rstrip()
 
 
 def _entry(content: Any, key: str, path: Path) -> Any:
@@ -30,50 +23,31 @@ def _entry(content: Any, key: str, path: Path) -> Any:
     return content[key]
 
 
-def _read_batch(path: Path, label_key: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) of one batch file; DataError names the file."""
+def _read_batch(path: Path, label_key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 3, 32, 32) uint8 and labels (n,) of one batch file."""
     content = load_arrays(path)
-    images = _entry(content, "data", path)
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072:
+    images, labels = _entry(content, "data", path), np.asarray(_entry(content, label_key, path))
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (len(labels), 3072):
         found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise DataError(f"{path}: images must be uint8 (n, 3072), found {found}")
-    labels = _entry(content, label_key, path)
-    if isinstance(labels, list) and {type(label) for label in labels} <= {int}:
-        labels = np.array(labels, dtype=np.int64)
-    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(f"{path}: {label_key} must be a flat list of whole numbers")
-    if len(labels) != len(images):
-        raise DataError(f"{path}: {len(images)} images but {len(labels)} labels")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise DataError(f"{path}: {label_key} must lie in 0..{num_classes - 1}, found {labels.min()}..{labels.max()}")
+        raise DataError(f"{path}: images must be uint8 (n, 3072) for n = {len(labels)} labels, found {found}")
     return images.reshape(-1, 3, 32, 32), labels
-
-
-def _class_names(path: Path, key: str, num_classes: int) -> list[str]:
-    if not path.is_file():
-        return [str(label) for label in range(num_classes)]
-    names = _entry(load_arrays(path), key, path)
-    if not isinstance(names, list) or len(names) != num_classes:
-        raise DataError(f"{path}: {key} must be a list of {num_classes} names")
-    return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
 
 
 def _open(
     info: DatasetInfo, root: str, folder_name: str, batches: list[str], meta: str, label_key: str, names_key: str
 ) -> ArrayDataset:
     folder = find_folder(
-        info,
-        root,
-        [folder_name, ""],
-        lambda candidate: [name for name in batches[:1] if not (candidate / name).is_file()],
+        info, root, [folder_name, ""], lambda folder: [name for name in batches[:1] if not (folder / name).is_file()]
     )
     present = [name for name in batches if (folder / name).is_file()]
     if len(present) < len(batches):
         logger.warning("%s has only %d of %d training files: %s", folder, len(present), len(batches), present)
-    assert info.num_classes is not None
-    parts = [_read_batch(folder / name, label_key, info.num_classes) for name in present]
+    parts = [_read_batch(folder / name, label_key) for name in present]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return ArrayDataset(info, images, labels, _class_names(folder / meta, names_key, info.num_classes))
+    names = range(info.num_classes)
+    if (folder / meta).is_file():
+        names = _entry(load_arrays(folder / meta), names_key, folder / meta)
+    return ArrayDataset(info, images, labels, [n.decode() if isinstance(n, bytes) else str(n) for n in names])
 
 
 @register_dataset(
@@ -83,9 +57,9 @@ def _open(
         image_size=32,
         pixel_mean=(0.5071 * 255, 0.4867 * 255, 0.4408 * 255),
         pixel_std=(0.2675 * 255, 0.2565 * 255, 0.2761 * 255),
-        zoo="cifar",
+        model_family="cifar",
         augmentation="crop_flip",
-        source=_download("CIFAR100"),
+        source="""python -c "import torchvision; torchvision.datasets.CIFAR100('ROOT', download=True)" """.rstrip(),
     )
 )
 def build_cifar100(info: DatasetInfo, root: str, split: str) -> ArrayDataset:
@@ -101,9 +75,9 @@ def build_cifar100(info: DatasetInfo, root: str, split: str) -> ArrayDataset:
         image_size=32,
         pixel_mean=(0.4914 * 255, 0.4822 * 255, 0.4465 * 255),
         pixel_std=(0.2470 * 255, 0.2435 * 255, 0.2616 * 255),
-        zoo="cifar",
+        model_family="cifar",
         augmentation="crop_flip",
-        source=_download("CIFAR10"),
+        source="""python -c "import torchvision; torchvision.datasets.CIFAR10('ROOT', download=True)" """.rstrip(),
     )
 )
 def build_cifar10(info: DatasetInfo, root: str, split: str) -> ArrayDataset:

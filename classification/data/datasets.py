@@ -1,13 +1,4 @@
-"""What a data set is here: named facts, images with labels, and a registry of builders.
-
-An own data set needs one file that is imported before training::
-
-    @register_dataset(DatasetInfo(name="flowers", num_classes=102, image_size=224, ...))
-    def build_flowers(info: DatasetInfo, root: str, split: str) -> ImageDataset:
-        return ArrayDataset(info, images, labels, classes)
-"""
-
-from __future__ import annotations
+"""Data sets: facts that are known before a file is read, labelled images, and a registry of builders."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,10 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from d2distill.classification.registry import NamedRegistry
+from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import DataError
-
-from .locate import dataset_root
-from .registry import NamedRegistry
 
 SPLITS = ("train", "val")
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -39,9 +29,9 @@ class DatasetInfo:
     Attributes:
         name: the name in the registry (``DATASETS.NAME``).
         num_classes: number of classes; None where it is read from disk.
-        image_size: side in pixels of the square images a network is given.
+        image_size: side in pixels of the square images that a network is given.
         pixel_mean, pixel_std: per channel in RGB order, on the 0..255 scale.
-        zoo: the model family that bare model names mean: "cifar", "tiny_imagenet" or "imagenet".
+        model_family: where bare model names are looked up first: "cifar", "tiny_imagenet" or "imagenet".
         augmentation: name of the training recipe in :mod:`d2distill.classification.data.augment`.
         source: one sentence or command that says how to get the files.
     """
@@ -51,15 +41,13 @@ class DatasetInfo:
     image_size: int
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
-    zoo: str
+    model_family: str
     augmentation: str
     source: str
 
 
 class ImageDataset:
-    """Labelled images, never augmented or normalised: position -> (image, label).
-
-    Subclasses implement :meth:`load`.
+    """Labelled images, neither augmented nor normalized: position -> (image, label).
 
     Attributes:
         info: the :class:`DatasetInfo` it was built from; ``name``, ``image_size``, ``pixel_mean`` and ``pixel_std``
@@ -74,20 +62,18 @@ class ImageDataset:
 
     def __init__(self, info: DatasetInfo, labels: Sequence[int] | np.ndarray | torch.Tensor, classes: Sequence[str]):
         self.info = info
-        self.name = info.name
+        self.name, self.image_size = info.name, info.image_size
+        self.pixel_mean, self.pixel_std = info.pixel_mean, info.pixel_std
         self.classes = list(classes)
         self.num_classes = len(self.classes)
-        self.image_size = info.image_size
-        self.pixel_mean = info.pixel_mean
-        self.pixel_std = info.pixel_std
-        if info.num_classes is not None and self.num_classes != info.num_classes:
+        if info.num_classes not in (None, self.num_classes):
             raise DataError(f"{info.name} has {info.num_classes} classes, but {self.num_classes} were found")
         values = np.asarray(labels)
-        if values.size == 0:
+        if not len(values):
             raise DataError(f"{info.name}: no images")
         if values.ndim != 1 or values.dtype.kind not in "iu":
             raise DataError(f"{info.name}: labels must be a flat list of whole numbers, got {values.dtype}")
-        if values.min() < 0 or values.max() >= self.num_classes:
+        if not 0 <= values.min() <= values.max() < self.num_classes:
             raise DataError(
                 f"{info.name}: labels must lie in 0..{self.num_classes - 1}, found {values.min()}..{values.max()}"
             )
@@ -148,17 +134,10 @@ class FileDataset(ImageDataset):
     """
 
     def __init__(
-        self,
-        info: DatasetInfo,
-        folder: str | Path,
-        paths: Sequence[str],
-        labels: Sequence[int] | np.ndarray | torch.Tensor,
-        classes: Sequence[str],
+        self, info: DatasetInfo, folder: Path, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]
     ):
         super().__init__(info, labels, classes)
-        if len(paths) != len(self.labels):
-            raise DataError(f"{info.name}: {len(paths)} files but {len(self.labels)} labels")
-        self.folder = str(folder)
+        self.folder = folder
         # One array, not a million str objects: their reference counts would make every forked worker copy the list.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
@@ -184,23 +163,19 @@ def read_image(path: str | Path) -> Image.Image:
                 # PIL's own conversion clips at 255, which turns nearly every 16-bit image white.
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # PIL warns on the direct way; the colours are the same
+                image = image.convert("RGBA")  # PIL warns on the direct way; the colors are the same
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
-        raise UnreadableImageError(f"cannot read image {path}: {reason}; mend or replace the file") from error
+        raise UnreadableImageError(f"cannot read image {path}: {reason}; repair or replace the file") from error
 
 
-DatasetBuilder = Callable[[DatasetInfo, str, str], ImageDataset]
 DATASET_REGISTRY = NamedRegistry("data set")
+DatasetBuilder = Callable[[DatasetInfo, str, str], ImageDataset]
 
 
 def register_dataset(info: DatasetInfo) -> Callable[[DatasetBuilder], DatasetBuilder]:
-    """Decorator for a builder ``(info, root, split) -> ImageDataset``; ``root`` is resolved, ``split`` is valid.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Decorator for a builder ``(info, root, split) -> ImageDataset``; ``root`` is absolute, ``split`` is valid."""
 
     def decorator(builder: DatasetBuilder) -> DatasetBuilder:
         DATASET_REGISTRY.register_as(info.name)((info, builder))
@@ -240,4 +215,29 @@ def build_dataset(name: str, root: str | os.PathLike = "", split: str = "train")
     info, builder = DATASET_REGISTRY.get(name)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return builder(info, dataset_root(root), split)
+    return builder(info, str(data_path(root=root)), split)
+
+
+def find_folder(info: DatasetInfo, root: str, folders: Sequence[str], missing: Callable[[Path], Sequence[str]]) -> Path:
+    """The first complete one of ``folders``.
+
+    Args:
+        folders: relative to ``root`` or absolute, in the order in which they are tried; "" is ``root`` itself.
+        missing: folder -> the paths in it that are needed and not there (empty when complete).
+
+    Raises:
+        FileNotFoundError: none is complete. The message lists what is missing, how to get it, how to point to it.
+    """
+    looked_at = []
+    for folder in folders:
+        candidate = Path(root, folder)
+        absent = missing(candidate)
+        if not absent:
+            return candidate
+        looked_at += [f"\n  {candidate / path}" for path in absent]
+    raise FileNotFoundError(
+        f"data set {info.name!r} not found. Not there:{''.join(looked_at)}\n"
+        f"To get it: {info.source.replace('ROOT', root)}\n"
+        f"If you have it elsewhere, set DATASETS.ROOT (or the environment variable {ROOT_VARIABLE}) to the folder "
+        "that holds it."
+    )

@@ -1,11 +1,9 @@
 """The 8x8 handwritten digits that scikit-learn carries: a real data set that needs no download."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
-from d2distill.common.digits import load_digits_split
+from d2distill.common.data.digits import load_digits_split
 
 from .datasets import ArrayDataset, DatasetInfo, register_dataset
 
@@ -22,7 +20,7 @@ _STD = 82.5531
         image_size=32,
         pixel_mean=(_MEAN,) * 3,
         pixel_std=(_STD,) * 3,
-        zoo="cifar",
+        model_family="cifar",
         augmentation="crop",
         source="it comes with scikit-learn (pip install scikit-learn); no download.",
     )
@@ -35,7 +33,7 @@ def build_digits(info: DatasetInfo, root: str, split: str) -> ArrayDataset:
     """
     images, labels, _ = load_digits_split(split)
     # Values 0..16. All products are multiples of 1/1024 below 2**24, so float32 is exact and so are the pixels.
-    grey = torch.from_numpy(images).float()[:, None] * (255 / 16)
-    large = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False)
+    gray = torch.from_numpy(images).float()[:, None] * (255 / 16)
+    large = F.interpolate(gray, size=(32, 32), mode="bilinear", align_corners=False)
     pixels = large.round().to(torch.uint8).repeat(1, 3, 1, 1)
     return ArrayDataset(info, pixels, labels, [str(digit) for digit in range(10)])

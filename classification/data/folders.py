@@ -1,19 +1,16 @@
 """Data sets that are folders of image files: ImageNet, Tiny-ImageNet and any folder of the user's."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 
 from d2distill.common.errors import DataError
 
-from .datasets import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, FileDataset, register_dataset
-from .locate import find_folder
+from .datasets import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, FileDataset, find_folder, register_dataset
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -28,16 +25,15 @@ def _is_image(path: str) -> bool:
     return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
 
 
-def class_folders(folder: Path, skip: Sequence[str] = ()) -> list[str]:
-    """Names of the class folders, sorted; hidden folders (.git, .ipynb_checkpoints) are none.
+def class_folders(folder: Path, skip: str = "") -> list[str]:
+    """Names of the class folders but `skip`, sorted; hidden folders (.git, .ipynb_checkpoints) are none.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    try:
-        names = [name for name in find_classes(folder)[0] if not name.startswith(".") and name not in skip]
-    except FileNotFoundError:
-        names = []
+    names = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name != skip
+    )
     if not names:
         raise FileNotFoundError(f"{folder} has no class folders: images must be in {folder}/<class>/<image file>")
     return names
@@ -74,26 +70,20 @@ def _find(info: DatasetInfo, root: str, folders: Sequence[str], split: str) -> P
     return find_folder(info, root, folders, lambda folder: [name for name in needed if not (folder / name).is_dir()])
 
 
-def _with_classes(info: DatasetInfo, classes: Sequence[str], folder: Path) -> DatasetInfo:
-    """`info` with the number of classes that were found in `folder`."""
-    # The other split has the same classes: once is enough.
-    if folder.name == "train" and info.num_classes not in (None, len(classes)):
-        logger.warning(
-            f"{folder} has {len(classes)} class folders, but {info.name} as published has {info.num_classes}: networks "
-            f"get {len(classes)} classes, and a checkpoint trained on all of them does not fit"
-        )
-    return replace(info, num_classes=len(classes))
-
-
 def _train_classes(folder: Path) -> list[str]:
     """The class folders of the training images; none where there are no training images."""
     return class_folders(folder / "train") if (folder / "train").is_dir() else []
 
 
-def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: Sequence[str] = ()) -> FileDataset:
+def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: str = "") -> FileDataset:
     names = class_folders(folder / split, skip)
     classes = _train_classes(folder) or names
-    info = _with_classes(info, classes, folder / split)
+    if split == "train" and info.num_classes not in (None, len(classes)):
+        logger.warning(
+            f"{folder / split} has {len(classes)} class folders, but {info.name} as published has {info.num_classes}: "
+            f"networks get {len(classes)} classes, and a checkpoint trained on all of them does not fit"
+        )
+    info = replace(info, num_classes=len(classes))
     return FileDataset(info, folder / split, *list_images(folder / split, names, classes), classes)
 
 
@@ -104,7 +94,7 @@ def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: Sequence[st
         image_size=224,
         pixel_mean=IMAGENET_MEAN,
         pixel_std=IMAGENET_STD,
-        zoo="imagenet",
+        model_family="imagenet",
         augmentation="resized_crop_flip",
         source="ask for the ILSVRC2012 archives (train, val, devkit) at https://www.image-net.org/download.php, put "
         'them into ROOT/imagenet and unpack them: python -c "import torchvision; '
@@ -123,7 +113,7 @@ def build_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
         image_size=224,
         pixel_mean=IMAGENET_MEAN,
         pixel_std=IMAGENET_STD,
-        zoo="imagenet",
+        model_family="imagenet",
         augmentation="resized_crop_flip",
         source="put your images into ROOT/train/<class>/ and ROOT/val/<class>/.",
     )
@@ -144,17 +134,11 @@ def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
     annotations = folder / "val_annotations.txt"
     wnids: dict[str, str] = {}
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
         file, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
-        if not wnid:
-            raise DataError(f"{annotations}, line {number}: no class; file, class and box must be separated by tabs")
-        if classes and wnid not in classes:
+        if not wnid or (classes and wnid not in classes):
             raise DataError(f"{annotations}, line {number}: class {wnid!r} is not among the training classes")
-        path = os.path.join("images", file)
-        if wnids.setdefault(path, wnid) != wnid:
-            raise DataError(f"{annotations}, line {number}: {file} is of class {wnid!r}, but was of {wnids[path]!r}")
+        wnids[os.path.join("images", file)] = wnid
     present = {os.path.join("images", name) for name in os.listdir(folder / "images") if _is_image(name)}
     if absent := sorted(wnids.keys() - present):
         raise FileNotFoundError(f"{annotations} names files that are not there: {_some(absent)}")
@@ -170,7 +154,7 @@ def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
         image_size=64,
         pixel_mean=(0.4802 * 255, 0.4481 * 255, 0.3975 * 255),
         pixel_std=(0.2302 * 255, 0.2265 * 255, 0.2262 * 255),
-        zoo="tiny_imagenet",
+        model_family="tiny_imagenet",
         augmentation="rotate_flip",
         source="download http://cs231n.stanford.edu/tiny-imagenet-200.zip and unzip it in ROOT.",
     )
@@ -181,14 +165,18 @@ def build_tiny_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset
     Labels number the wnids of the training folder, or of the validation images where there is none, in sorted order.
     """
     folder = _find(info, root, ["tiny-imagenet-200", ""], split)
-    val = folder / "val"
+    images = folder / "val" / "images"
     # Scripts that sort the images by class leave val_annotations.txt, and often an empty val/images, behind.
-    original = (val / "val_annotations.txt").is_file() and (val / "images").is_dir()
-    if split == "train" or not (original and any(_is_image(name) for name in os.listdir(val / "images"))):
-        return _image_folder(info, folder, split, skip=() if split == "train" else ("images",))
+    original = (
+        (folder / "val" / "val_annotations.txt").is_file()
+        and images.is_dir()
+        and any(map(_is_image, os.listdir(images)))
+    )
+    if split == "train" or not original:
+        return _image_folder(info, folder, split, skip="images")
     classes = _train_classes(folder)
-    wnids = _annotations(val, classes)
+    wnids = _annotations(folder / "val", classes)
     classes = classes or sorted(set(wnids.values()))
     index = {name: label for label, name in enumerate(classes)}
-    info = _with_classes(info, classes, val)
-    return FileDataset(info, val, list(wnids), [index[wnid] for wnid in wnids.values()], classes)
+    info = replace(info, num_classes=len(classes))
+    return FileDataset(info, folder / "val", list(wnids), [index[wnid] for wnid in wnids.values()], classes)

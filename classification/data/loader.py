@@ -8,23 +8,23 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from d2distill.classification.data.augment import sample
+from d2distill.classification.data.augment import load_sample
 from d2distill.classification.data.datasets import ImageDataset
 from d2distill.common.engine.loading import WorkerLoader
 
-__all__ = ["EpochBatchSampler", "Samples", "Subset", "build_test_loader", "build_train_loader"]
+__all__ = ["AugmentedDataset", "EpochBatchSampler", "FixedSubset", "build_test_loader", "build_train_loader"]
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) from any step on, without going through the steps before it.
 
     Each epoch is a permutation drawn from (seed, epoch), cut into batches; the last one of an epoch may be smaller.
-    With several processes each takes every `world_size`-th sample of the batch a single process would have. One that
-    gets none of an epoch's last few is given the first, with a share of 0.
+    Each rank takes every `world_size`-th sample of the batch that a single process would have. A rank that gets none
+    of an epoch's last few takes the first of them, with a loss weight of 0.
 
     Args:
         num_samples: size of the data set.
-        batch_size: over all processes.
+        batch_size: over all ranks.
         epochs: to run in all.
         seed: of the run.
         start: the first step (batch) to give, counted over all epochs.
@@ -53,36 +53,18 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(index)) for index in (own if len(own) else indices[:1])]
             first_batch = 0
 
-    def share(self, step: int) -> float:
-        """What this process's mean over its samples of a step counts in the average over the processes.
+    def rank_loss_weight(self, step: int) -> float:
+        """Factor for this rank's mean loss, with which the average over the ranks is the mean over the whole batch.
 
-        With it that average is the mean over the whole batch: 1 where all processes have the same number.
+        It is 1 where all ranks have the same number of samples.
         """
         first = step % self.epoch_length * self.batch_size
         size = min(self.batch_size, self.num_samples - first)
         own = len(range(comm.get_rank(), size, comm.get_world_size()))
         return own * comm.get_world_size() / size
 
-    def smallest(self, batch_size: int = 0, whole: bool = False) -> int:
-        """Fewest samples that a process is given in a step, at least 1.
 
-        Args:
-            batch_size: another one than this sampler's.
-            whole: count those of all processes together.
-        """
-        batch_size = batch_size or self.batch_size
-        last = self.num_samples % batch_size or batch_size
-        return last if whole else max(last // comm.get_world_size(), 1)
-
-    def without_single_samples(self, whole: bool = False) -> int:
-        """The batch size nearest to this one with which :meth:`smallest` is more than 1; 0 if there is none."""
-        processes = comm.get_world_size()
-        steps = range(processes, self.batch_size + self.num_samples, processes)
-        near = (size for step in steps for size in (self.batch_size - step, self.batch_size + step) if size > 0)
-        return next((size for size in near if self.smallest(size, whole) > 1), 0)
-
-
-class Subset(ImageDataset):
+class FixedSubset(ImageDataset):
     """The first `size` samples of a fixed shuffle of a data set, with all its classes."""
 
     def __init__(self, dataset: ImageDataset, size: int, seed: int = 0) -> None:
@@ -94,28 +76,20 @@ class Subset(ImageDataset):
         return self.dataset.load(int(self.positions[index]))
 
 
-class Samples(Dataset):
+class AugmentedDataset(Dataset):
     """Samples by (epoch, index), augmented if an augmentation is named: image (3, S, S) uint8, label, index."""
 
     def __init__(self, dataset: ImageDataset, size: int, seed: int = 0, augmentation: str = "") -> None:
-        self.dataset = dataset
-        self.size = size
-        self.seed = seed
-        self.augmentation = augmentation
+        self.dataset, self.size, self.seed, self.augmentation = dataset, size, seed, augmentation
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, torch.Tensor | int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        return sample(
-            self.dataset,
-            index,
-            epoch=epoch,
-            seed=self.seed,
-            augmentation=self.augmentation,
-            size=self.size,
-            train=bool(self.augmentation),
+        recipe, train = self.augmentation, bool(self.augmentation)
+        return load_sample(
+            self.dataset, index, epoch=epoch, seed=self.seed, augmentation=recipe, size=self.size, train=train
         )
 
 
@@ -123,15 +97,15 @@ def build_train_loader(
     dataset: ImageDataset, batch_sampler: EpochBatchSampler, size: int, augmentation: str, num_workers: int
 ) -> DataLoader:
     """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`."""
-    samples = Samples(dataset, size, batch_sampler.seed, augmentation)
+    samples = AugmentedDataset(dataset, size, batch_sampler.seed, augmentation)
     pin = torch.cuda.is_available()
     return WorkerLoader(samples, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=pin)
 
 
 def build_test_loader(dataset: ImageDataset, batch_size: int, size: int, num_workers: int) -> DataLoader:
-    """Every sample once, in order, shared out over the processes."""
+    """Every sample once, in order, split over the ranks."""
     return WorkerLoader(
-        Samples(dataset, size),
+        AugmentedDataset(dataset, size),
         batch_size=batch_size,
         sampler=InferenceSampler(len(dataset)),
         num_workers=num_workers,

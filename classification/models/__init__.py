@@ -1,4 +1,4 @@
-"""The model zoo: every classifier that can be a student or a teacher, behind one function.
+"""Every classifier that can be a student or a teacher, behind one function.
 
 ``build_model(name, num_classes)`` gives a module; ``model(images)`` its logits, ``model.outputs(images)``
 everything a distillation method may look at (:class:`d2distill.common.outputs.Outputs`).
@@ -7,8 +7,7 @@ everything a distillation method may look at (:class:`d2distill.common.outputs.O
 # Importing a family's file registers its models.
 from . import (  # noqa: F401
     mobilenetv1,
-    mobilenetv2_cifar,
-    mobilenetv2_tiny,
+    mobilenetv2,
     resnet_cifar,
     resnet_imagenet,
     resnet_wide_stem,
@@ -17,7 +16,8 @@ from . import (  # noqa: F401
     vgg,
     wrn,
 )
-from .base import ZooModel
+from .base import FeatureClassifier
+from .library_timm import is_without_classes
 from .registry import build_model, model_names, register
 
-__all__ = ["ZooModel", "build_model", "model_names", "register"]
+__all__ = ["FeatureClassifier", "build_model", "is_without_classes", "model_names", "register"]

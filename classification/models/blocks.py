@@ -1,12 +1,16 @@
-"""Residual blocks of all ResNets here: torchvision's, with the sum before their last ReLU in the open."""
+"""Residual blocks and stages: torchvision's, with the sum before a block's last ReLU accessible."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
+from d2distill.common.outputs import Outputs
+
+from .base import FeatureClassifier, global_pool
+
 
 class _OpenBlock:
-    """Splits a torchvision block's forward at its last ReLU. All ReLUs make new tensors, as the sum is handed out."""
+    """Splits a torchvision block's forward at its last ReLU. No ReLU works in place, as the sum is handed out."""
 
     shortcut_name = "downsample"
 
@@ -17,7 +21,7 @@ class _OpenBlock:
         setattr(self, self.shortcut_name, downsample)
 
     def preact(self, x: Tensor) -> Tensor:
-        """The sum that the block's last ReLU sees."""
+        """The sum that enters the block's last ReLU."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if hasattr(self, "conv3"):
             out = self.bn3(self.conv3(F.relu(out)))
@@ -64,3 +68,26 @@ def run_stages(stages: list[nn.Sequential], x: Tensor) -> tuple[list[Tensor], li
         x = F.relu(preacts[-1])
         feats.append(x)
     return feats, preacts
+
+
+class StagedClassifier(FeatureClassifier):
+    """``conv1``, ``bn1``, ReLU, stages ``layer1``, ``layer2`` ... of blocks with ``preact``, pool, linear layer."""
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        return [stage for name, stage in self.named_children() if name.startswith("layer")]
+
+    def outputs(self, images: Tensor) -> Outputs:
+        stem = F.relu(self.bn1(self.conv1(images)))
+        feats, preacts = run_stages(self.stages, stem)
+        pooled = global_pool(feats[-1])
+        logits = self.get_submodule(self.classifier_name)(pooled)
+        return Outputs(logits, [stem, *feats], [stem, *preacts], pooled)
+
+
+class StagedResNet(StagedClassifier):
+    """The same with residual blocks, whose sums follow a batch norm."""
+
+    @property
+    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        return [stage[-1].last_bn for stage in self.stages]

@@ -1,7 +1,7 @@
 """What library models (``timm:NAME``, ``torchvision:NAME``) share.
 
 A library's model keeps its class, its ``forward`` and its state_dict names, so its checkpoints load; it only
-gains ``outputs`` and ``bn_before_relu``, through a subclass made on the fly.
+gains ``outputs``, ``classifier_layer`` and ``bn_before_relu``, through a subclass made on the fly.
 
 Their ``feats``: entry 0 is a stem at the coarsest resolution that comes before the first stage (patch embedding,
 stem convolution), the rest the last map of each resolution; of networks with one resolution (ViT) the stem and
@@ -18,16 +18,30 @@ from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
+from .base import on_vectors
+
 
 class LibraryModel:
-    """Mixin that goes in front of a library's class."""
+    """Mixin that goes in front of a library's class.
+
+    Attributes:
+        classifiers: names of the layers that make the logits; several in distilled transformers, none without classes.
+    """
 
     bn_before_relu = None
     classifiers: list[str]
 
     def outputs(self, images: Tensor) -> Outputs:
-        """As :meth:`.base.ZooModel.outputs`, in one run of the network; ``preacts`` is None."""
+        """As :meth:`.base.FeatureClassifier.outputs`, in one run of the network; ``preacts`` is None."""
         raise NotImplementedError
+
+    @property
+    def classifier_layer(self) -> nn.Module | None:
+        """As :attr:`.base.FeatureClassifier.classifier_layer`; None where no single layer makes the logits.
+
+        Not ``classifier``: many networks have a layer of that name, which need not be the last one.
+        """
+        return on_vectors(self.get_submodule(self.classifiers[0])) if len(self.classifiers) == 1 else None
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # pickle and deepcopy look classes up by name, which a class made on the fly does not have.
@@ -46,13 +60,7 @@ def _new(mixin: type, library_class: type) -> nn.Module:
 
 
 def adopt(model: nn.Module, mixin: type, classifiers: list[str]) -> nn.Module:
-    """Put ``mixin`` in front of the model's class.
-
-    Args:
-        model: a library's model; changed in place.
-        mixin: a :class:`LibraryModel`.
-        classifiers: names of the layers that make the logits, more than one for distilled transformers.
-    """
+    """Put ``mixin``, a :class:`LibraryModel`, in front of the class of ``model``, in place."""
     model.__class__ = _subclass(mixin, type(model))
     model.classifiers = classifiers
     return model
@@ -70,7 +78,7 @@ def hooked(hooks: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
 
 
 class PooledRecorder:
-    """Keeps what enters the classifier, as (N, D)."""
+    """Keeps what enters the classifiers, as (N, D)."""
 
     def __init__(self, model: nn.Module):
         self.inputs: list[Tensor] = []
@@ -81,11 +89,12 @@ class PooledRecorder:
         # A convolution may classify every position and average afterwards (SqueezeNet).
         self.inputs.append(x.mean(dim=(2, 3)) if x.ndim == 4 else x.flatten(1))
 
-    def pooled(self) -> Tensor | None:
+    def pooled(self) -> Tensor:
         """Two heads on tokens of the same width (distilled transformers) are averaged, as their logits are."""
-        if len({x.shape for x in self.inputs}) > 1:
-            return torch.cat(self.inputs, dim=1)
-        return torch.stack(self.inputs).mean(0) if len(self.inputs) > 1 else self.inputs[0]
+        if len(self.inputs) == 1:
+            return self.inputs[0]
+        same = len({x.shape for x in self.inputs}) == 1
+        return torch.stack(self.inputs).mean(0) if same else torch.cat(self.inputs, dim=1)
 
 
 def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -101,17 +110,9 @@ def evenly_spaced(count: int, wanted: int = 4) -> list[int]:
 
 
 def last_classifier(model: nn.Module, num_classes: int) -> str:
-    """Name of the last linear layer (else convolution) with ``num_classes`` outputs.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            width = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            if width == num_classes:
-                found[isinstance(module, nn.Linear)] = name
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer with {num_classes} outputs to be its classifier")
-    return found.get(True, found.get(False))
+    """Name of the last linear layer (else convolution) with ``num_classes`` outputs."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    # Weights begin with the outputs in both.
+    fitting = [(isinstance(layer, nn.Linear), name) for name, layer in layers if len(layer.weight) == num_classes]
+    linear = [name for is_linear, name in fitting if is_linear]
+    return (linear or [name for _, name in fitting])[-1]

@@ -1,5 +1,7 @@
 """``timm:NAME``: the models of PyTorch Image Models, through timm's own feature interface."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +18,16 @@ class TimmModel(LibraryModel):
     stem_name: str | None
 
     def outputs(self, images: Tensor) -> Outputs:
-        pooled = PooledRecorder(self)
+        recorder = PooledRecorder(self)
         stem = _StemRecorder()
         stem_hooks = [] if self.stem_name is None else [(self.get_submodule(self.stem_name), stem)]
-        with hooked(pooled.hooks + stem_hooks):
+        with hooked(recorder.hooks + stem_hooks):
             last, feats = self.forward_intermediates(images, indices=self.feat_indices, output_fmt="NCHW")
-            logits = self.forward_head(last)
+            head = self.forward_head(last)
+        # Without classes timm's head ends with the pooled vector.
+        logits, pooled = (head, recorder.pooled()) if self.classifiers else (None, head)
         stem_map = stem.map(like=feats[0])
-        return Outputs(logits, feats if stem_map is None else [stem_map, *feats], None, pooled.pooled())
+        return Outputs(logits, feats if stem_map is None else [stem_map, *feats], None, pooled)
 
 
 class _StemRecorder:
@@ -52,7 +56,7 @@ class _StemRecorder:
 
 
 def build_timm(name: str, num_classes: int, image_size: int | tuple[int, int] | None = None) -> nn.Module:
-    """``timm.create_model(name, num_classes=..., pretrained=False)`` with ``outputs``.
+    """``timm.create_model(name, num_classes=..., pretrained=False)`` with ``outputs``; 0 classes: no classifier.
 
     ``image_size`` becomes ``img_size`` for the models that take one (ViT, Swin ...); the others ignore it.
 
@@ -74,6 +78,17 @@ def build_timm(name: str, num_classes: int, image_size: int | tuple[int, int] | 
     return model
 
 
+def is_without_classes(name: str) -> bool:
+    """Whether ``timm:NAME`` is published without a classifier, as networks trained without labels are (DINO, MAE)."""
+    library, _, model = name.partition(":")
+    if library != "timm" or find_spec("timm") is None:
+        return False
+    import timm
+
+    published = timm.get_pretrained_cfg(model, allow_unregistered=True)
+    return published is not None and published.num_classes == 0
+
+
 def _create(create, name: str, num_classes: int, image_size: int | tuple[int, int] | None) -> nn.Module:
     if image_size is not None:
         try:
@@ -86,12 +101,14 @@ def _create(create, name: str, num_classes: int, image_size: int | tuple[int, in
 
 
 def _classifiers(model: nn.Module, num_classes: int) -> list[str]:
+    if num_classes == 0:
+        return []
     heads = model.get_classifier()
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     found = []
     for head in heads if isinstance(heads, tuple | list | nn.ModuleList) else [heads]:
         inner = last_classifier(head, num_classes)
-        found.append(".".join(part for part in (names[id(head)], inner) if part))
+        found.append(".".join(part for part in (names[head], inner) if part))
     return found
 
 
@@ -108,8 +125,7 @@ def _stem_name(model: nn.Module, first_reduction: int) -> str | None:
     # CNNs with a map at half the resolution have their stem among the features already.
     if first_reduction < 4:
         return None
-    for name in ("patch_embed", "stem"):
-        module = getattr(model, name, None)
-        if isinstance(module, nn.Module) and not isinstance(module, nn.ModuleList):
-            return name
-    return None
+    children = dict(model.named_children())
+    return next(
+        (n for n in ("patch_embed", "stem") if n in children and not isinstance(children[n], nn.ModuleList)), None
+    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torchvision
 from torch import Tensor, nn
-from torchvision.models import SwinTransformer, VisionTransformer
+from torchvision.models import SqueezeNet, SwinTransformer, VisionTransformer
 from torchvision.ops import Permute
 
 from d2distill.common.errors import did_you_mean
@@ -14,15 +14,7 @@ from d2distill.common.outputs import Outputs
 from .library import LibraryModel, PooledRecorder, adopt, evenly_spaced, hooked, last_classifier, tokens_to_map
 
 # Norms are left out as the map before one is the block's own; the rest makes no maps.
-_NOT_BLOCKS = (
-    nn.BatchNorm2d,
-    nn.LayerNorm,
-    nn.AdaptiveAvgPool2d,
-    nn.Dropout,
-    nn.Flatten,
-    nn.Linear,
-    Permute,
-)
+_NOT_BLOCKS = (nn.BatchNorm2d, nn.LayerNorm, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten, nn.Linear, Permute)
 _HEADS = ("classifier", "fc", "head", "heads")
 # Learned, but no matrices: torchvision's own recipes do not let them decay (--transformer-embedding-decay 0).
 _EMBEDDINGS = ("class_token", "pos_embedding", "relative_position_bias_table")
@@ -30,8 +22,13 @@ _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
 class _Torchvision(LibraryModel):
+    @property
+    def classifier_layer(self) -> nn.Module | None:
+        # SqueezeNet's classifies every position before the pooling.
+        return None if isinstance(self, SqueezeNet) else super().classifier_layer
+
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimiser for transformers does not let decay, as timm's models name them."""
+        """Names of the parameters that an optimizer for transformers does not let decay, as timm's models name them."""
         return {name for name, _ in self.named_parameters() if name.endswith(_EMBEDDINGS)}
 
 
@@ -105,9 +102,9 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def build_torchvision(name: str, num_classes: int, image_size: int | tuple[int, int] | None = None) -> nn.Module:
     """``torchvision.models.get_model(name, weights=None, num_classes=...)`` with ``outputs``.
 
-    ``image_size`` goes to ViT and MaxViT, which have a fixed one; the others ignore it. GoogLeNet and Inception-v3
-    are built without auxiliary heads, whose weights in a checkpoint are passed over; for torchvision's own weights
-    of these two set the pixel mean and standard deviation to 127.5, as their ``transform_input`` would.
+    ``image_size`` goes to ViT (a side only) and MaxViT, which have a fixed one; the others ignore it. GoogLeNet and
+    Inception-v3 are built without auxiliary heads, whose weights in a checkpoint are skipped; for torchvision's own
+    weights of these two set the pixel mean and standard deviation to 127.5, as their ``transform_input`` would.
 
     Raises:
         ValueError: torchvision knows no such classifier.
@@ -118,21 +115,17 @@ def build_torchvision(name: str, num_classes: int, image_size: int | tuple[int, 
     options = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
-    elif image_size is not None and name.startswith(("vit_", "maxvit")):
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if name.startswith("maxvit"):
-            options = {"input_size": (height, width)}
-        elif height != width:
-            raise ValueError(f"torchvision's {name} takes square images only, got {height}x{width}")
-        else:
-            options = {"image_size": height}
+    elif image_size is not None and name.startswith("maxvit"):
+        options = {"input_size": (image_size, image_size) if isinstance(image_size, int) else image_size}
+    elif image_size is not None and name.startswith("vit_"):
+        options = {"image_size": image_size}
     model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-    model.register_load_state_dict_pre_hook(_drop_auxiliary_heads)
+    if "aux_logits" in options:
+        model.register_load_state_dict_pre_hook(_drop_auxiliary_heads)
     mixin = TorchvisionViT if isinstance(model, VisionTransformer) else TorchvisionModel
     return adopt(model, mixin, [last_classifier(model, num_classes)])
 
 
 def _drop_auxiliary_heads(module: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
-    if isinstance(module, torchvision.models.GoogLeNet | torchvision.models.Inception3):
-        for key in [k for k in state_dict if k.startswith(_AUXILIARY)]:
-            del state_dict[key]
+    for key in [key for key in state_dict if key.startswith(_AUXILIARY)]:
+        del state_dict[key]

@@ -5,23 +5,15 @@ from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
-from .base import ZooModel, global_pool
+from .base import FeatureClassifier, conv_bn_act, global_pool
 from .registry import register
 
 # Output channels and stride of the depthwise separable blocks, model.1 to model.13.
 _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
-
-
 @register("imagenet/MobileNetV1")
-class MobileNetV1(ZooModel):
+class MobileNetV1(FeatureClassifier):
     """``feats`` are the last blocks of four resolutions. There is no stem entry, so methods that take
     ``feats[1:]`` do without the first of them; published results were made so.
 
@@ -34,10 +26,10 @@ class MobileNetV1(ZooModel):
     def __init__(self, num_classes: int):
         super().__init__()
         channels = 32
-        self.model = nn.Sequential(nn.Sequential(*_conv_bn_relu(3, channels, 3, 2)))
+        self.model = nn.Sequential(nn.Sequential(*conv_bn_act(3, channels, 3, stride=2)))
         for out_channels, stride in _BLOCKS:
-            depthwise = _conv_bn_relu(channels, channels, 3, stride, groups=channels)
-            self.model.append(nn.Sequential(*depthwise, *_conv_bn_relu(channels, out_channels, 1, 1)))
+            depthwise = conv_bn_act(channels, channels, 3, stride=stride, groups=channels)
+            self.model.append(nn.Sequential(*depthwise, *conv_bn_act(channels, out_channels)))
             channels = out_channels
         self.fc = nn.Linear(channels, num_classes)
 

@@ -5,17 +5,14 @@
 
 from functools import partial
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from d2distill.common.outputs import Outputs
-
-from .base import ZooModel, global_pool, kaiming_init_
-from .blocks import BasicBlock, make_stage, run_stages
+from .base import kaiming_init_
+from .blocks import BasicBlock, StagedResNet, make_stage
 from .registry import register
 
 
-class CifarResNet(ZooModel):
+class CifarResNet(StagedResNet):
     """ResNet of basic blocks for small images.
 
     Args:
@@ -26,8 +23,6 @@ class CifarResNet(ZooModel):
 
     def __init__(self, num_classes: int, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64)):
         super().__init__()
-        if (depth - 2) % 6:
-            raise ValueError(f"depth of a CIFAR ResNet should be 6n + 2, got {depth}")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -36,16 +31,6 @@ class CifarResNet(ZooModel):
         self.layer3 = make_stage(BasicBlock, widths[2], widths[3], blocks, stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
         kaiming_init_(self)
-
-    def outputs(self, images: Tensor) -> Outputs:
-        stem = F.relu(self.bn1(self.conv1(images)))
-        feats, preacts = run_stages([self.layer1, self.layer2, self.layer3], stem)
-        pooled = global_pool(feats[-1])
-        return Outputs(self.fc(pooled), [stem, *feats], [stem, *preacts], pooled)
-
-    @property
-    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        return [stage[-1].last_bn for stage in (self.layer1, self.layer2, self.layer3)]
 
 
 for _depth in (8, 14, 20, 32, 44, 56, 110):

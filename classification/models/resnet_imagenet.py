@@ -8,34 +8,25 @@ from torchvision.models import ResNet
 
 from d2distill.common.outputs import Outputs
 
-from .base import ZooModel
-from .blocks import BasicBlock, Bottleneck, run_stages
+from .blocks import BasicBlock, Bottleneck, StagedResNet, run_stages
 from .registry import register
 
 
-class ImageNetResNet(ZooModel, ResNet):
-    """torchvision's ResNet, names, initialisation and all; only how it is run differs.
+class ImageNetResNet(StagedResNet, ResNet):
+    """torchvision's ResNet with its names and initialization; only the way it is run differs.
 
     ``feats`` are the stem before the max pool and the four stages.
     """
 
-    @property
-    def _stages(self) -> list[nn.Sequential]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
-
     def outputs(self, images: Tensor) -> Outputs:
         stem = self.bn1(self.conv1(images))
         relu_stem = F.relu(stem)
-        feats, preacts = run_stages(self._stages, self.maxpool(relu_stem))
+        feats, preacts = run_stages(self.stages, self.maxpool(relu_stem))
         pooled = self.avgpool(feats[-1]).flatten(1)
         return Outputs(self.fc(pooled), [relu_stem, *feats], [stem, *preacts], pooled)
 
-    @property
-    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        return [stage[-1].last_bn for stage in self._stages]
 
-
-def _build(num_classes: int, block: type, depths: list[int]) -> ImageNetResNet:
+def _build(num_classes: int, block: type[nn.Module], depths: list[int]) -> ImageNetResNet:
     return ImageNetResNet(block, depths, num_classes=num_classes)
 
 

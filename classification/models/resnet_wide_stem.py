@@ -3,14 +3,11 @@ with neither stride nor pooling (He et al., CVPR 2016, as the CRD and later code
 
 from functools import partial
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from d2distill.common.outputs import Outputs
+from torch import nn
 
 from . import blocks
-from .base import ZooModel, global_pool, kaiming_init_
-from .blocks import make_stage, run_stages
+from .base import kaiming_init_
+from .blocks import StagedResNet, make_stage
 from .registry import register
 
 
@@ -22,7 +19,7 @@ class Bottleneck(blocks.Bottleneck):
     shortcut_name = "shortcut"
 
 
-class WideStemResNet(ZooModel):
+class WideStemResNet(StagedResNet):
     """ResNet whose stem keeps the image's resolution.
 
     Args:
@@ -30,6 +27,8 @@ class WideStemResNet(ZooModel):
         block: :class:`BasicBlock` or :class:`Bottleneck`.
         depths: blocks per stage.
     """
+
+    classifier_name = "linear"
 
     def __init__(self, num_classes: int, block: type, depths: tuple[int, int, int, int]):
         super().__init__()
@@ -42,21 +41,7 @@ class WideStemResNet(ZooModel):
         self.linear = nn.Linear(512 * block.expansion, num_classes)
         kaiming_init_(self)
 
-    @property
-    def _stages(self) -> list[nn.Sequential]:
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
 
-    def outputs(self, images: Tensor) -> Outputs:
-        stem = F.relu(self.bn1(self.conv1(images)))
-        feats, preacts = run_stages(self._stages, stem)
-        pooled = global_pool(feats[-1])
-        return Outputs(self.linear(pooled), [stem, *feats], [stem, *preacts], pooled)
-
-    @property
-    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        return [stage[-1].last_bn for stage in self._stages]
-
-
-for _zoo in ("cifar", "tiny_imagenet"):
-    register(f"{_zoo}/ResNet18")(partial(WideStemResNet, block=BasicBlock, depths=(2, 2, 2, 2)))
+for _family in ("cifar", "tiny_imagenet"):
+    register(f"{_family}/ResNet18")(partial(WideStemResNet, block=BasicBlock, depths=(2, 2, 2, 2)))
 register("cifar/ResNet50")(partial(WideStemResNet, block=Bottleneck, depths=(3, 4, 6, 3)))

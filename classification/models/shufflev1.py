@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2distill.common.outputs import Outputs
-
-from .base import ZooModel, channel_shuffle, global_pool
-from .blocks import run_stages
+from .base import channel_shuffle
+from .blocks import StagedClassifier
 from .registry import register
 
 
@@ -35,7 +33,7 @@ class ShuffleBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(conv_channels)
 
     def preact(self, x: Tensor) -> Tensor:
-        """The sum or concatenation that the block's last ReLU sees."""
+        """The sum or concatenation that enters the block's last ReLU."""
         out = channel_shuffle(F.relu(self.bn1(self.conv1(x))), self.first_groups)
         out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
         if self.stride == 1:
@@ -54,13 +52,15 @@ def _stage(in_channels: int, out_channels: int, depth: int, groups: int, first_g
 
 
 @register("cifar/ShuffleV1")
-class ShuffleV1(ZooModel):
+class ShuffleV1(StagedClassifier):
     """ShuffleNet, stages of 4, 8 and 4 blocks, 240, 480 and 960 channels wide.
 
     Args:
         num_classes: width of the classifier.
         groups: of the 1x1 convolutions.
     """
+
+    classifier_name = "linear"
 
     def __init__(self, num_classes: int, groups: int = 3):
         super().__init__()
@@ -70,9 +70,3 @@ class ShuffleV1(ZooModel):
         self.layer2 = _stage(240, 480, depth=8, groups=groups, first_groups=groups)
         self.layer3 = _stage(480, 960, depth=4, groups=groups, first_groups=groups)
         self.linear = nn.Linear(960, num_classes)
-
-    def outputs(self, images: Tensor) -> Outputs:
-        stem = F.relu(self.bn1(self.conv1(images)))
-        feats, preacts = run_stages([self.layer1, self.layer2, self.layer3], stem)
-        pooled = global_pool(feats[-1])
-        return Outputs(self.linear(pooled), [stem, *feats], [stem, *preacts], pooled)

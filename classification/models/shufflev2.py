@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
-from .base import ZooModel, channel_shuffle, global_pool
+from .base import FeatureClassifier, channel_shuffle, global_pool
 from .registry import register
 
 
@@ -66,12 +66,14 @@ def _stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     return nn.Sequential(DownBlock(in_channels, out_channels), *(SplitBlock(out_channels) for _ in range(depth)))
 
 
-class ShuffleV2(ZooModel):
+class ShuffleV2(FeatureClassifier):
     """``feats`` are shuffled; ``preacts`` are the last block's halves concatenated, before ReLU and shuffle.
 
     Args:
         num_classes: width of the classifier.
     """
+
+    classifier_name = "linear"
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -104,5 +106,5 @@ class ShuffleV2(ZooModel):
         return self.outputs(images, with_preacts=False).logits
 
 
-for _zoo in ("cifar", "tiny_imagenet"):
-    register(f"{_zoo}/ShuffleV2")(ShuffleV2)
+for _family in ("cifar", "tiny_imagenet"):
+    register(f"{_family}/ShuffleV2")(ShuffleV2)

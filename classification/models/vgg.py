@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
-from .base import ZooModel, global_pool, kaiming_init_
+from .base import FeatureClassifier, global_pool, kaiming_init_
 from .registry import register
 
 _WIDTHS = (64, 128, 256, 512, 512)
@@ -22,13 +22,15 @@ def _block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class VGG(ZooModel):
+class VGG(FeatureClassifier):
     """Five blocks of 3x3 convolutions. Maps of 32x32 images have sides 32, 16, 8, 4, 4; of 64x64: 64, 32, 16, 8, 4.
 
     Args:
         num_classes: width of the classifier.
         depths: convolutions per block.
     """
+
+    classifier_name = "classifier"
 
     def __init__(self, num_classes: int, depths: tuple[int, int, int, int, int]):
         super().__init__()

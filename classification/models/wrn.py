@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
-from .base import ZooModel, global_pool, kaiming_init_
+from .base import FeatureClassifier, global_pool, kaiming_init_
 from .registry import register
 
 
@@ -55,7 +55,7 @@ class WideStage(nn.Module):
         return normed, x
 
 
-class WideResNet(ZooModel):
+class WideResNet(FeatureClassifier):
     """WRN-depth-width. ``feats`` end before a batch norm, so they carry no ReLU; ``preacts`` are that norm's outputs.
 
     Args:
@@ -66,8 +66,6 @@ class WideResNet(ZooModel):
 
     def __init__(self, num_classes: int, depth: int, width: int):
         super().__init__()
-        if (depth - 4) % 6:
-            raise ValueError(f"depth of a wide ResNet should be 6n + 4, got {depth}")
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.block1 = WideStage(16, 16 * width, blocks, stride=1)

@@ -16,7 +16,7 @@ from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
-from d2distill.common.engine.weights import differences
+from d2distill.common.engine.weight_files import compare_states
 from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
 
 __all__ = ["RunCheckpointer", "assert_finite_tensors", "save_student", "write_atomically"]
@@ -197,10 +197,7 @@ class RunCheckpointer(Checkpointer):
             raise CheckpointError(f"{f} is damaged: {reason}") from error
 
     def _load_model(self, weights: dict[str, Tensor]) -> str:
-        own = {name: value.shape for name, value in self.model.state_dict().items()}
-        given = {name: value.shape for name, value in weights.items()}
-        wrong = [name for name in own if name in given and own[name] != given[name]]
-        differing = differences(sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys()), wrong)
-        if not differing:
+        found = compare_states(self.model.state_dict(), weights)
+        if not any(found):
             self.model.load_state_dict(weights)
-        return differing
+        return str(found)

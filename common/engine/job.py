@@ -1,4 +1,4 @@
-"""This process's place in a job that something else started: torchrun, or SLURM's srun."""
+"""This process's rank in a job that torchrun or SLURM's srun started, read from the environment."""
 
 import os
 import re
@@ -20,8 +20,8 @@ class Job:
         rank, world_size: over all nodes.
         local_rank, local_size: on this node; nodes may differ in their size.
         node: a number that this node's processes share, and no others.
-        address, port: where process 0 listens.
-        starter: what started it, for messages.
+        master_addr, master_port: where rank 0 listens.
+        launcher: what started the job, for messages.
     """
 
     rank: int
@@ -29,27 +29,27 @@ class Job:
     local_rank: int
     local_size: int
     node: int
-    address: str
-    port: int
-    starter: str = "torchrun"
+    master_addr: str
+    master_port: int
+    launcher: str = "torchrun"
 
     @classmethod
-    def of(cls, environ: Mapping[str, str] = os.environ) -> "Job | None":
-        """The job that the environment tells of; None for a process that was started by hand.
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Job | None":
+        """Read the job from environment variables; None for a process that was started by hand.
 
-        torchrun's variables go before SLURM's, so that torchrun works under srun.
+        torchrun's take precedence over SLURM's, so that torchrun works under srun.
 
         Raises:
             ConfigError: SLURM's variables are incomplete or contradict each other.
         """
         if all(name in environ for name in _TORCHRUN):
             rank, world_size, local_rank, local_size = (int(environ[name]) for name in _TORCHRUN[:4])
-            # The rank of a node's first process is as good a number, and no other node's, whatever their sizes.
+            # Without it: the rank of the node's first process, which is unique whatever the nodes' sizes.
             node = int(environ.get("GROUP_RANK", rank - local_rank))
             return cls(
                 rank, world_size, local_rank, local_size, node, environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
             )
-        # A batch script without srun is told the number of tasks as well, but it is not one of them.
+        # A batch script without srun has the number of tasks as well, but is not one of them.
         in_step = "SLURM_STEP_ID" in environ or "SLURM_LAUNCH_NODE_IPADDR" in environ
         size = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
         return cls._of_slurm(environ, size) if in_step and size > 1 and "SLURM_PROCID" in environ else None
@@ -64,20 +64,20 @@ class Job:
                 f"SLURM's variables contradict each other: task {rank} of {size}, {local_rank} on node {node}, and "
                 f"{sizes} tasks on the nodes; start with srun, or with torchrun"
             )
-        return cls(rank, size, local_rank, sizes[node], node, _address(environ), _port(environ), "srun")
+        return cls(rank, size, local_rank, sizes[node], node, _master_addr(environ), _master_port(environ), "srun")
 
     def device_index(self, visible: int, environ: Mapping[str, str] = os.environ) -> int:
-        """Which of the `visible` GPUs is this process's: its own of the node's, or the only one that srun lets it see.
+        """The GPU of this process among the `visible` ones; srun may show each process its own GPU only.
 
         Raises:
             ConfigError: more processes on this node than GPUs.
         """
         gpus = visible
-        if self.starter == "srun" and visible == 1:  # --gpus-per-task
+        if self.launcher == "srun" and visible == 1:  # --gpus-per-task
             gpus = int(environ.get("SLURM_GPUS_ON_NODE") or self.local_size)
         if self.local_size > gpus:
             raise ConfigError(
-                f"{self.starter} starts {self.local_size} processes on this node, but it has {gpus} GPU"
+                f"{self.launcher} starts {self.local_size} processes on this node, but it has {gpus} GPU"
                 f"{'s' * (gpus != 1)}: start one process per GPU"
             )
         return self.local_rank % visible
@@ -85,22 +85,13 @@ class Job:
 
 def _tasks_per_node(environ: Mapping[str, str], size: int) -> list[int]:
     """Of SLURM's "2(x3),1": [2, 2, 2, 1]."""
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
-    if not text:
-        nodes = int(environ.get("SLURM_NNODES", 1))
-        each = int(environ.get("SLURM_NTASKS_PER_NODE") or -(-size // nodes))
-        return [min(each, size - start) for start in range(0, size, each)] if each > 0 else []
-    sizes = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if not match:
-            raise ConfigError(f'SLURM_STEP_TASKS_PER_NODE is "{text}", which is not of the form "2(x3),1"')
-        sizes += [int(match[1])] * int(match[2] or 1)
-    return sizes
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
 
 
-def _address(environ: Mapping[str, str]) -> str:
-    """The node of task 0. That is not always the one where srun was typed, which may be a login node."""
+def _master_addr(environ: Mapping[str, str]) -> str:
+    """The node of task 0, which need not be the one where srun was typed (a login node)."""
     if environ.get("MASTER_ADDR"):
         return environ["MASTER_ADDR"]
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
@@ -112,8 +103,8 @@ def _address(environ: Mapping[str, str]) -> str:
     return address
 
 
-def _port(environ: Mapping[str, str]) -> int:
-    """Another one for each job and step; below the ports that systems give out by themselves."""
+def _master_port(environ: Mapping[str, str]) -> int:
+    """A port that differs between jobs and steps, below the ephemeral range."""
     if environ.get("MASTER_PORT"):
         return int(environ["MASTER_PORT"])
     step = environ.get("SLURM_STEP_ID", "0")

@@ -1,14 +1,13 @@
-"""Starting processes, and ending commands with one clear line where the user can mend something."""
+"""The processes of a command: those of a job that torchrun or srun started, or one per GPU that it starts itself."""
 
-import argparse
-import logging
 import multiprocessing
 import os
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
-from typing import NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,107 +15,125 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from d2distill.common.engine.cli import debugging, exit_with_error, user_errors, user_message
 from d2distill.common.engine.job import Job
-from d2distill.common.errors import ConfigError, UserError
+from d2distill.common.errors import ConfigError
 
-__all__ = ["command", "launch"]
+__all__ = ["join_job", "launch", "processes_to_start"]
 
 
-def command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; an error that the user can mend is printed without a traceback, exit code 2.
+@contextmanager
+def join_job() -> Iterator[None]:
+    """Take part in the job that torchrun, or srun with several tasks, started; does nothing if none did.
 
-    After Ctrl-C the code is 130, as a shell has it.
+    A user error inside is printed by the first rank that has it. The others, where it occurs too or where communication
+    then fails, exit silently with the same code 2: one line in all. torchrun adds its own report and exits with 1; no
+    worker can prevent that.
+
+    Raises:
+        ConfigError: more processes on a node than GPUs, or contradicting SLURM variables.
     """
-    # A full disk is said once, by what cannot do without it, and not by every line of a log.
-    logging.raiseExceptions = False
+    job = Job.from_environ()
+    if job is None:
+        yield
+        return
+    os.environ.update(MASTER_ADDR=job.master_addr, MASTER_PORT=str(job.master_port))
+    store = next(dist.rendezvous("env://", job.rank, job.world_size))[0]
     try:
-        main()
-    except (UserError, FileNotFoundError) as error:
-        _end(str(error))
-    except OSError as error:
-        if error.filename is None:  # of no file of the user's
-            raise
-        _end(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        with _one_error(store):
+            init_distributed(job, store)
+            yield
+            # No rank leaves while others still communicate with it.
+            comm.synchronize()
+    finally:
+        comm._LOCAL_PROCESS_GROUP = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _end(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-def launch(main: Callable[..., None], args: argparse.Namespace, *arguments: object) -> None:
-    """Run ``main(*arguments)`` in every process of the job.
-
-    Under torchrun, and under srun with several tasks, this process is one of them; else Detectron2 starts
-    ``args.num_gpus`` of them (0 or 1: none, it runs here, on the CPU if there is no GPU).
+def processes_to_start(num_gpus: int, num_machines: int = 1) -> int:
+    """How many processes :func:`launch` has to start here; 0 if this one is enough, or is one of a job.
 
     Raises:
         ConfigError: more GPUs are asked for than exist.
-        SystemExit: of a process that was started here, with its exit code.
     """
-    job = Job.of()
-    if job is not None:
-        _join(job)
-        try:
-            main(*arguments)
-            # None leaves while the others still talk to it.
-            comm.synchronize()
-        finally:
-            comm._LOCAL_PROCESS_GROUP = None
-            dist.destroy_process_group()
-        return
+    if dist.is_initialized():
+        return 0
     found = torch.cuda.device_count()
-    if args.num_gpus > max(found, 1):
+    if num_gpus > max(found, 1):
         raise ConfigError(
-            f"--num-gpus {args.num_gpus}, but this machine has {found} GPU{'s' * (found != 1)}; "
+            f"--num-gpus {num_gpus}, but this machine has {found} GPU{'s' * (found != 1)}; "
             "for several processes on CPUs use torchrun --nproc-per-node N"
         )
-    if args.num_gpus > 1:
-        signal.signal(signal.SIGTERM, _pass_on)
+    return max(num_gpus, 1) if num_gpus > 1 or num_machines > 1 else 0
+
+
+def launch(
+    main: Callable[..., object],
+    arguments: tuple[Any, ...],
+    processes: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> None:
+    """Run ``main(*arguments)`` in processes that Detectron2 starts, one per GPU of this machine.
+
+    Raises:
+        SystemExit: of a process, with its exit code.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    signal.signal(signal.SIGTERM, forward_sigterm)
     try:
-        detectron2_launch(
-            _Child(main),
-            max(args.num_gpus, 1),
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=arguments,
-        )
+        detectron2_launch(_child, processes, num_machines, machine_rank, dist_url, args=(store.port, main, *arguments))
     except ProcessExitedException as error:
-        # The process has said why; what torch knows about it adds nothing.
+        # The process has printed why; torch would add a traceback of this one.
         raise SystemExit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code) from None
 
 
-class _Child:
-    """`main`, with its errors for the user printed in the process that has them: torch would add a traceback."""
-
-    def __init__(self, main: Callable[..., None]) -> None:
-        self.main = main
-
-    def __call__(self, *arguments: object) -> None:
-        if comm.get_world_size() == 1:
-            self.main(*arguments)
-        else:
-            command(lambda: self.main(*arguments))
-
-
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    # The processes save and exit; this one waits for them.
+def forward_sigterm(number: int, frame: FrameType | None) -> None:
+    """Signal handler: the child processes save and exit, and this one waits for them."""
     for child in multiprocessing.active_children():
         child.terminate()
 
 
-def _join(job: Job) -> None:
+def init_distributed(job: Job, store: dist.Store) -> None:
+    """Initialize torch.distributed and Detectron2's `comm` for this process of a job."""
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(job.device_index(torch.cuda.device_count()))
-    os.environ.update(MASTER_ADDR=job.address, MASTER_PORT=str(job.port))
-    dist.init_process_group("nccl" if gpu else "gloo", rank=job.rank, world_size=job.world_size)
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=job.rank, world_size=job.world_size)
     # Detectron2's own function takes nodes in order and of one size only.
     nodes = comm.all_gather(job.node)
     for node in sorted(set(nodes)):
-        group = dist.new_group([rank for rank, where in enumerate(nodes) if where == node])
+        group = dist.new_group([rank for rank, other in enumerate(nodes) if other == node])
         if node == job.node:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def _child(port: int, main: Callable[..., object], *arguments: object) -> None:
+    # Errors are printed by the process that has them: torch would add tracebacks.
+    with user_errors(), _one_error(dist.TCPStore("127.0.0.1", port, is_master=False)):
+        main(*arguments)
+
+
+@contextmanager
+def _one_error(store: dist.Store) -> Iterator[None]:
+    """End this process after a user error, and print it if no process of this `store` had one before."""
+    try:
+        yield
+    except Exception as error:
+        mine = int(user_message(error) is not None)
+        try:
+            earlier = store.add("d2distill_user_errors", mine) - mine
+            if earlier:
+                # The end of this process may be the end of all.
+                store.wait(["d2distill_reported"], timedelta(seconds=10))
+        except dist.DistError:
+            earlier = 1  # the rank that hosts the store has ended, and printed why
+        if earlier and not mine and not debugging():
+            raise SystemExit(2) from None  # a consequence of the other's end
+        try:
+            exit_with_error(error, silent=bool(earlier))
+        finally:
+            if mine and not earlier:
+                store.set("d2distill_reported", "")

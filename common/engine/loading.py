@@ -1,9 +1,8 @@
-"""Data loaders whose workers neither die of a signal to the job nor outlive their process, and say what is wrong."""
+"""DataLoader whose workers ignore SIGTERM and SIGINT of the job and re-raise user errors unchanged."""
 
-import atexit
-import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,22 +13,22 @@ from d2distill.common.errors import UserError
 
 __all__ = ["WorkerLoader"]
 
-#: A scheduler, and Ctrl-C, signal every process of a job: they are the main one's to answer.
+#: A scheduler, and Ctrl-C, signal every process of a job; only the main process acts on them.
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 class WorkerLoader(DataLoader):
     """torch's DataLoader with workers that leave SIGTERM and SIGINT to the main process.
 
-    On SIGTERM that one finishes its step, for which it needs its workers.
+    On SIGTERM the main process finishes its step, for which it needs its workers.
 
-    Iterating raises a :class:`UserError` of the data set as it is, also that of a worker: torch would make one of its
-    own from the text of a traceback.
+    Iterating raises a :class:`UserError` of the data set unchanged, also from a worker; torch would put the text of its
+    traceback into a new error.
 
     Args:
         dataset: a map-style data set.
-        num_workers: at most; not more are started than there are cores.
-        collate_fn: makes a batch of a list of samples.
+        num_workers: at most one per core is started.
+        collate_fn: makes a batch from a list of samples.
         options: torch's own, without ``worker_init_fn`` and ``generator``.
     """
 
@@ -44,15 +43,15 @@ class WorkerLoader(DataLoader):
         super().__init__(
             _ErrorsAsSamples(dataset),
             num_workers=min(num_workers, len(os.sched_getaffinity(0))),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_answer_parent_only,
             collate_fn=_BatchOrError(collate_fn),
-            # A generator of its own: the loader draws a seed for its workers, which no result depends on.
+            # torch draws a seed for the workers, on which no result depends: not from the global generator.
             generator=torch.Generator(),
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
-        # Workers inherit the mask, so that a signal that comes before they ignore it does not end them.
+        # Workers inherit the mask: a signal cannot end them before they are set up.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             return _raise_errors(super().__iter__())
@@ -61,7 +60,7 @@ class WorkerLoader(DataLoader):
 
 
 class _ErrorsAsSamples(Dataset):
-    """A data set that hands out its errors for the user in place of samples: so they pass between processes."""
+    """A data set that returns its user errors in place of samples, so that they pass between processes."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -77,7 +76,7 @@ class _ErrorsAsSamples(Dataset):
 
 
 class _BatchOrError:
-    """A collate function for samples among which there may be errors."""
+    """A collate function that returns the first error among the samples, if there is one."""
 
     def __init__(self, collate: Callable[[list], Any]) -> None:
         self.collate = collate
@@ -94,21 +93,20 @@ def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
                 raise batch
             yield batch
     finally:
-        # The error's traceback keeps this frame, and with it the workers, which are to end now.
+        # An error's traceback keeps this frame alive: without these references the workers end now.
         batch = batches = None
 
 
-def _ignore_signals(worker: int) -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+def _answer_parent_only(worker: int) -> None:
+    """End on SIGTERM from the process of the loader, as multiprocessing sends it at exit; discard all other signals.
 
+    Signals stay blocked in the worker, as inherited, so only this thread sees them, and who sent them.
+    """
+    parent = os.getppid()
 
-@atexit.register
-def _end_workers() -> None:
-    # At exit multiprocessing sends SIGTERM to the workers that an error left behind, and waits for them.
-    # torch's own handler would take their end for a failure.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    def wait() -> None:
+        while (info := signal.sigwaitinfo(_SIGNALS)).si_pid != parent or info.si_signo != signal.SIGTERM:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

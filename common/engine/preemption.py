@@ -1,4 +1,4 @@
-"""SIGTERM: noted when it comes, acted upon where a run can stop and go on; and evaluations that are left half done."""
+"""Graceful preemption: record SIGTERM and stop at the next step boundary."""
 
 import logging
 import signal
@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 
 from d2distill.common.errors import UserError
@@ -18,10 +19,10 @@ logger = logging.getLogger("detectron2.d2distill")
 
 
 class EvaluationInterrupted(Exception):
-    """An evaluation was left, by all processes.
+    """All processes left an evaluation.
 
     Attributes:
-        error: what went wrong in one of them; None where the job is to stop.
+        error: of one of them; None if the job was asked to stop.
     """
 
     def __init__(self, error: UserError | None = None) -> None:
@@ -35,15 +36,19 @@ class Preemption:
     def __init__(self) -> None:
         self.requested = False
         self._previous: Any = None
+        self._group: dist.ProcessGroup | None = None
 
     def install(self) -> None:
-        """Note SIGTERM from now on."""
-        # Python allows handlers in the main thread alone.
+        """Record SIGTERM from now on. All processes call it."""
+        if comm.get_world_size() > 1:
+            # On the CPU, so that no GPU waits for it.
+            self._group = dist.new_group(backend="gloo")
+        # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._request)
 
     def remove(self) -> None:
-        """Leave SIGTERM to whom it was before."""
+        """Restore the handler from before."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -51,25 +56,25 @@ class Preemption:
         self.requested = True
 
     def requested_on_any_rank(self) -> bool:
-        """Whether any process of the job was asked. All call it."""
+        """Whether any process of the job was asked to stop. All call it."""
         if comm.get_world_size() == 1:
             return self.requested
-        # On the CPU group, so that no GPU waits for it.
         flag = torch.tensor([int(self.requested)])
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=comm._get_global_gloo_group())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
 
 
 class InterruptibleLoader:
-    """Batches of an evaluation, which ends early where the job is to stop, for a scheduler does not wait for it, or
-    where one of them cannot be had.
+    """Batches of an evaluation that ends early when the job is asked to stop, or when a batch raises a user error.
+
+    A scheduler does not wait for a whole evaluation.
 
     Args:
         batches: with a length.
-        preemption: what is watched.
+        preemption: checked before every batch.
 
     Raises:
-        EvaluationInterrupted: in all processes, after their last batch, where one was asked to stop or had an error.
+        EvaluationInterrupted: in all processes, after their last batch, if one was asked to stop or had an error.
     """
 
     def __init__(self, batches: Iterable[Any], preemption: Preemption) -> None:

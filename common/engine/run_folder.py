@@ -16,7 +16,7 @@ from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
 from d2distill.common.errors import ConfigError
 
-__all__ = ["RESULTS", "find_student", "prepare_run", "read_results", "start_logs", "write_run_folder", "write_text"]
+__all__ = ["RESULTS", "prepare_run", "read_results", "start_logs", "write_run_folder", "write_text"]
 
 RESULTS = "results.json"
 #: Facts of the run in results.json, which are no metrics.
@@ -91,15 +91,3 @@ def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
     # A metric that is not defined on the data is null there.
     metrics = {name: value for name, value in content.items() if name not in _FACTS}
     return {name: float("nan") if value is None else value for name, value in metrics.items()}
-
-
-def find_student(folder: str | Path) -> str:
-    """The run folder's best student, or its final one.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for name in ("student_best.pth", "student_final.pth"):
-        if Path(folder, name).is_file():
-            return str(Path(folder, name))
-    raise ConfigError(f"OUTPUT_DIR {folder} has no student_best.pth: name the folder of a run that has been evaluated")

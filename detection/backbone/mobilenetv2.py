@@ -12,17 +12,15 @@ __all__ = ["MobileNetV2", "build_mobilenetv2_fpn_backbone", "build_retinanet_mob
 
 # The last block at each of the strides 4, 8, 16 and 32.
 _LAST_BLOCKS = {"res2": 3, "res3": 6, "res4": 13, "res5": 17}
-_NORMS = ("FrozenBN", "BN", "SyncBN")
 
 
 class MobileNetV2(Backbone):
-    """torchvision's ``features`` without the last, 1280 channels wide convolution, which only a classifier needs.
+    """torchvision's ``features`` without the last convolution (1280 channels), which only a classifier needs.
 
-    The state dict has torchvision's names, so its weights load under the prefix of this module.
+    The state dict has torchvision's names.
 
     Args:
-        norm: ``"FrozenBN"`` (statistics and affine parameters fixed, as detectors are trained), ``"BN"`` or
-            ``"SyncBN"``.
+        norm: ``"FrozenBN"`` (statistics and affine parameters fixed, as usual in detectors), ``"BN"`` or ``"SyncBN"``.
 
     Raises:
         ConfigError: another `norm`.
@@ -30,8 +28,8 @@ class MobileNetV2(Backbone):
 
     def __init__(self, norm: str = "FrozenBN") -> None:
         super().__init__()
-        if norm not in _NORMS:
-            raise ConfigError(f"MobileNetV2 has batch norms: MODEL.RESNETS.NORM is {norm!r}, not one of {_NORMS}")
+        if norm not in ("FrozenBN", "BN", "SyncBN"):
+            raise ConfigError(f"MODEL.RESNETS.NORM is {norm!r}, but MobileNetV2 needs FrozenBN, BN or SyncBN")
         self.features = mobilenet_v2(norm_layer=lambda channels: get_norm(norm, channels)).features[:-1]
         self._out_features = list(_LAST_BLOCKS)
         self._out_feature_strides = dict(zip(_LAST_BLOCKS, (4, 8, 16, 32), strict=True))
@@ -39,16 +37,11 @@ class MobileNetV2(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The largest stride: with it every map is exactly half the size of the one before."""
+        """The largest stride, so that each map is exactly half the size of the one before."""
         return 32
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Feature maps of `images` (N, 3, H, W).
-
-        Returns:
-            ``res2`` (N, 24, H/4, W/4), ``res3`` (N, 32, H/8, W/8), ``res4`` (N, 96, H/16, W/16) and ``res5``
-            (N, 320, H/32, W/32), sizes rounded up.
-        """
+        """Feature maps ``res2`` .. ``res5`` of `images` (N, 3, H, W); their sizes are rounded up."""
         names = {index: name for name, index in _LAST_BLOCKS.items()}
         outputs = {}
         for index, block in enumerate(self.features):
@@ -58,9 +51,7 @@ class MobileNetV2(Backbone):
         return outputs
 
 
-def _with_fpn(cfg, input_shape: ShapeSpec, top_block: nn.Module) -> FPN:
-    if input_shape.channels != 3:
-        raise ConfigError(f"MobileNetV2 takes images of 3 channels, but MODEL.PIXEL_MEAN has {input_shape.channels}")
+def _with_fpn(cfg, top_block: nn.Module) -> FPN:
     return FPN(
         bottom_up=MobileNetV2(cfg.MODEL.RESNETS.NORM),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
@@ -75,19 +66,13 @@ def _with_fpn(cfg, input_shape: ShapeSpec, top_block: nn.Module) -> FPN:
 def build_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """MobileNetV2 with FPN for two-stage detectors: ``p2`` .. ``p5`` (strides 4 .. 32) and ``p6`` (a max-pool of p5).
 
-    Reads MODEL.FPN (IN_FEATURES out of res2 .. res5) and MODEL.RESNETS.NORM. MODEL.BACKBONE.FREEZE_AT is not read:
-    but for the batch norms everything is trained.
-
-    Raises:
-        ConfigError: images have not 3 channels, or MODEL.RESNETS.NORM is no batch norm.
+    Reads MODEL.FPN and MODEL.RESNETS.NORM. MODEL.BACKBONE.FREEZE_AT is ignored: everything but frozen batch norms is
+    trained.
     """
-    return _with_fpn(cfg, input_shape, LastLevelMaxPool())
+    return _with_fpn(cfg, LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """MobileNetV2 with FPN for RetinaNet: ``p3`` .. ``p5``, and ``p6``, ``p7`` by convolutions from res5.
-
-    Settings and errors as of :func:`build_mobilenetv2_fpn_backbone`.
-    """
-    return _with_fpn(cfg, input_shape, LastLevelP6P7(320, cfg.MODEL.FPN.OUT_CHANNELS))
+    """MobileNetV2 with FPN for RetinaNet: ``p3`` .. ``p5``, and ``p6``, ``p7`` by convolutions from res5."""
+    return _with_fpn(cfg, LastLevelP6P7(320, cfg.MODEL.FPN.OUT_CHANNELS))

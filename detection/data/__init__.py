@@ -1,4 +1,4 @@
-"""Data sets for detection: where they are, what is checked, and batches that are a function of (seed, step)."""
+"""Detection data: register, load and check data sets, and build loaders whose batches depend on (seed, step) only."""
 
 from . import digits_coco
 from .catalog import check_test_sets, load_test_set, load_training_set, register_datasets

@@ -1,226 +1,152 @@
-"""Data sets by name: registered from the configuration, loaded, and checked before a model sees them."""
+"""Register the data sets of the configuration, load them, and check them against the model before training starts."""
 
 import os
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import ConfigError, DataError, UserError, did_you_mean
 from d2distill.detection.config import num_classes
 
-from .locate import ROOT_VARIABLE, data_path
-
 __all__ = ["check_test_sets", "load_test_set", "load_training_set", "register_datasets"]
-
-_KEYS = ("JSON", "IMAGES")
-# By name, path and time of the annotations: an evaluation at every period must not read a large file again.
-_TEST_SETS: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register every entry ``{name: {JSON: annotations, IMAGES: folder}}`` of DATASETS.REGISTER as a COCO set.
+    """Register every entry ``{name: {JSON: annotations, IMAGES: folder}}`` of DATASETS.REGISTER as a COCO data set.
 
-    Relative paths are below DETECTRON2_DATASETS, or else ./datasets. What is registered already is left alone.
+    Relative paths are below DETECTRON2_DATASETS, or ./datasets where that is not set. An entry that is registered
+    already is skipped.
 
     Raises:
-        ConfigError: keys that are missing or unknown, or a name that stands for another data set.
+        ConfigError: an entry with other keys, or a name that belongs to another data set.
     """
     for name, entry in cfg.DATASETS.REGISTER.items():
         key = f"DATASETS.REGISTER.{name}"
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{key} is {entry!r}, but must have the keys {' and '.join(_KEYS)}")
-        for given in entry:
-            if given not in _KEYS:
-                raise ConfigError(f"unknown config key {key}.{given}{did_you_mean(given, _KEYS)}")
-        for needed in _KEYS:
-            if not isinstance(entry.get(needed), str) or not entry[needed]:
-                raise ConfigError(f"{key}.{needed} must be a path, but is {entry.get(needed, 'not there')!r}")
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != {"JSON": str, "IMAGES": str}:
+            raise ConfigError(f"{key} must be {{JSON: annotation file, IMAGES: folder of images}}, but is {entry!r}")
         paths = {"json_file": str(data_path(entry.JSON)), "image_root": str(data_path(entry.IMAGES))}
         if name not in DatasetCatalog:
             register_coco_instances(name, {}, **paths)
             continue
-        present = {path: MetadataCatalog.get(name).get(path) for path in paths}
-        if present != paths:
+        known = {path: MetadataCatalog.get(name).get(path) for path in paths}
+        if known != paths:
             raise ConfigError(
-                f"{key}: the name is taken, by a data set with annotations {present['json_file']} and images "
-                f"{present['image_root']}; choose another one"
+                f"{key}: the name is taken by a data set with annotations {known['json_file']} and images "
+                f"{known['image_root']}; choose another name"
             )
 
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
-    """DATASETS.TRAIN in Detectron2's format, without the images that the configuration filters out.
+    """Load DATASETS.TRAIN in Detectron2's format, without the images that Detectron2 filters out for training.
 
     Raises:
-        ConfigError: a name that is not registered, precomputed proposals, a number of classes that is not the model's,
-            masks that are asked for and not there, or sets with different classes.
-        FileNotFoundError: annotations or images are missing; says where they were looked for and how to get them.
-        DataError: damaged annotations, or a set in which nothing is left to train on.
+        ConfigError: a name that is not registered, precomputed proposals, another number of classes than the model's,
+            data sets with different classes, or masks that the model cannot be trained with.
+        FileNotFoundError: annotations or images are missing; the message says where they are searched.
+        DataError: damaged annotations, or no image left after filtering.
     """
     register_datasets(cfg)
     if cfg.MODEL.LOAD_PROPOSALS:
-        raise ConfigError("MODEL.LOAD_PROPOSALS is True, but proposals come as pickles, which are not read here")
+        raise ConfigError("MODEL.LOAD_PROPOSALS must be False: files of proposals are pickles, which may run code")
     dicts: list[dict[str, Any]] = []
     for name in cfg.DATASETS.TRAIN:
-        _check_name(name, "DATASETS.TRAIN")
-        own = _filter(cfg, name, _load(name))
-        _check_classes(cfg, name)
-        _check_same_classes(name, cfg.DATASETS.TRAIN[0])
-        _check_annotations(cfg, name, own)
-        dicts += own
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        loaded = _load(name, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, keypoints)
+        _check_classes(cfg, name, cfg.DATASETS.TRAIN[:1])
+        _check_annotations(cfg, name, loaded)
+        dicts += loaded
     return dicts
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Load DATASETS.TEST, and check that a model of this configuration can be evaluated on it.
+    """Load DATASETS.TEST, and check that the model can be evaluated on it.
 
     Raises:
-        ConfigError: a name that is not registered, or classes that are not the model's, or not those of the training
-            sets (where these are known without reading them).
+        ConfigError: a name that is not registered, or classes other than the model's or the training sets'.
         FileNotFoundError, DataError: as :func:`load_training_set`.
     """
     for name in cfg.DATASETS.TEST:
         load_test_set(cfg, name)
-        _check_classes(cfg, name)
-        for train in cfg.DATASETS.TRAIN:
-            _check_same_classes(name, train)
+        _check_classes(cfg, name, cfg.DATASETS.TRAIN)
 
 
 def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
-    """All images of a registered set in Detectron2's format, without annotations. A file is read once in a process.
+    """Load all images of a registered data set in Detectron2's format, without annotations.
 
-    Raises:
-        ConfigError: the name is not registered.
-        FileNotFoundError, DataError: as :func:`load_training_set`.
+    Evaluators read the annotations from the file, and they would take most of the memory. Errors as of
+    :func:`check_test_sets`.
     """
     register_datasets(cfg)
-    _check_name(name, "DATASETS.TEST")
-    metadata = MetadataCatalog.get(name)
-    version = None
-    # What is made on use may be made elsewhere next time, and a set without a file may change unseen.
-    if not metadata.get("made_on_use") and os.path.isfile(metadata.get("json_file", "")):
-        version = name, metadata.json_file, os.path.getmtime(metadata.json_file)
-    if version in _TEST_SETS:
-        return _TEST_SETS[version]
-    # Evaluators read the annotations from the file, and most of a set's memory is theirs.
-    dicts = [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name)]
-    if version:
-        _TEST_SETS[version] = dicts
-    return dicts
+    return [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name, "DATASETS.TEST")]
 
 
-def _check_name(name: str, key: str) -> None:
+def _load(name: str, key: str, filter_empty: bool = False, min_keypoints: int = 0) -> list[dict[str, Any]]:
     if name not in DatasetCatalog:
         raise ConfigError(
-            f"{key}: no data set {name} is registered{did_you_mean(name, DatasetCatalog.list())}; DATASETS.REGISTER "
-            "registers one of your own"
+            f"{key}: no data set {name} is registered{did_you_mean(name, DatasetCatalog.list())}; register your own "
+            "under DATASETS.REGISTER"
         )
-
-
-def _load(name: str) -> list[dict[str, Any]]:
-    """All images of a set with all annotations; at least one of each."""
-    metadata = MetadataCatalog.get(name)
-    json_file = metadata.get("json_file")
-    if json_file and not metadata.get("made_on_use"):
-        if not PathManager.isfile(json_file):
-            raise _missing(name, json_file)
-        if not PathManager.isdir(metadata.image_root):
-            raise _missing(name, metadata.image_root)
+    json_file = MetadataCatalog.get(name).get("json_file")
     try:
-        dicts = get_detection_dataset_dicts([name], filter_empty=False)
-    except UserError:
-        raise
+        dicts = get_detection_dataset_dicts([name], filter_empty, min_keypoints)
     except FileNotFoundError as error:
         raise _missing(name, error.filename or str(error)) from error
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if not json_file:  # a function of the user's own: its traceback says more
+    except Exception as error:  # damaged annotations raise nearly anything
+        # A function that a user registered is code, which needs its traceback.
+        if isinstance(error, UserError) or not json_file:
             raise
-        raise DataError(
-            f"data set {name}: {json_file} is not a complete file of COCO annotations ({type(error).__name__}: {error})"
-        ) from error
+        raise DataError(f"data set {name}: cannot use {json_file} ({type(error).__name__}: {error})") from error
     if json_file and not PathManager.isfile(dicts[0]["file_name"]):
         raise _missing(name, dicts[0]["file_name"])
-    if "annotations" in dicts[0] and not any(d["annotations"] for d in dicts):
-        raise DataError(f"data set {name} has {len(dicts)} images without a single annotation ({json_file})")
     return dicts
 
 
 def _missing(name: str, path: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"data set {name}: {os.path.abspath(path)} is not there.\n"
-        f"Data sets are looked for below the folder that the environment variable {ROOT_VARIABLE} names (now "
-        f"{os.environ.get(ROOT_VARIABLE) or 'not set'}), or else in ./datasets; your own are where DATASETS.REGISTER."
+        f"data set {name}: {os.path.abspath(path)} does not exist.\n"
+        f"Data sets are searched in the folder named by the environment variable {ROOT_VARIABLE} (now "
+        f"{os.environ.get(ROOT_VARIABLE) or 'not set'}), or else in ./datasets; your own where DATASETS.REGISTER."
         f"{name} says.\n"
-        "To get COCO: train2017.zip, val2017.zip and annotations_trainval2017.zip from "
-        "https://cocodataset.org/#download, unpacked in the folder coco there. Without any download: digits_coco_train "
-        "and digits_coco_val."
+        "To get COCO: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+        "https://cocodataset.org/#download in its subfolder coco. digits_coco_train and digits_coco_val need no "
+        "download."
     )
 
 
-def _filter(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Detectron2's two filters of training images."""
-    if "annotations" not in dicts[0]:
-        return dicts
-    kept = dicts
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        kept = filter_images_with_only_crowd_annotations(kept)
-    if cfg.MODEL.KEYPOINT_ON:
-        kept = filter_images_with_few_keypoints(kept, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
-    if not kept:
-        raise DataError(
-            f"data set {name}: of {len(dicts)} images none is left to train on: they have only crowds, or (with "
-            "MODEL.KEYPOINT_ON) fewer key points than MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE"
-        )
-    return kept
-
-
-def _check_classes(cfg: CfgNode, name: str) -> None:
+def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
+    """Check the classes of a data set against the model's number and against those of `others`, in order."""
     classes = MetadataCatalog.get(name).get("thing_classes")
-    key, value = num_classes(cfg)
-    if classes is not None and len(classes) != value:
-        some = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
-        raise ConfigError(
-            f"{key} is {value}, but the annotations of {name} have {len(classes)} classes ({some}): set {key} to "
-            f"{len(classes)}"
-        )
-
-
-def _check_same_classes(name: str, other: str) -> None:
-    """Classes are numbered in the order of their ids, so the names must be the same in that order."""
-    own, others = (MetadataCatalog.get(n).get("thing_classes") if n in MetadataCatalog else None for n in (name, other))
-    if own is None or others is None or own == others:
+    if classes is None:
         return
-    number = next((i for i, pair in enumerate(zip(own, others, strict=False)) if pair[0] != pair[1]), None)
-    detail = (
-        f"class {number} is {own[number]} there and {others[number]} here"
-        if number is not None
-        else (f"{len(own)} classes there and {len(others)} here")
-    )
-    raise ConfigError(f"the data set {name} has other classes than {other}: {detail}")
+    key, value = num_classes(cfg)
+    if len(classes) != value:
+        raise ConfigError(
+            f"{key} is {value}, but the annotations of {name} have {len(classes)} classes ({', '.join(classes[:3])}"
+            f"{', ...' if len(classes) > 3 else ''}): set {key} to {len(classes)}"
+        )
+    for other in others:
+        theirs = MetadataCatalog.get(other).get("thing_classes") if other in MetadataCatalog else None
+        if theirs is not None and theirs != classes:
+            different = next((pair for pair in zip(theirs, classes, strict=False) if pair[0] != pair[1]), None)
+            detail = f": {different[0]} there is {different[1]} here" if different else ""
+            raise ConfigError(f"the data set {name} has other classes than {other}{detail}")
 
 
 def _check_annotations(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> None:
-    """What Detectron2's mapper would stumble over at some step of the training."""
+    """Check for annotations that would stop Detectron2's mapper or mask head in the middle of a training."""
     for record in dicts:
         for annotation in record.get("annotations", ()):
             if annotation.get("iscrowd", 0):
                 continue
+            where = f"{name} has an annotation (of {record['file_name']})"
             if len(annotation.get("bbox", ())) not in (4, 5):
-                raise DataError(
-                    f"data set {name}: an annotation of {record['file_name']} has the bbox {annotation.get('bbox')}"
-                )
-            if not cfg.MODEL.MASK_ON:
-                continue
-            if "segmentation" not in annotation:
-                raise ConfigError(
-                    f"MODEL.MASK_ON is True, but {name} has an annotation without a segmentation (of "
-                    f"{record['file_name']}): set MODEL.MASK_ON to False"
-                )
-            if isinstance(annotation["segmentation"], dict) and cfg.INPUT.MASK_FORMAT != "bitmask":
-                raise ConfigError(
-                    f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT}, but {name} has run-length encoded masks (of "
-                    f"{record['file_name']}): set it to bitmask"
-                )
+                raise DataError(f"{where} with the bbox {annotation.get('bbox')}")
+            if cfg.MODEL.MASK_ON and "segmentation" not in annotation:
+                raise ConfigError(f"MODEL.MASK_ON is True, but {where} without a segmentation: set it to False")
+            is_rle = cfg.MODEL.MASK_ON and isinstance(annotation["segmentation"], dict)
+            if is_rle and cfg.INPUT.MASK_FORMAT != "bitmask":
+                raise ConfigError(f"{where} with a run-length encoded mask: set INPUT.MASK_FORMAT to bitmask")

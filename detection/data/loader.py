@@ -1,7 +1,8 @@
-"""Batches whose images and augmentation are a function of (seed, step), read by Detectron2's mapper."""
+"""Data loaders of detection. Batches and augmentation are a function of (seed, step), so that runs resume exactly."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,26 +21,15 @@ from .sampling import build_batch_sampler
 
 __all__ = ["MappedImages", "build_test_loader", "build_train_loader"]
 
-Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
-
-# Images after one that the mapper leaves out, before it is an error.
-MAX_NEIGHBOURS = 20
-
 
 class MappedImages(Dataset):
-    """Images as a mapper gives them, by (position, index), or by index where nothing is random.
+    """Images processed by a mapper, by (position, index), or by index where nothing is random.
 
-    Args:
-        dicts: images in Detectron2's format.
-        mapper: as Detectron2's DatasetMapper; may draw from Python's, numpy's and torch's generators.
-        seed: of the run.
-
-    Raises:
-        DataError: by a file that cannot be used, or an image that the mapper leaves out with those after it.
+    While the mapper runs, Python's, numpy's and torch's generators are seeded by (seed, position).
     """
 
-    def __init__(self, dicts: list[dict[str, Any]], mapper: Mapper, seed: int = 0) -> None:
-        # One buffer of bytes, which workers share: a list of objects would be copied into each as it is counted.
+    def __init__(self, dicts: list[dict[str, Any]], mapper: Callable[[dict], dict], seed: int) -> None:
+        # Serialized into one buffer that workers share: reference counts would copy a list of objects into each.
         self.dicts = DatasetFromList(dicts, copy=False)
         self.mapper = mapper
         self.seed = seed
@@ -49,88 +39,65 @@ class MappedImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any]:
         position, index = key if isinstance(key, tuple) else (0, key)
-        with _Seeded(self.seed, position):
-            for neighbour in range(MAX_NEIGHBOURS + 1):
-                image = self._map(self.dicts[(index + neighbour) % len(self)])
-                if image is not None:
-                    return image
-        raise DataError(
-            f"the mapper leaves out {self.dicts[index].get('file_name', 'an image')} and the {MAX_NEIGHBOURS} images "
-            "after it in the data set"
-        )
-
-    def _map(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        record = self.dicts[index]
         try:
-            return self.mapper(record)
-        except (OSError, SyntaxError, ValueError) as error:  # what decoders raise, and Detectron2 for a wrong size
+            with _seeded(self.seed, position):
+                return self.mapper(record)
+        except (OSError, SyntaxError, ValueError) as error:  # of image decoders, and Detectron2's for a wrong size
             raise DataError(
                 f"cannot use image {record.get('file_name')}: {str(error) or type(error).__name__}. Restore the file, "
-                "or take the image out of the annotations"
+                "or remove the image from the annotations"
             ) from error
 
 
-class _Seeded:
-    """Seeds Python's, numpy's and torch's generators by (seed, position); restores them at the end."""
-
-    def __init__(self, seed: int, position: int) -> None:
-        # The spawn key keeps this stream apart from the step's, which is seeded by numbers like these.
-        self.words = np.random.SeedSequence([seed, position], spawn_key=(2,)).generate_state(4)
-
-    def __enter__(self) -> None:
-        self.before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        low, high = self.words[:2].tolist()
-        random.seed(high << 32 | low)
-        np.random.seed(self.words)
-        # torch.manual_seed would seed the GPUs' generators too, which nothing restores.
-        torch.default_generator.manual_seed(high << 32 | low)
-
-    def __exit__(self, *error: object) -> None:
-        python, numpy, cpu = self.before
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+@contextmanager
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's CPU generators by (seed, position), and restore them at the end."""
+    # The spawn key keeps this stream apart from seed_step's, which is seeded by numbers like these.
+    words = np.random.SeedSequence([seed, position], spawn_key=(2,)).generate_state(4)
+    number = int(words[1]) << 32 | int(words[0])
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(number)
+        np.random.seed(words)
+        # torch.manual_seed would seed the GPUs' generators too, and nothing restores them.
+        torch.default_generator.manual_seed(number)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
-def build_train_loader(
-    cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start: int = 0, mapper: Mapper | None = None
-) -> DataLoader:
-    """Endless batches of this process's SOLVER.IMS_PER_BATCH / (number of processes) images, from step `start` on.
+def build_train_loader(cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start: int = 0) -> DataLoader:
+    """Endless batches of this process's share of SOLVER.IMS_PER_BATCH images, from step `start` on.
 
-    An image is a dict as Detectron2's models take it: ``image`` (3, H, W) uint8 and ``instances`` with boxes in
-    pixels. Which images, and how they are augmented, depends on SEED and the step alone: not on the number of workers
-    and processes, nor on restarts. The global generators are as before after each image.
+    A batch is a list of dicts as Detectron2's models take them. Which images, and how they are augmented, depends on
+    SEED and the step only: not on the number of workers and processes, nor on restarts.
 
     Args:
-        dataset_dicts: as of :func:`d2distill.detection.data.load_training_set`.
-        mapper: instead of Detectron2's DatasetMapper. For an image that it gives None for, the next one in
-            `dataset_dicts` is taken.
+        dataset_dicts: as :func:`d2distill.detection.data.load_training_set` returns them.
 
     Raises:
-        ConfigError, DataError: as :func:`.build_batch_sampler`. Iterating raises a DataError for
-            an image that cannot be read, or has another size than its data set says.
+        ConfigError: as :func:`.build_batch_sampler`.
+        DataError: while iterating, for an image that cannot be read or has another size than the annotations say.
     """
-    images = MappedImages(dataset_dicts, mapper or DatasetMapper(cfg, is_train=True), cfg.SEED)
     batches = build_batch_sampler(cfg, dataset_dicts, start)
-    return WorkerLoader(
-        images,
-        batch_sampler=batches,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
-    )
+    return _loader(cfg, dataset_dicts, DatasetMapper(cfg, is_train=True), batch_sampler=batches)
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
-    """Every image of a registered set once, in order, shared out over the processes, in batches of one.
+    """Every image of a registered data set once, in order, divided among the processes, in batches of one.
 
     Raises:
-        ConfigError, FileNotFoundError, DataError: as :func:`.load_test_set`, and while iterating as
-            :func:`build_train_loader`.
+        ConfigError, FileNotFoundError, DataError: as :func:`.load_test_set` and :func:`build_train_loader`.
     """
     dicts = load_test_set(cfg, name)
-    return WorkerLoader(
-        MappedImages(dicts, DatasetMapper(cfg, is_train=False), cfg.SEED),
-        batch_size=1,
-        sampler=InferenceSampler(len(dicts)),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=trivial_batch_collator,
-    )
+    sampler = InferenceSampler(len(dicts))
+    return _loader(cfg, dicts, DatasetMapper(cfg, is_train=False), batch_size=1, sampler=sampler)
+
+
+def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], mapper: DatasetMapper, **sampling: Any) -> DataLoader:
+    images = MappedImages(dicts, mapper, cfg.SEED)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return WorkerLoader(images, num_workers=workers, collate_fn=trivial_batch_collator, **sampling)

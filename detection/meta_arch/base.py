@@ -43,6 +43,9 @@ class DistillDetector(nn.Module):
         distillers: a ModuleDict.
     """
 
+    #: What the configuration asks of a meta-architecture when DISTILL.METHODS is not empty.
+    takes_methods = True
+
     def __init__(
         self,
         *,

@@ -3,7 +3,6 @@
 Started alone, or by torchrun; the cases run one after another in the same processes, each in FOLDER/CASE.
 """
 
-import argparse
 import os
 import signal
 import sys
@@ -13,9 +12,9 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from d2distill.classification.data.loader import Subset, build_test_loader
+from d2distill.classification.data.loader import FixedSubset, build_test_loader
 from d2distill.classification.trainer import build_trainer, load_datasets
-from d2distill.common.engine.launch import launch
+from d2distill.common.engine.launch import join_job
 from d2distill.common.engine.run_folder import start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import DataError
@@ -43,12 +42,12 @@ CASES = {
 
 
 class StopHook(HookBase):
-    """SIGTERM from the last process to the process `pid` after `step`."""
+    """SIGTERM from the last process to the process `pid` in `step`."""
 
     def __init__(self, pid: int, step: int) -> None:
         self.pid, self.step = pid, step
 
-    def after_step(self) -> None:
+    def before_step(self) -> None:
         if self.trainer.iter + 1 == self.step and comm.get_rank() == comm.get_world_size() - 1:
             os.kill(self.pid, signal.SIGTERM)
 
@@ -59,7 +58,7 @@ def train_case(folder: Path, name: str) -> None:
     cfg = small_cfg(folder / name, **settings)
     train_set, test_set = load_datasets(cfg)
     if name not in ("unbroken", "stopped", "stopped in evaluation", "broken evaluation", "parent stopped"):
-        test_set = Subset(test_set, 99)
+        test_set = FixedSubset(test_set, 99)
     start_logs(cfg.OUTPUT_DIR)
     # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
     exact = cfg.MODEL.SYNC_BN
@@ -103,4 +102,5 @@ def main(folder: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, argparse.Namespace(num_gpus=0, num_machines=1, machine_rank=0, dist_url=""), sys.argv[1], sys.argv[2:])
+    with join_job():
+        main(sys.argv[1], sys.argv[2:])

@@ -1,7 +1,5 @@
 """Augmentation: numbers from (seed, epoch, index), pixels from numbers, no global RNG."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np
@@ -16,7 +14,7 @@ from d2distill.classification.data import (
     build_augmentation,
     build_dataset,
     eval_transform,
-    sample,
+    load_sample,
     sample_rng,
 )
 from tests.dataset_files import class_images, write_cifar100, write_image_folder
@@ -60,6 +58,20 @@ def test_names():
 # ---- numbers
 
 
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("none", {}),
+        ("crop", {"top": 4, "left": 7}),
+        ("crop_flip", {"top": 4, "left": 7, "flip": False}),
+        ("rotate_flip", {"angle": -0.6099633181840218, "flip": False}),
+        ("resized_crop_flip", {"top": 1, "left": 15, "height": 32, "width": 37, "flip": True}),
+    ],
+)
+def test_the_numbers_of_published_runs(name, numbers):
+    assert draw(name, index=11, height=40, width=56, seed=7, epoch=3) == numbers
+
+
 @pytest.mark.parametrize("name", RANDOM_RECIPES)
 def test_numbers_depend_on_seed_epoch_and_index_only(name):
     first = [draw(name, index) for index in range(50)]
@@ -71,11 +83,6 @@ def test_numbers_depend_on_seed_epoch_and_index_only(name):
         [draw(name, index, seed=3, epoch=7) for index in range(50)],
     ):
         assert sum(a == b for a, b in zip(first, other, strict=True)) < 10
-
-
-@pytest.mark.parametrize("name", RANDOM_RECIPES)
-def test_numbers_are_plain(name):
-    assert {type(value) for value in draw(name, 0).values()} <= {int, float, bool}
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), (64, 8)])
@@ -95,18 +102,6 @@ def test_angles_fill_the_range():
     assert abs(angles.mean()) < 1 and abs(angles.std() - 40 / np.sqrt(12)) < 0.5
 
 
-def test_resized_crop_boxes_are_in_range():
-    height, width = 375, 500
-    boxes = [draw("resized_crop_flip", index, height, width) for index in range(3000)]
-    top, left, h, w, flip = np.array([list(box.values()) for box in boxes]).T
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
-    area, ratio = h * w / (height * width), w / h
-    assert 0.078 < area.min() < 0.1 and 0.9 < area.max() <= 1
-    assert 0.74 < ratio.min() < 0.77 and 1.31 < ratio.max() < 1.35
-    assert (top + h == height).any() and (left + w == width).any() and (top == 0).any() and (left == 0).any()
-    assert abs(flip.mean() - 0.5) < 0.05
-
-
 def test_resized_crop_boxes_are_distributed_as_torchvisions():
     height, width = 300, 400
     with torch.random.fork_rng():
@@ -115,13 +110,15 @@ def test_resized_crop_boxes_are_distributed_as_torchvisions():
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         reference = [reference_transform.make_params([image]) for _ in range(3000)]
     ours = [draw("resized_crop_flip", index, height, width) for index in range(3000)]
+    assert all(box["top"] + box["height"] <= height and box["left"] + box["width"] <= width for box in ours)
+    assert abs(np.mean([box["flip"] for box in ours]) - 0.5) < 0.05
     for key in ("top", "left", "height", "width"):
         a, b = (np.array([box[key] for box in boxes]) for boxes in (ours, reference))
         np.testing.assert_allclose(np.quantile(a, [0.1, 0.5, 0.9]), np.quantile(b, [0.1, 0.5, 0.9]), atol=14)
         assert abs(a.mean() - b.mean()) < 6
 
 
-@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 500), (500, 1), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (500, 1)])
 def test_resized_crop_falls_back_as_torchvision(height, width):
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     ours = draw("resized_crop_flip", 0, height, width)
@@ -133,23 +130,23 @@ def test_resized_crop_falls_back_as_torchvision(height, width):
 # ---- pixels
 
 
-@pytest.mark.parametrize("make", [tensor_image, pil_image])
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(("top", "left"), [(0, 0), (8, 8), (4, 4), (0, 8), (3, 6)])
-def test_crop_is_numpy_slicing(make, flip, top, left):
-    image = make(32, 32)
+both_kinds = pytest.mark.parametrize("make", [tensor_image, pil_image])
+
+
+@both_kinds
+def test_crop_is_numpy_slicing(make):
     padded = np.pad(tensor_image(32, 32).numpy(), ((0, 0), (4, 4), (4, 4)))
-    expected = padded[:, top : top + 32, left : left + 32]
-    expected = expected[:, :, ::-1] if flip else expected
-    result = build_augmentation("crop_flip").apply(image, {"top": top, "left": left, "flip": flip}, 32)
-    assert result.dtype == torch.uint8
-    np.testing.assert_array_equal(result.numpy(), expected)
-    if not flip:
-        plain = build_augmentation("crop").apply(image, {"top": top, "left": left}, 32)
+    for top, left in ((0, 0), (8, 8), (3, 6)):
+        expected = padded[:, top : top + 32, left : left + 32]
+        plain = build_augmentation("crop").apply(make(32, 32), {"top": top, "left": left}, 32)
         np.testing.assert_array_equal(plain.numpy(), expected)
+        for flip in (False, True):
+            params = {"top": top, "left": left, "flip": flip}
+            result = build_augmentation("crop_flip").apply(make(32, 32), params, 32)
+            np.testing.assert_array_equal(result.numpy(), expected[:, :, ::-1] if flip else expected)
 
 
-@pytest.mark.parametrize("make", [tensor_image, pil_image])
+@both_kinds
 def test_rotate_is_torchvisions(make):
     image = make(64, 64)
     expected = F.rotate(image, 17.3, interpolation=InterpolationMode.NEAREST, fill=0)
@@ -161,7 +158,7 @@ def test_rotate_is_torchvisions(make):
     assert (expected[:, 0, 0] == 0).all(), "zeros outside"
 
 
-@pytest.mark.parametrize("make", [tensor_image, pil_image])
+@both_kinds
 def test_resized_crop_is_torchvisions(make):
     image = make(40, 56)
     box = {"top": 3, "left": 5, "height": 30, "width": 25}
@@ -172,32 +169,27 @@ def test_resized_crop_is_torchvisions(make):
     assert torch.equal(recipe.apply(image, box | {"flip": True}, 20), expected.flip(-1))
 
 
-@pytest.mark.parametrize("make", [tensor_image, pil_image])
-def test_eval_transform_is_the_identity_at_size(make):
-    assert torch.equal(eval_transform(make(32, 32), 32), tensor_image(32, 32))
-
-
-@pytest.mark.parametrize("make", [tensor_image, pil_image])
-@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (100, 100), (256, 256)])
-@pytest.mark.parametrize(("size", "short_side"), [(224, 256), (32, 37)])  # 36.6
-def test_eval_transform_is_the_imagenet_protocol(make, shape, size, short_side):
-    image = make(*shape)
-    protocol = v2.Compose([v2.Resize(short_side, antialias=True), v2.CenterCrop(size), v2.ToImage()])
-    assert torch.equal(eval_transform(image, size), protocol(image).as_subclass(torch.Tensor))
+@both_kinds
+def test_eval_transform_is_the_imagenet_protocol(make):
+    for size, short_side in ((224, 256), (32, 37)):  # 36.6
+        protocol = v2.Compose([v2.Resize(short_side, antialias=True), v2.CenterCrop(size), v2.ToImage()])
+        for image in (make(300, 400), make(100, 80), make(256, 256)):
+            assert torch.equal(eval_transform(image, size), protocol(image).as_subclass(torch.Tensor))
+    assert torch.equal(eval_transform(make(32, 32), 32), tensor_image(32, 32)), "the identity at its size"
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("make", [tensor_image, pil_image])
-@pytest.mark.parametrize("shape", [(40, 56), (56, 40), (32, 32), (8, 100)])
-def test_every_recipe_takes_every_shape(name, make, shape):
-    image = make(*shape)
+@both_kinds
+def test_every_recipe_takes_every_shape(name, make):
     recipe = build_augmentation(name)
-    params = recipe.draw(sample_rng(0, 1, 2), *((32, 32) if recipe.fits_first else shape))
-    result = recipe.apply(image, params, 32)
-    assert result.dtype == torch.uint8 and result.shape == (3, 32, 32)
-    assert torch.equal(result, recipe.apply(image, params, 32))
-    unchanged = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
-    assert torch.equal(unchanged, tensor_image(*shape))
+    for shape in ((40, 56), (56, 40), (32, 32), (8, 100)):
+        image = make(*shape)
+        params = recipe.draw(sample_rng(0, 1, 2), *((32, 32) if recipe.fits_first else shape))
+        result = recipe.apply(image, params, 32)
+        assert result.dtype == torch.uint8 and result.shape == (3, 32, 32)
+        assert torch.equal(result, recipe.apply(image, params, 32))
+        unchanged = image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+        assert torch.equal(unchanged, tensor_image(*shape))
 
 
 # ---- samples
@@ -205,7 +197,7 @@ def test_every_recipe_takes_every_shape(name, make, shape):
 
 def test_sample_in_evaluation(cifar):
     dataset, images, labels = cifar
-    result = sample(dataset, 5, epoch=1, seed=0, augmentation="crop_flip", size=32, train=False)
+    result = load_sample(dataset, 5, epoch=1, seed=0, augmentation="crop_flip", size=32, train=False)
     assert set(result) == {"image", "label", "index"} and result["index"] == 5 and result["label"] == labels[5]
     np.testing.assert_array_equal(result["image"].numpy(), images[5])
 
@@ -214,7 +206,7 @@ def test_sample_in_training(cifar):
     dataset, images, labels = cifar
     changed = 0
     for index in range(len(dataset)):
-        result = sample(dataset, index, epoch=2, seed=9, augmentation="crop_flip", size=32, train=True)
+        result = load_sample(dataset, index, epoch=2, seed=9, augmentation="crop_flip", size=32, train=True)
         params = build_augmentation("crop_flip").draw(np.random.default_rng([9, 2, index]), 32, 32)
         padded = np.pad(images[index], ((0, 0), (4, 4), (4, 4)))
         expected = padded[:, params["top"] : params["top"] + 32, params["left"] : params["left"] + 32]
@@ -225,27 +217,12 @@ def test_sample_in_training(cifar):
     assert changed > len(dataset) // 2
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_sample_from_files(folder, name):
-    result = sample(folder, 3, epoch=1, seed=0, augmentation=name, size=24, train=True)
-    assert result["image"].shape == (3, 24, 24) and result["image"].dtype == torch.uint8
-    again = sample(folder, 3, epoch=1, seed=0, augmentation=build_augmentation(name), size=24, train=True)
-    assert torch.equal(result["image"], again["image"])
-    if name == "none":
-        assert torch.equal(result["image"], eval_transform(folder.load(3)[0], 24))
-
-
 def test_sample_draws_boxes_from_the_stored_image(folder):
     for epoch in range(1, 10):
-        result = sample(folder, 0, epoch=epoch, seed=0, augmentation="resized_crop_flip", size=24, train=True)
+        result = load_sample(folder, 0, epoch=epoch, seed=0, augmentation="resized_crop_flip", size=24, train=True)
         params = draw("resized_crop_flip", 0, 40, 56, seed=0, epoch=epoch)
         expected = build_augmentation("resized_crop_flip").apply(folder.load(0)[0], params, 24)
         assert torch.equal(result["image"], expected)
-
-
-def test_negative_seed_is_refused(cifar):
-    with pytest.raises(ValueError, match="non-negative"):
-        sample(cifar[0], 0, epoch=1, seed=-1, augmentation="crop_flip", size=32, train=True)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -256,7 +233,7 @@ def test_global_rngs_are_neither_read_nor_moved(cifar, folder, name):
         random.seed(seed)
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         images = [
-            sample(dataset, i, epoch=1, seed=0, augmentation=name, size=32, train=True)["image"]
+            load_sample(dataset, i, epoch=1, seed=0, augmentation=name, size=32, train=True)["image"]
             for dataset in (cifar[0], folder)
             for i in range(4)
         ]

@@ -1,17 +1,17 @@
 """Every published configuration is loaded, built and stepped once; get_cfg's values are checked."""
 
-import argparse
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from d2distill.classification.config import get_cfg, image_size, load_cfg, validate
+from d2distill.classification.config import get_cfg, image_size, load_cfg, schedule_notes, validate
 from d2distill.classification.data import dataset_info
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
-from d2distill.classification.networks import infer_output_spec
+from d2distill.classification.networks import network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.classification.trainer import load_datasets, train
 from d2distill.common.config import chosen_methods, resolve_device
@@ -38,7 +38,8 @@ def load(path, *opts):
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_config_is_built_and_stepped(path):
-    cfg = load(path)
+    # Networks of convolutions take small images as well.
+    cfg = load(path, *(["INPUT.SIZE", "64"] if "imagenet" in path.stem and "deit" not in path.stem else []))
     assert cfg.OUTPUT_DIR == str(Path("output", path.stem).resolve())
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=50)
@@ -71,17 +72,6 @@ def test_published_cifar_pairs(pair, beta):
         assert any(load(p).MODEL.STUDENT.NAME == name for p in RUNNABLE if p.stem.count("_") < 3), name
 
 
-@pytest.mark.parametrize(("pair", "beta"), [("r34_r18", 0.5), ("r50_mv1", 2.0)])
-def test_published_imagenet_pairs(pair, beta):
-    path = CONFIGS[0].parent
-    dkd, kd = load(path / f"imagenet_{pair}_dkd.yaml"), load(path / f"imagenet_{pair}_kd.yaml")
-    assert {"WEIGHT": 1.0, "WARMUP": 1, "ALPHA": 1.0, "BETA": beta, "T": 1.0}.items() <= dkd.DISTILL.DKD.items()
-    assert (kd.DISTILL.KD.T, kd.DISTILL.KD.WEIGHT, kd.DISTILL.CE_WEIGHT) == (1.0, 0.5, 0.5)
-    solver = dkd.SOLVER
-    assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (100, 512, 0.2, 1e-4)
-    assert solver.STEPS == [30, 60, 90]
-
-
 def test_stages_of_mobilenetv1_as_published():
     """ReviewKD takes all four and the pooled vector; AT leaves the first out and pairs from the shallow end."""
     shapes = {
@@ -91,40 +81,12 @@ def test_stages_of_mobilenetv1_as_published():
     for name, pairs in shapes.items():
         cfg = load(CONFIGS[0].parent / f"imagenet_r50_mv1_{name}.yaml")
         student, teacher = (
-            infer_output_spec(build_model(f"imagenet/{node.NAME}", 1000), 224)
+            network_info(build_model(f"imagenet/{node.NAME}", 1000), 224)
             for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER)
         )
         (method,) = chosen_methods(cfg).values()
         stages = method(cfg.DISTILL[name.upper()], student, teacher).select_pairs(student, teacher)
         assert [(s[0], t[0]) for s, t in zip(*stages, strict=True)] == pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [
-        ("cifar100_r8x4", (240, 64, 0.05, 5e-4, [150, 180, 210])),
-        ("imagenet_r18", (100, 512, 0.2, 1e-4, [30, 60, 90])),
-        ("imagenet_r34_r18_ofd", (100, 128, 0.05, 1e-4, [30, 60, 90])),
-        ("imagenet_r34_r18_crd", (100, 256, 0.1, 1e-4, [30, 60, 90])),
-        ("imagenet_r34_r18_reviewkd", (100, 256, 0.1, 1e-4, [30, 60, 90])),
-        ("tiny_imagenet_r18", (200, 256, 0.2, 5e-4, [60, 120, 160])),
-    ],
-)
-def test_published_recipes(name, recipe):
-    solver = load(CONFIGS[0].parent / f"{name}.yaml").SOLVER
-    assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY, solver.STEPS) == recipe
-    assert (solver.OPTIMIZER, solver.MOMENTUM, solver.LR_SCHEDULE, solver.GAMMA) == ("SGD", 0.9, "step", 0.1)
-    assert name != "cifar100_r8x4" or solver == get_cfg().SOLVER
-
-
-def test_published_settings_on_imagenet():
-    def method(name, node):
-        return load(CONFIGS[0].parent / f"imagenet_{name}.yaml").DISTILL[node]
-
-    r18, mv1 = (method(f"{pair}_reviewkd", "REVIEWKD") for pair in ("r34_r18", "r50_mv1"))
-    assert (r18.WEIGHT, r18.STUDENT_PREACT, mv1.WEIGHT) == (1.0, True, 8.0)
-    dots = {path.stem: load(path).SOLVER.DELTA for path in RUNNABLE if path.stem.endswith("_dot")}
-    assert dots == {name: 0.09 if name.startswith("imagenet") else 0.075 for name in dots} and len(dots) > 3
 
 
 @pytest.mark.parametrize(
@@ -138,7 +100,7 @@ def test_published_settings_on_imagenet():
         (["SOLVER.EPOCHS", 0], "SOLVER.EPOCHS is 0"),
         (["SOLVER.OPTIMIZER", "SDG"], r"SOLVER.OPTIMIZER SDG .*did you mean SGD"),
         (["SOLVER.LR_SCHEDULE", "cosin"], "did you mean cosine"),
-        (["SOLVER.STEPS", [20, 10]], "SOLVER.STEPS"),
+        (["SOLVER.STEPS", [20, 10]], r"SOLVER.STEPS is \[20, 10\], but must be a list of increasing numbers"),
         (["SEED", -1], "SEED is -1"),
         (["MODEL.STUDENT.PIXEL_MEAN", [1.0]], "takes 3 numbers"),
         (["MODEL.TEACHER.NAME", "vgg8", "MODEL.TEACHER.PIXEL_STD", [1.0, 0.0, 1.0]], "must be positive"),
@@ -147,26 +109,17 @@ def test_published_settings_on_imagenet():
         (["SOLVER.AMP", "fp8"], "SOLVER.AMP fp8"),
         (["SOLVER.OPTIMIZER", "DOT"], "DOT needs a method"),
         (["SOLVER.OPTIMIZER", "DOT", "SOLVER.DELTA", 0.2], "SOLVER.DELTA"),
-        (["SOLVER.OPTIMIZER", "DOT", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; DOT has no"),
         (["SOLVER.OPTIMIZER", "AdamW", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; AdamW has no"),
         (["MODEL.DEVICE", "cuda:99"], "GPU"),
         (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
-        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE meta"),
         (["DISTILL.METHODS", [1]], "DISTILL.METHODS is .* a list of names"),
         (["MODEL.TEACHER.NAME", [1, 2]], "a name, or a list of names"),
-        (["MODEL.TEACHER.WEIGHTS", [1]], "a name, or a list of names"),
         (["MODEL.TEACHER.SHARES", ["a"]], "a list of numbers"),
         (["MODEL.STUDENT.PIXEL_MEAN", ["a", "b", "c"]], r"takes 3 numbers .* but is \['a', 'b', 'c'\]"),
         (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.PIXEL_STD", [[1, 2, 3], 5]], "takes 3 .* but is 5"),
-        (["SOLVER.STEPS", ["a"]], "SOLVER.STEPS is .* a list of numbers from 1 on"),
         (["SOLVER.BASE_LR", -0.1], "SOLVER.BASE_LR is -0.1, but must be at least 0"),
-        (["SOLVER.BASE_LR", "1e400"], "BASE_LR is inf, but must be a finite number"),
-        (["SOLVER.MOMENTUM", -1], "at least 0 and below 1"),
         (["SOLVER.MOMENTUM", 1.5], "at least 0 and below 1"),
         (["SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0], "NESTEROV needs a momentum"),
-        (["SOLVER.GAMMA", -1], "SOLVER.GAMMA"),
-        (["SOLVER.EPOCHS", 10**30], "at most"),
-        (["DISTILL.DKD.BETA", math.nan], "DISTILL.DKD.BETA is nan"),
         *(([key, -1], f"{key} is -1.*, but must be at least 0") for key in NEVER_NEGATIVE),
     ],
 )
@@ -192,8 +145,7 @@ def test_as_many_samples_as_were_asked_for(size, left):
     [
         ("IMPORTS: foo.py\n", [], r"IMPORTS takes a list, but was given foo\.py; write \[foo\.py\]"),
         ("IMPORTS: [5]\n", [], "IMPORTS is .* a list of names"),
-        ("IMPORTS: [.a]\n", [], "IMPORTS: '.a' is neither"),
-        ("", ["IMPORTS", "[foo.py]"], "IMPORTS: there is no file .*foo.py"),
+        ("", ["IMPORTS", "[foo.py]"], "IMPORTS: foo.py: .*no such file beside the config file"),
     ],
 )
 def test_imports_that_name_nothing(tmp_path, text, opts, message):
@@ -228,6 +180,38 @@ def test_the_run_folders_settings_name_it_from_anywhere(tmp_path, monkeypatch, g
     (tmp_path / "config.yaml").write_text(cfg.dump())
     monkeypatch.chdir("/")
     assert load_cfg(str(tmp_path / "config.yaml")) == cfg
+
+
+def test_files_of_a_configuration_are_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.pth").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    cfg = load_cfg("", ["MODEL.STUDENT.NAME", "resnet8", "MODEL.STUDENT.WEIGHTS", "a.pth", "DATASETS.ROOT", "../data"])
+    assert cfg.MODEL.STUDENT.WEIGHTS == str(tmp_path / "here" / "a.pth")
+    assert cfg.DATASETS.ROOT == str(tmp_path / "data")
+    teachers = ["MODEL.TEACHER.NAME", "[vgg8, vgg8]", "MODEL.TEACHER.WEIGHTS", "[a.pth, timm:x]"]
+    cfg = load_cfg("", ["MODEL.STUDENT.NAME", "resnet8", *teachers])
+    assert cfg.MODEL.TEACHER.WEIGHTS == [str(tmp_path / "here" / "a.pth"), "timm:x"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "notes"),
+    [
+        ([], []),
+        (["SOLVER.EPOCHS", 160], [r"SOLVER.EPOCHS is 160: .* not lowered at 180, 210 of SOLVER.STEPS .*set STEPS"]),
+        (["SOLVER.EPOCHS", 2, "SOLVER.LR_SCHEDULE", "cosine"], []),
+        (["SOLVER.EPOCHS", 2, "SOLVER.STEPS", [1], "SOLVER.WARMUP_EPOCHS", 5], ["warm-up of SOLVER.WARMUP_EPOCHS 5"]),
+        (
+            ["SOLVER.EPOCHS", 2, "SOLVER.STEPS", [], "DISTILL.METHODS", ["KD", "DKD"]],
+            ["SOLVER.EPOCHS is 2: the run ends in the warm-up of DISTILL.DKD.WARMUP 20"],
+        ),
+    ],
+)
+def test_what_a_short_run_never_reaches(opts, notes):
+    cfg = get_cfg()
+    cfg.merge_from_list(opts)
+    found = schedule_notes(cfg)
+    assert len(found) == len(notes) and all(re.search(*pair) for pair in zip(notes, found, strict=True))
 
 
 def test_device_auto():
@@ -284,7 +268,7 @@ def test_optimisers_take_their_settings(name, settings, expected):
 def test_two_epochs_on_digits(path, tmp_path):
     """From its YAML, through the trainer: loader, schedule, evaluation, checkpoints."""
     opts = ["SOLVER.EPOCHS", "2", "TEST.EVAL_PERIOD", "2", "DATASETS.TRAIN_SIZE", "40", "SOLVER.IMS_PER_BATCH", "16"]
-    results = train(load(path, *opts, "OUTPUT_DIR", str(tmp_path)), argparse.Namespace(resume=False))
+    results = train(load(path, *opts, "OUTPUT_DIR", str(tmp_path)))
     last = read_metrics(tmp_path)[-1]
     assert last["iteration"] == 5 and last["top1"] == results["top1"] and 0 <= results["top1"] <= results["top5"] <= 100
     assert all(math.isfinite(value) for value in last.values())

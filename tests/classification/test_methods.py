@@ -173,7 +173,7 @@ def test_outputs_of_any_scale(name, scales, dtype):
         large_outputs(network_info(network(network_name, 32), 32), scale, seed)
         for seed, (network_name, scale) in enumerate(zip(("resnet8", "resnet14"), scales, strict=True))
     )
-    teacher.pooled = teacher.feats[-1].mean((2, 3))
+    teacher.pooled = teacher.feats[-1].mean((2, 3)).detach().requires_grad_()
     teacher.extras = dict.fromkeys(distiller.teacher_extras, teacher.preacts)
     batch = make_batch()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -2,25 +2,14 @@
 
 import math
 import os
-from pathlib import Path
+import pickle
 
 import pytest
 
 from d2distill.common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
 from d2distill.common.distillers import DISTILLERS, LogitDistiller
-from d2distill.common.errors import ConfigError
-from d2distill.common.rules import (
-    FRACTION,
-    MOMENTUM,
-    NUMBERS,
-    RISING,
-    TEXT_OR_TEXTS,
-    TEXTS,
-    above,
-    at_least,
-    check_rules,
-    refuse_nan,
-)
+from d2distill.common.errors import ConfigError, DivergedError
+from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, STR_OR_LIST, at_least, check_rules
 
 
 class _CfgNode(CfgNode):
@@ -91,12 +80,10 @@ def test_whole_numbers_and_base_files(cfg, tmp_path):
     [
         (["SOLVER.EPOCHS"], "no value"),
         (["SOLVER", "3"], "SOLVER is a node with keys below it, but was given 3"),
-        (["SOLVER.EPOCHS.X", "3"], r"SOLVER\.EPOCHS is a value \(3\), but was given keys below it: X"),
+        (["SOLVER.EPOCHS.X", "3"], r"SOLVER\.EPOCHS is a value \(3\), but was given keys below it: \['X'\]"),
         (["SOLVER.EPOCHS", "many"], r"^SOLVER\.EPOCHS takes a whole number, but was given many; e\.g\. 3$"),
         (["SOLVER.EPOCHS", "1.5"], "takes a whole number"),
         (["SOLVER.EPOCHS", "True"], "takes a whole number"),
-        (["SOLVER.EPOCHS", "010"], "takes a whole number"),
-        (["SOLVER.EPOCHS", None], "takes a whole number, but was given nothing"),
         (["SOLVER.BASE_LR", "[1]"], "takes a number"),
         (["SOLVER.NESTEROV", "1"], "takes True or False, but was given 1"),
         (["NAME", 5], "NAME takes text, but was given 5; put it in quotes"),
@@ -104,7 +91,6 @@ def test_whole_numbers_and_base_files(cfg, tmp_path):
         (["DISTILL.METHODS", "KD"], r"^DISTILL\.METHODS takes a list, but was given KD; write \[KD\]$"),
         (["DISTILL.METHODS", "KD,DKD"], r"write \[KD,DKD\]$"),
         (["DISTILL.METHODS", "None"], r"an empty one is \[\]$"),
-        (["SOLVER", {"EPOCHS": {1, 2}}], "settings are text, numbers"),
     ],
 )
 def test_impossible_values(cfg, opts, message):
@@ -117,17 +103,13 @@ def test_impossible_values(cfg, opts, message):
     [
         ("DISTILL.METHODS", "[KD]", ["KD"]),
         ("DISTILL.METHODS", "[KD, DKD]", ["KD", "DKD"]),
-        ("SOLVER.STEPS", "[]", []),
         ("SOLVER.NESTEROV", "true", True),
         ("SEVERAL", "[a, b]", ["a", "b"]),
         ("SEVERAL", "a", "a"),
         ("SEVERAL", "[a].pth", "[a].pth"),
-        ("SEVERAL", "5", "5"),
-        ("NAME", "2024", "2024"),
         ("NAME", "007", "007"),
         ("NAME", "'2024'", "2024"),
         ("NAME", "[a]", "[a]"),
-        ("NAME", "{[]: 1}", "{[]: 1}"),
         ("SOLVER.BASE_LR", "1e-3", 1e-3),
     ],
 )
@@ -157,40 +139,27 @@ def test_an_empty_file_changes_nothing(cfg, tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n", ", line 1: settings are lines of `KEY: value`, but this is a list"),
-        ("hello\n", ", line 1: .* a single value"),
-        ("SOLVER:\n  EPOCHS: 1\n BASE_LR: 3\n", ", line 3: this is no YAML: .* of line 1, .*spaces indent"),
-        ("SOLVER:\n\tEPOCHS: 1\n", ", line 2: this is no YAML: .*'.t'"),
-        ("SOLVER: {EPOCHS: 1\n", ", line 2: this is no YAML: .*'}'"),
-        ("NAME: *nowhere\n", ", line 1: .*undefined alias"),
-        ("NAME: \0\n", " is no YAML: unacceptable character"),
-        (b"\xff\xfe\x00", " is no text in UTF-8"),
-        ("NAME: " + "[" * 5000, " is nested too deeply"),
-        ("SOLVER: &a {BASE_LR: *a}\n", r", line 1: SOLVER\.BASE_LR holds itself"),
-        ("1: 2\n", ", line 1: key 1 is no text; quotes"),
-        ("SOLVER: {[a]: 2}\n", r"key \(a sequence\) is no text"),
-        ("NAME: 2001-01-01\n", "NAME: to YAML this is a timestamp; quotes"),
-        ("SOLVER: {STEPS: [2001-01-01]}\n", r"SOLVER\.STEPS: to YAML"),
-        ("SOLVER: {EPOCHS: !!int many}\n", "'many'"),
-        ("NAME: a\nNAME: b\n", ", line 2: NAME is there twice, first in line 1"),
-        ("SOLVER:\n  EPOCHS: 1\n  EPOCHS: 1\n", r", line 3: SOLVER\.EPOCHS is there twice, first in line 2"),
+        ("- a\n", ": settings are lines of `KEY: value`, but this is a list"),
+        ("hello\n", ": .* is a str"),
+        ("SOLVER:\n  EPOCHS: 1\n BASE_LR: 3\n", ", line 3: this is not YAML: .* of line 1, .*spaces indent"),
+        ("SOLVER: {EPOCHS: 1\n", ", line 2: this is not YAML: .*'}'"),
+        (b"\xff\xfe\x00", " is not text in UTF-8"),
+        ("SOLVER:\n  EPOCHS: 1\n  EPOCHS: 1\n", ", line 3: EPOCHS is there twice, first in line 2: keep one"),
         ("SOLVER: {EPOCHS: }\n", r": SOLVER\.EPOCHS takes a whole number, but was given nothing"),
         ("SOLVER:\n", ": .*SOLVER is a node with keys below it, but was given nothing"),
-        ("SOLVER.EPOCHS: 3\n", r": .*SOLVER\.EPOCHS: in a file .* as SOLVER: \{EPOCHS: ...\}"),
+        (
+            "SOLVER.EPOCHS: 3\n",
+            r": config key SOLVER\.EPOCHS: in a file its parts are nested, as SOLVER: \{EPOCHS: \.\.\.\}",
+        ),
         ("SOLVR: {EPOCHS: 3, BASE_LR: 1}\n", r": unknown config key SOLVR \(did you mean SOLVER\?"),
-        ("_BASE_:\n", ", line 1: _BASE_ takes the path"),
-        ("_BASE_: [3]\n", ", line 1: _BASE_ takes the path"),
-        ("_BASE_: nope.yaml\n", r"nope\.yaml \(_BASE_ of .*c\.yaml\): no such file"),
+        ("_BASE_: nope.yaml\n", r"nope\.yaml \(_BASE_ of .*c\.yaml\): No such file"),
         ("_BASE_: .\n", r"\(_BASE_ of .*c\.yaml\): Is a directory"),
         ("_BASE_: c.yaml\n", ": _BASE_ goes round in a circle: .*c.yaml -> .*c.yaml"),
-        ("_BASE_: other.yaml\n", r"other\.yaml -> .*c\.yaml"),
-        ("_BASE_: base.yaml\nNAME: {A: 1}\n", ": Cannot inherit key 'NAME' from base!"),
     ],
 )
 def test_a_file_that_holds_no_settings(cfg, tmp_path, text, message):
     (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "other.yaml").write_text("_BASE_: c.yaml\n")
-    (tmp_path / "base.yaml").write_text("NAME: a\n")
     with pytest.raises(ConfigError, match=message) as caught:
         cfg.merge_from_file(str(tmp_path / "c.yaml"))
     assert "c.yaml" in str(caught.value) and "\n" not in str(caught.value)
@@ -209,33 +178,23 @@ def test_a_base_may_be_read_twice(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "right", "wrong"),
     [
-        (at_least(1), [1, 1.5], [0, True, "2", math.inf, math.nan, None]),
-        (at_least(0, most=2), [0, 2], [-1, 3, 10**400]),
-        (above(0), [1e-9], [0, math.inf]),
-        (FRACTION, [0, 1], [-0.1, 1.1]),
-        (MOMENTUM, [0, 0.9], [1, -1]),
-        (NUMBERS, [[], (1, 2.5)], [["a"], 1, [math.nan], [True]]),
-        (RISING, [[], (1, 2)], [[2, 1], [1, 1], [0], ["a"], [[1]]]),
-        (TEXTS, [[], ["a"]], ["a", [1]]),
-        (TEXT_OR_TEXTS, ["a", ["a"]], [1, [1]]),
+        (at_least(1), [1, 1.5], [0, math.inf, math.nan]),
+        (BELOW_ONE, [0, 0.9], [1, -1]),
+        (NUMBERS, [[], (1, 2.5)], [["a"], 1, [True]]),
+        (INCREASING, [[], (1, 2)], [[2, 1], [1, 1], [0], ["a"], [[1]]]),
+        (LIST_OF_STR, [[], ["a"]], ["a", [1]]),
+        (STR_OR_LIST, ["a", ["a"]], [1, [1]]),
     ],
 )
 def test_rules(rule, right, wrong):
     cfg = CfgNode({"A": {"B": 0}})
     for value in right:
         cfg.A.B = value
-        check_rules(cfg, {"A.B": rule})
+        check_rules(cfg, {rule: ["A.B"]})
     for value in wrong:
         cfg.A.B = value
-        with pytest.raises(ConfigError, match=f"^A.B is .*, but must be .*{rule.words}$"):
-            check_rules(cfg, {"A.B": rule})
-
-
-@pytest.mark.parametrize("value", [math.nan, [1.0, math.nan]])
-def test_nan_is_refused_wherever_it_is(value):
-    refuse_nan(CfgNode({"A": {"B": [math.inf]}, "C": "nan", "D": None}))
-    with pytest.raises(ConfigError, match=r"^A\.B is .*nan.*, but must be a number"):
-        refuse_nan(CfgNode({"A": {"B": value}}))
+        with pytest.raises(ConfigError, match=f"^A.B is .*, but must be .*{rule.description}$"):
+            check_rules(cfg, {rule: ["A.B"]})
 
 
 def test_yaml_runs_no_code(cfg, tmp_path):
@@ -248,21 +207,67 @@ def test_yaml_runs_no_code(cfg, tmp_path):
 def test_an_own_file_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS", "")
     (tmp_path / "own.py").write_text("import os\nos.environ['RUNS'] += 'x'\n")
-    for name in ("own.py", str(tmp_path / "own.py")):
-        import_extensions([name], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    import_extensions(["own.py", str(tmp_path / "own.py")])
     assert os.environ["RUNS"] == "x"
 
 
 def test_an_own_file_that_failed_is_run_again(tmp_path):
-    (tmp_path / "own.py").write_text("raise ValueError('half written')\n")
+    file = tmp_path / "own.py"
+    file.write_text("x = 1\nraise ValueError('half written')\n")
     for _ in range(2):
-        with pytest.raises(ValueError, match="half written"):
-            import_extensions(["own.py"], tmp_path)
+        with pytest.raises(ConfigError, match=f"^IMPORTS: {file}, line 2: ValueError: half written$"):
+            import_extensions([str(file)])
 
 
-def test_own_files_are_found_from_anywhere(tmp_path):
-    """A run folder's copy of the settings, and other processes, begin elsewhere."""
-    (tmp_path / "own.py").write_text("")
-    (tmp_path / "c.yaml").write_text("IMPORTS: [own.py, json]\n")
-    cfg = read_cfg(lambda: CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""}), str(tmp_path / "c.yaml"), [])
-    assert cfg.OUTPUT_DIR == str(Path("output/c").resolve()) and cfg.IMPORTS == [str(tmp_path / "own.py"), "json"]
+METHOD = """
+from d2distill.common.distillers import DISTILLERS, DKD
+@DISTILLERS.register()
+class {}(DKD):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DKD", r"^IMPORTS: .*own\.py, line 3: AssertionError: An object named 'DKD' was already registered"),
+        ("Dkd", r"^method Dkd \(imported_by_config_.*own\.py\): DISTILL\.DKD is taken; rename the class$"),
+    ],
+)
+def test_a_method_takes_no_others_name(tmp_path, name, message):
+    (tmp_path / "own.py").write_text(METHOD.format(name))
+    (tmp_path / "c.yaml").write_text("IMPORTS: [own.py]\n")
+
+    def get_cfg():
+        cfg = CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""})
+        add_distill_defaults(cfg)
+        return cfg
+
+    try:
+        with pytest.raises(ConfigError, match=message):
+            read_cfg(get_cfg, str(tmp_path / "c.yaml"), [])
+    finally:
+        DISTILLERS._obj_map.pop("Dkd", None)
+
+
+def test_own_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    """Beside the file that names them, which may be a _BASE_ in another folder; on a command line also from here."""
+    for folder in ("base", "child", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.py").write_text("")
+    (tmp_path / "base" / "c.yaml").write_text("IMPORTS: [base.py, json]\n")
+    (tmp_path / "child" / "c.yaml").write_text("_BASE_: ../base/c.yaml\n")
+    monkeypatch.chdir(tmp_path / "here")
+
+    def imports(*opts):
+        return read_cfg(lambda: CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""}), "../child/c.yaml", opts).IMPORTS
+
+    assert imports() == [str(tmp_path / "base" / "base.py"), "json"]
+    given = imports("IMPORTS", "[child.py, here.py]")
+    assert given == [str(tmp_path / "child" / "child.py"), str(tmp_path / "here" / "here.py")]
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(DivergedError("The loss is nan.", "see the log")))
+    assert str(error) == "The loss is nan. Lower SOLVER.BASE_LR, warm up, or clip gradients; see the log"

@@ -1,9 +1,8 @@
-"""A process's place in a job, as torchrun and SLURM tell it; and how commands end."""
+"""A process's rank in a job, from the variables of torchrun and SLURM."""
 
 import pytest
 
 from d2distill.common.engine.job import Job
-from d2distill.common.engine.launch import command
 from d2distill.common.errors import ConfigError
 
 TORCHRUN = {
@@ -17,8 +16,8 @@ SRUN = {
 }  # fmt: skip
 
 
-def test_torchrun_goes_before_slurm():
-    assert Job.of({**SRUN, **TORCHRUN}) == Job(5, 8, 1, 4, 1, "a", 29500)
+def test_torchrun_takes_precedence_over_slurm():
+    assert Job.from_environ({**SRUN, **TORCHRUN}) == Job(5, 8, 1, 4, 1, "a", 29500)
 
 
 def test_processes_of_a_node_agree_on_its_number_without_being_told():
@@ -26,21 +25,21 @@ def test_processes_of_a_node_agree_on_its_number_without_being_told():
     numbers, first = [], 0
     for size in (1, 4, 2, 1):
         places = [{"RANK": f"{first + i}", "LOCAL_RANK": f"{i}", "LOCAL_WORLD_SIZE": f"{size}"} for i in range(size)]
-        numbers.append({Job.of({**alone, **place}).node for place in places})
+        numbers.append({Job.from_environ({**alone, **place}).node for place in places})
         first += size
     assert [len(of_node) for of_node in numbers] == [1, 1, 1, 1] and len(set.union(*numbers)) == 4
 
 
 def test_slurm():
-    job = Job.of(SRUN)
+    job = Job.from_environ(SRUN)
     assert (job.rank, job.world_size, job.local_rank, job.local_size, job.node) == (6, 7, 0, 1, 3)
     # srun may have been typed on a login node: task 0 is on the first of the list.
-    assert job.address == "gpu003" and 20000 <= job.port < 30000
-    assert job.port != Job.of({**SRUN, "SLURM_STEP_ID": "3"}).port
+    assert job.master_addr == "gpu003" and 20000 <= job.master_port < 30000
+    assert job.master_port != Job.from_environ({**SRUN, "SLURM_STEP_ID": "3"}).master_port
     # Jobs that are submitted one after another share nodes.
-    assert job.port != Job.of({**SRUN, "SLURM_JOB_ID": "1234568", "SLURM_STEP_ID": "1"}).port
-    first = Job.of({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
-    assert (first.local_size, first.address, first.port) == (2, job.address, job.port)
+    assert job.master_port != Job.from_environ({**SRUN, "SLURM_JOB_ID": "1234568", "SLURM_STEP_ID": "1"}).master_port
+    first = Job.from_environ({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
+    assert (first.local_size, first.master_addr, first.master_port) == (2, job.master_addr, job.master_port)
 
 
 @pytest.mark.parametrize(
@@ -55,20 +54,12 @@ def test_slurm():
     ],
 )
 def test_the_first_node(nodes, address):
-    assert Job.of({**SRUN, "SLURM_STEP_NODELIST": nodes}).address == address
+    assert Job.from_environ({**SRUN, "SLURM_STEP_NODELIST": nodes}).master_addr == address
 
 
-def test_what_the_user_sets_stays():
-    job = Job.of({**SRUN, "MASTER_ADDR": "mine", "MASTER_PORT": "1"})
-    assert (job.address, job.port) == ("mine", 1)
-
-
-@pytest.mark.parametrize("size", ["SLURM_NTASKS_PER_NODE", "SLURM_NNODES"])
-def test_sizes_without_a_list(size):
-    value = {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}[size]
-    environ = {name: SRUN[name] for name in SRUN if "TASKS_PER_NODE" not in name}
-    job = Job.of({**environ, size: value, "SLURM_NODEID": "1", "SLURM_LOCALID": "2"})
-    assert job.local_size == 3
+def test_the_users_own_master_is_kept():
+    job = Job.from_environ({**SRUN, "MASTER_ADDR": "mine", "MASTER_PORT": "1"})
+    assert (job.master_addr, job.master_port) == ("mine", 1)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +71,7 @@ def test_sizes_without_a_list(size):
     ],
 )
 def test_a_process_by_itself(environ):
-    assert Job.of(environ) is None
+    assert Job.from_environ(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -89,52 +80,21 @@ def test_a_process_by_itself(environ):
         ({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}, "contradict"),
         ({"SLURM_LOCALID": "1"}, "contradict"),
         ({"SLURM_NODEID": "4"}, "contradict"),
-        ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "not of the form"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "contradict"),
         ({"SLURM_STEP_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": ""}, "MASTER_ADDR"),
     ],
 )
 def test_slurm_errors(change, message):
     with pytest.raises(ConfigError, match=message):
-        Job.of({**SRUN, **change})
+        Job.from_environ({**SRUN, **change})
 
 
 def test_gpus():
-    job = Job.of({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
+    job = Job.from_environ({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
     assert job.device_index(2, {}) == 1 and job.device_index(8, {}) == 1
-    assert Job.of(TORCHRUN).device_index(8, {}) == 1  # of the node's, whatever the rank over all nodes
+    assert Job.from_environ(TORCHRUN).device_index(8, {}) == 1  # of the node's, whatever the rank over all nodes
     assert job.device_index(1, {"SLURM_GPUS_ON_NODE": "2"}) == 0  # each task sees its own
     with pytest.raises(ConfigError, match="2 processes on this node, but it has 1 GPU:"):
         job.device_index(1, {"SLURM_GPUS_ON_NODE": "1"})
     with pytest.raises(ConfigError, match="torchrun starts 4 processes on this node, but it has 1 GPU:"):
-        Job.of(TORCHRUN).device_index(1, {})
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (ConfigError("SEED is -1"), 2, "error: SEED is -1\n"),
-        (FileNotFoundError("no data at /data"), 2, "error: no data at /data\n"),
-        (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_a_command_ends_without_a_traceback(capsys, monkeypatch, error, code, said):
-    monkeypatch.setattr("logging.raiseExceptions", True)
-
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        command(main)
-    assert (end.value.code, capsys.readouterr().err) == (code, said) and end.value.__suppress_context__
-
-
-@pytest.mark.parametrize("error", [ValueError("a fault of ours"), ConnectionError("of no file")])
-def test_what_nobody_can_mend_keeps_its_traceback(monkeypatch, error):
-    monkeypatch.setattr("logging.raiseExceptions", True)
-
-    def main():
-        raise error
-
-    with pytest.raises(type(error)):
-        command(main)
+        Job.from_environ(TORCHRUN).device_index(1, {})

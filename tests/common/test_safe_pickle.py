@@ -88,7 +88,7 @@ def test_everything_else_is_refused(tmp_path, monkeypatch, value, named, protoco
 def test_a_container_in_itself(tmp_path):
     loop = []
     loop.append({"loop": loop})
-    with pytest.raises(DataError, match="holds itself"):
+    with pytest.raises(DataError, match="recursion"):
         load_arrays(written(tmp_path / "f.pkl", loop))
 
 

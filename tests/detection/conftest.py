@@ -1,7 +1,7 @@
 import pytest
 
 from d2distill.detection.config import get_cfg
-from d2distill.detection.data.digits_coco import prepare
+from d2distill.detection.data.digits_coco import SETS, ensure_generated
 from tests.detection.tiny_training import make_tiny
 
 
@@ -16,8 +16,10 @@ def datasets_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits_coco(datasets_root):
-    """That folder, with digits_coco in it."""
-    prepare("digits_coco")
+    """That folder, with the first images of digits_coco in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SETS, "digits_coco", {"train": 60, "val": 40})
+        ensure_generated("digits_coco")
     return datasets_root
 
 

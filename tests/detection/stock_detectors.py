@@ -1,4 +1,4 @@
-"""Small pieces the detection tests share: detectors, and files as others write them."""
+"""Detectors that stock Detectron2 builds too, and their files, for the tests of weights."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,12 @@ from detectron2.modeling import build_model
 
 import d2distill.detection.backbone  # noqa: F401
 
+#: A ResNet-50 of 0.5 M parameters, for tests that need any detector.
+NARROW = {
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 8,
+    "MODEL__RESNETS__WIDTH_PER_GROUP": 8,
+    "MODEL__RESNETS__RES2_OUT_CHANNELS": 16,
+}
 FPN = ["res2", "res3", "res4", "res5"]
 KEYS = json.loads((Path(__file__).parents[1] / "goldens" / "detector_keys.json").read_text())
 
@@ -51,6 +57,11 @@ def detector_cfg(backbone="build_resnet_fpn_backbone", depth=18, classes=5, **se
 def detector(*args, seed=0, **settings):
     """A detector in eval mode whose every tensor, frozen batch norms' too, is drawn from `seed`."""
     return drawn(build_model(detector_cfg(*args, **settings)), seed).eval()
+
+
+def narrow_detector(depth=50, **settings):
+    """As :func:`detector`, with a narrow ResNet."""
+    return detector(depth=depth, **NARROW, **settings)
 
 
 def drawn(model, seed):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import nn
 from torchvision.models import mobilenet_v2
 
 from d2distill.common.errors import ConfigError
-from d2distill.detection.backbone import MobileNetV2, build_mobilenetv2_fpn_backbone
+from d2distill.detection.backbone import MobileNetV2
 from d2distill.detection.weight_names import nested_mobilenetv2_names
 from tests.detection.stock_detectors import FPN, KEYS, detector_cfg, drawn
 
@@ -63,11 +63,6 @@ def test_norms(norm, kind):
 def test_other_norms_are_refused(norm):
     with pytest.raises(ConfigError, match=r"MODEL\.RESNETS\.NORM"):
         MobileNetV2(norm)
-
-
-def test_other_images_are_refused():
-    with pytest.raises(ConfigError, match=r"MODEL\.PIXEL_MEAN has 4"):
-        build_mobilenetv2_fpn_backbone(detector_cfg("build_mobilenetv2_fpn_backbone"), ShapeSpec(channels=4))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""Data sets by name: what is registered, and what is said of one that cannot be trained on."""
+"""Registering and loading data sets, and the errors for those that a model cannot be trained on."""
 
 import json
-import os
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -54,7 +53,7 @@ def own_cfg(names=("pets",), test=(), num_classes=2, **register):
     return cfg
 
 
-def test_a_set_of_ones_own(root):
+def test_own_data_set(root):
     write(root, "pets")
     cfg = own_cfg()
     for _ in range(2):
@@ -86,36 +85,23 @@ def test_without_the_variable_data_sets_are_in_datasets(root, monkeypatch):
     assert MetadataCatalog.get("pets").json_file == str(root / "datasets/pets.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "entry", "message"),
-    [
-        ("pets", "pets.json", r"REGISTER.pets is 'pets.json', but must have the keys JSON and IMAGES"),
-        ("pets", {"JSON": "a"}, r"REGISTER.pets.IMAGES must be a path, but is 'not there'"),
-        ("pets", {"JSON": 3, "IMAGES": "a"}, r"REGISTER.pets.JSON must be a path, but is 3"),
-        ("pets", {"JSON": "a", "IMAGE": "b"}, r"REGISTER.pets.IMAGE \(did you mean IMAGES\?\)"),
-        (
-            "coco_2017_val",
-            {"JSON": "a", "IMAGES": "b"},
-            r"REGISTER.coco_2017_val: the name is taken, .*instances_val2017",
-        ),
-        ("digits_coco_val", {"JSON": "a", "IMAGES": "b"}, r"the name is taken"),
-        ("voc_2007_val", {"JSON": "a", "IMAGES": "b"}, r"the name is taken"),
-    ],
-)
-def test_entries_that_cannot_be_registered(root, name, entry, message):
+@pytest.mark.parametrize("entry", ["pets.json", {"JSON": "a"}, {"JSON": 3, "IMAGES": "a"}, {"JSON": "a", "IMAGE": "b"}])
+def test_malformed_entries(entry):
     cfg = get_cfg()
-    cfg.DATASETS.REGISTER[name] = type(cfg)(entry) if isinstance(entry, dict) else entry
-    with pytest.raises(ConfigError, match=message):
+    cfg.DATASETS.REGISTER.pets = type(cfg)(entry) if isinstance(entry, dict) else entry
+    with pytest.raises(ConfigError, match=r"REGISTER.pets must be {JSON: annotation file, IMAGES: .*}, but is .*"):
         register_datasets(cfg)
 
 
-def test_a_name_stands_for_one_data_set(root):
+def test_a_name_belongs_to_one_data_set(root):
     cfg = own_cfg()
     register_datasets(cfg)
     register_datasets(cfg)
     cfg.DATASETS.REGISTER.pets.JSON = "others.json"
-    with pytest.raises(ConfigError, match=r"the name is taken, by .*/pets.json and images .*/pets;"):
+    with pytest.raises(ConfigError, match=r"the name is taken by .*/pets.json and images .*/pets;"):
         register_datasets(cfg)
+    with pytest.raises(ConfigError, match=r"REGISTER.coco_2017_val: the name is taken by .*instances_val2017"):
+        register_datasets(own_cfg(["coco_2017_val"]))
 
 
 @pytest.mark.parametrize("load", [load_training_set, check_test_sets])
@@ -129,15 +115,14 @@ def test_unknown_names(root, load):
     assert "digits_coco_vall" not in MetadataCatalog
 
 
-@pytest.mark.parametrize("missing", ["pets.json", "pets", "pets/1.png"])
+@pytest.mark.parametrize("missing", ["pets.json", "pets/1.png"])
 def test_missing_files(root, missing):
-    if missing != "pets.json":
-        write(root, "pets")
-    os.system(f"rm -rf {root / missing}")
+    write(root, "pets")
+    (root / missing).unlink()
     with pytest.raises(FileNotFoundError) as error:
         load_training_set(own_cfg())
     message = str(error.value)
-    assert f"data set pets: {root / missing} is not there" in message and str(root) in message
+    assert f"data set pets: {root / missing} does not exist" in message and str(root) in message
     assert "DETECTRON2_DATASETS" in message and "DATASETS.REGISTER.pets" in message and "cocodataset.org" in message
 
 
@@ -145,7 +130,7 @@ def test_missing_builtin_sets(root):
     cfg = get_cfg()
     for name, part in (("coco_2017_train", "instances_train2017.json"), ("voc_2007_val", "VOC2007")):
         cfg.DATASETS.TRAIN = (name,)
-        with pytest.raises(FileNotFoundError, match=rf"data set {name}: /.*{part}.* is not there"):
+        with pytest.raises(FileNotFoundError, match=rf"data set {name}: /.*{part}.* does not exist"):
             load_training_set(cfg)
 
 
@@ -166,19 +151,14 @@ def test_damaged_annotations(root, content, message):
     write(root, "pets")
     (root / "pets.json").write_text(content, encoding="latin1")
     for load in (load_training_set, check_test_sets):
-        with pytest.raises(
-            DataError, match=rf"pets: /.*pets.json is not a complete file of COCO annotations.*{message}"
-        ):
+        with pytest.raises(DataError, match=rf"pets: cannot use /.*pets.json .*{message}"):
             load(own_cfg())
 
 
 def test_nothing_to_train_on(root):
-    write(root, "bare", coco(annotations=[]))
-    with pytest.raises(DataError, match=r"bare has 2 images without a single annotation \(.*/bare.json\)"):
-        load_training_set(own_cfg(["bare"]))
     write(root, "crowds", coco(annotations=[annotation(1, 1, iscrowd=1)]))
     cfg = own_cfg(["crowds"])
-    with pytest.raises(DataError, match="crowds: of 2 images none is left"):
+    with pytest.raises(DataError, match=r"crowds: cannot use .*No valid data found in crowds"):
         load_training_set(cfg)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert len(load_training_set(cfg)) == 2
@@ -219,7 +199,7 @@ def test_sets_with_other_classes(root):
     write(root, "pets")
     write(root, "swapped", coco(classes=("dog", "cat")))
     write(root, "again")
-    with pytest.raises(ConfigError, match=r"swapped has other classes than pets: class 0 is dog there and cat here"):
+    with pytest.raises(ConfigError, match=r"swapped has other classes than pets: cat there is dog here"):
         load_training_set(own_cfg(["pets", "swapped"]))
     cfg = own_cfg(["pets"], ["again", "swapped"])
     load_training_set(cfg)
@@ -233,13 +213,13 @@ def test_annotations_that_the_mapper_cannot_use(root):
     cfg = own_cfg()
     load_training_set(cfg)
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(ConfigError, match=r"MODEL.MASK_ON is True, but pets has an annotation without .*1.png"):
+    with pytest.raises(ConfigError, match=r"MODEL.MASK_ON is True, but pets has .*1.png\) without a segmentation"):
         load_training_set(cfg)
     rle = {"size": [8, 9], "counts": [0, 4, 68]}
     write(root, "coded", coco(annotations=[annotation(1, 1, segmentation=rle)]))
     cfg = own_cfg(["coded"])
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(ConfigError, match=r"INPUT.MASK_FORMAT is polygon, but coded has run-length"):
+    with pytest.raises(ConfigError, match=r"coded has .* with a run-length encoded mask: set INPUT.MASK_FORMAT"):
         load_training_set(cfg)
     cfg.INPUT.MASK_FORMAT = "bitmask"
     load_training_set(cfg)
@@ -249,7 +229,7 @@ def test_annotations_that_the_mapper_cannot_use(root):
     cfg.MODEL.MASK_ON = True
     load_training_set(cfg)
     write(root, "short", coco(annotations=[annotation(1, 1, bbox=[1, 2, 3])]))
-    with pytest.raises(DataError, match=r"short: an annotation of .*1.png has the bbox \[1, 2, 3\]"):
+    with pytest.raises(DataError, match=r"short has an annotation \(of .*1.png\) with the bbox \[1, 2, 3\]"):
         load_training_set(own_cfg(["short"]))
 
 
@@ -260,20 +240,7 @@ def test_proposals_are_refused(root):
         load_training_set(cfg)
 
 
-def test_a_test_set_is_read_once(root, monkeypatch):
-    write(root, "pets")
-    cfg = own_cfg()
-    check_test_sets(cfg)
-    monkeypatch.setitem(DatasetCatalog.data, "pets", None)
-    assert [d["image_id"] for d in load_test_set(cfg, "pets")] == [1, 2]
-    monkeypatch.undo()
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
-    (root / "pets.json").write_text(json.dumps(coco(images=1, annotations=[annotation(1, 1)])))
-    os.utime(root / "pets.json", (1, 1))
-    assert [d["image_id"] for d in load_test_set(cfg, "pets")] == [1]
-
-
-def test_an_own_function_is_a_data_set_too(root):
+def test_own_function(root):
     def load():
         return [{"file_name": "none.png", "height": 8, "width": 9, "image_id": 1, "annotations": [{"bbox": [0] * 4}]}]
 

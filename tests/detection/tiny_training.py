@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from d2distill.detection.data import load_training_set, register_datasets
-from d2distill.detection.data.digits_coco import make
+from d2distill.detection.data.digits_coco import generate_split
 from d2distill.detection.trainer import build_trainer, train
 from tests.detection.tiny_detectors import build, plain, small_cfg
 from tests.interruptions import disturb, read_state
@@ -22,7 +22,7 @@ TINY = {name: {"JSON": f"tiny/annotations/{name}.json", "IMAGES": f"tiny/{name}"
 def make_tiny(root) -> None:
     """Ten images to train and four to test on, below `root`; and a teacher for each architecture."""
     for split, number in (("train", 10), ("val", 4)):
-        make(Path(root, "tiny"), split, number, seed=0)
+        generate_split(Path(root, "tiny"), split, number, seed=0)
     for name in ("rcnn", "retinanet"):
         weights = build(plain(tiny_cfg(name, ".")), seed=5).state_dict()
         for key, value in weights.items():

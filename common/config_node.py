@@ -1,0 +1,254 @@
+"""A CfgNode that says in one line what is wrong with a file, a key or a value."""
+
+import os
+from ast import literal_eval
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from fvcore.common.config import BASE_KEY
+from fvcore.common.config import CfgNode as _CfgNode
+
+from d2distill.common.errors import ConfigError, did_you_mean
+
+__all__ = ["CfgNode", "CheckedMerge", "absolute_file", "coerce", "load_yaml", "overlay", "parse_as"]
+
+
+class CheckedMerge:
+    """Mix-in for fvcore's and Detectron2's CfgNode: strict merging, and YAML that runs no code.
+
+    A value takes the type of its setting, however it is written (:func:`coerce`). An unknown key, a value of another
+    type and a faulty file are each a :class:`ConfigError`.
+    """
+
+    #: Keys that take a string or a list of strings.
+    LISTABLE: tuple[str, ...] = ()
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """:func:`load_yaml`."""
+        return load_yaml(filename)
+
+    def merge_from_file(self, cfg_filename: str, allow_unsafe: bool = False) -> None:
+        """Merge a YAML file with its ``_BASE_`` files."""
+        settings = load_yaml(cfg_filename)
+        try:
+            self.merge_from_other_cfg(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{cfg_filename}: {error}") from error
+
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
+        """Merge ``["KEY", value, ...]``, as a command line gives them."""
+        if len(cfg_list) % 2:
+            raise ConfigError(f"settings come as KEY VALUE pairs, but {cfg_list[-1]!r} has no value: {cfg_list}")
+        for key, value in zip(cfg_list[0::2], cfg_list[1::2], strict=True):
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            self.merge_from_other_cfg(value)
+
+    def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
+        """Merge another node, or nested dicts."""
+        _merge(self, cfg_other, self)
+
+
+class CfgNode(CheckedMerge, _CfgNode):
+    """fvcore's CfgNode (yacs with ``_BASE_`` files) with strict merging."""
+
+
+def _merge(node: _CfgNode, settings: Mapping[str, Any], root: _CfgNode, prefix: str = "") -> None:
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(node.get(key), _CfgNode):
+            below = parse_as(value, (dict,))
+            if below is None:
+                raise ConfigError(f"config key {name} is a node with keys below it, but was given {_shown(value)}")
+            _merge(node[key], below, root, f"{name}.")
+        elif key in node:
+            node[key] = coerce(name, value, node[key], listable=name in root.LISTABLE)
+        elif node.is_new_allowed():
+            node[key] = type(root)(value) if isinstance(value, dict) else value
+        elif "." in str(key):
+            first, _, rest = key.partition(".")
+            raise ConfigError(f"config key {name}: in a file its parts are nested, as {first}: {{{rest}: ...}}")
+        else:
+            raise _unknown_key(name, value, root)
+
+
+def _unknown_key(name: str, value: Any, root: _CfgNode) -> ConfigError:
+    # A command line names one key, in a node in a node.
+    while isinstance(value, dict) and len(value) == 1:
+        ((key, value),) = value.items()
+        name = f"{name}.{key}"
+    known = [key for key, is_node in _all_keys(root) if is_node == isinstance(value, dict)]
+    return ConfigError(f"unknown config key {name}{did_you_mean(name, known)}")
+
+
+def _all_keys(node: _CfgNode, prefix: str = "") -> list[tuple[str, bool]]:
+    """Full names of all keys, and whether each is a node."""
+    keys = []
+    for key, value in node.items():
+        keys.append((prefix + key, isinstance(value, _CfgNode)))
+        if isinstance(value, _CfgNode):
+            keys += _all_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+_TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def coerce(name: str, value: Any, current: Any, listable: bool = False) -> Any:
+    """`value` in the type that the setting `name` has: that of its `current` value.
+
+    Args:
+        listable: whether it takes a list as well as text.
+
+    Raises:
+        ConfigError: it cannot be read as that type.
+    """
+    if current is None:  # a setting of Detectron2 that takes any type
+        return _python(value)
+    if listable:
+        types = (list, tuple, str)
+    else:
+        types = {list: (list, tuple), tuple: (list, tuple), float: (float, int)}.get(type(current), (type(current),))
+    found = parse_as(value, types)
+    if found is None and isinstance(value, dict):
+        raise ConfigError(f"config key {name} is a value ({current!r}), but was given keys below it: {list(value)}")
+    if found is None:
+        wanted = _TYPE_NAMES.get(type(current), "a list") + " or a list" * listable
+        raise ConfigError(f"{name} takes {wanted}, but was given {_shown(value)}{_suggest_fix(value, current)}")
+    if isinstance(current, tuple) and current and isinstance(current[0], tuple):
+        return tuple(map(tuple, found))  # YAML has no tuples
+    return found if listable else type(current)(found)
+
+
+def parse_as(value: Any, types: tuple[type, ...]) -> Any:
+    """`value` as the first of `types` that it can be read as, None if there is none.
+
+    Text is read as Python writes the type, then as YAML does, then as it is.
+    """
+    for kind in types:
+        readings = [value]
+        if isinstance(value, str):
+            # YAML's numbers are not all Python's: to it 010 is 8, and 1:30 is 90.
+            readings = [_python(value), value] if kind in (int, float) else [_python(value), _yaml(value), value]
+        for reading in readings:
+            # Not isinstance, to which True is an int.
+            if type(reading) is kind or (kind is dict and isinstance(reading, dict)):
+                return reading
+    return None
+
+
+def _python(value: Any) -> Any:
+    try:
+        return literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, TypeError):
+        return value
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else value if isinstance(value, str) and value else repr(value)
+
+
+def _suggest_fix(value: Any, current: Any) -> str:
+    if isinstance(current, list | tuple):
+        # One value in place of a list is the usual mistake.
+        return "; an empty one is []" if value in (None, "", "None") else f"; write [{str(value).strip('[](), ')}]"
+    if isinstance(current, str):
+        return {type(None): "; empty text is ''", list: "", tuple: ""}.get(type(value), "; put it in quotes")
+    return f"; e.g. {current!r}"
+
+
+def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings of a YAML file over those of its ``_BASE_`` files.
+
+    Files that it names in IMPORTS and TEACHER.CONFIG_FILE become absolute here, where their folder is known.
+
+    Args:
+        above: the files that led here by their ``_BASE_``, outermost first.
+
+    Raises:
+        ConfigError: not YAML, not settings, a key that is there twice, YAML that would run code, or a ``_BASE_`` that
+            is missing or leads back to itself.
+        FileNotFoundError: no such file.
+    """
+    where, chain = f"{filename} (_BASE_ of {above[-1]})" if above else filename, (*above, filename)
+    if os.path.realpath(filename) in map(os.path.realpath, above):
+        raise ConfigError(f"{where}: _BASE_ goes round in a circle: {' -> '.join(chain)}")
+    try:
+        with open(filename, encoding="utf-8") as file:
+            settings = yaml.load(file, _Loader)
+    except OSError as error:
+        if not above and isinstance(error, FileNotFoundError):
+            raise
+        raise ConfigError(f"{where}: {error.strerror}; _BASE_ is relative to the file that names it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not text in UTF-8 (byte {error.start}): is it a YAML file?") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}{_explain(error)}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: settings are lines of `KEY: value`, but this is a {type(settings).__name__}")
+    folder, teacher = os.path.dirname(filename), settings.get("TEACHER")
+    if isinstance(settings.get("IMPORTS"), list):
+        settings["IMPORTS"] = [absolute_file(name, folder) for name in settings["IMPORTS"]]
+    if isinstance(teacher, dict) and "CONFIG_FILE" in teacher:
+        teacher["CONFIG_FILE"] = absolute_file(teacher["CONFIG_FILE"], folder)
+    bases, merged = settings.pop(BASE_KEY, None) or [], {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        overlay(merged, load_yaml(os.path.join(folder, os.path.expanduser(base)), chain))
+    overlay(merged, settings)
+    return merged
+
+
+def absolute_file(path: Any, *folders: str) -> Any:
+    """Absolute form of a file's path, looked for in `folders`, then in the working directory; else as it is."""
+    for folder in (*folders, ""):
+        if isinstance(path, str) and os.path.isfile(file := os.path.join(folder, os.path.expanduser(path))):
+            return os.path.abspath(file)
+    return path
+
+
+def overlay(settings: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Put nested settings over others, in place."""
+    for key, value in other.items():
+        if isinstance(value, dict):
+            if not isinstance(settings.get(key), dict):
+                settings[key] = {}
+            overlay(settings[key], value)
+        else:
+            settings[key] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key that is there twice, where YAML takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                problem = f"{name} is there twice, first in line {lines[name]}: keep one"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = line
+        return node
+
+
+def _explain(error: yaml.YAMLError) -> str:
+    """Where in the file, and what: the end of the sentence that begins with the file."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return f" is not YAML: {' '.join(str(error).split())}"
+    place = f", line {mark.line + 1}: "
+    if isinstance(error, yaml.constructor.ConstructorError):
+        return f"{place}{'YAML that would run code: ' * ('python/' in problem)}{problem}"
+    start = f" {error.context} of line {error.context_mark.line + 1}," if error.context_mark else ""
+    return f"{place}this is not YAML:{start} {problem} (spaces indent, keys of one node alike; brackets are closed)"

@@ -1,0 +1,111 @@
+"""Command lines: their arguments, and user errors as one line with exit code 2.
+
+Imports neither torch nor Detectron2, so that `--help` is quick and a missing Detectron2 can be reported.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from d2distill import __version__, configs
+from d2distill.common.errors import ConfigError, UserError, did_you_mean
+
+__all__ = ["CommandParser", "debugging", "exit_with_error", "find_config", "run_cli", "user_errors", "user_message"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Flags and ``KEY VALUE`` settings in any order; a mistyped flag is an error that names the nearest known one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--version", action="version", version=f"d2distill {__version__}")
+        self.takes_settings = False
+
+    def add_settings(self) -> None:
+        """Take ``KEY VALUE`` pairs, as ``opts``."""
+        self.takes_settings = True
+        self.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that replace those of the file")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        # Intermixed: flags may follow the settings. argparse has no subcommands in that mode.
+        parse = self.parse_known_intermixed_args if self.takes_settings else self.parse_known_args
+        parsed, unknown = parse(args, namespace)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def find_config(name: str) -> str:
+    """The path of a config file; one that does not exist is looked for among the configs of this package.
+
+    So ``cls/digits_r8.yaml`` and ``configs/cls/digits_r8.yaml`` are found from any folder.
+    """
+    packaged = Path(configs.__file__).parent / name.removeprefix("configs/")
+    return str(packaged) if not Path(name).exists() and packaged.is_file() else name
+
+
+def run_cli(main: Callable[[], object]) -> None:
+    """Run a command line's `main` with :func:`user_errors`."""
+    with user_errors():
+        main()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Print a user error in one line and exit with code 2; after Ctrl-C the code is 130.
+
+    In a job, errors before :func:`.join_job` are the same in all processes: one per node prints them.
+    """
+    before = logging.raiseExceptions
+    # On a full disk every log line would print a traceback; what cannot do without the disk raises by itself.
+    logging.raiseExceptions = False
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        exit_with_error(error, silent=local_rank != "0")
+    finally:
+        logging.raiseExceptions = before
+
+
+def exit_with_error(error: Exception, silent: bool = False) -> NoReturn:
+    """Exit with code 2 after a user error, which is printed in one line unless `silent`; raise any other error.
+
+    With ``--debug`` on the command line the traceback is printed before, in every process.
+    """
+    message = user_message(error)
+    if message is None:
+        raise error
+    if debugging():
+        traceback.print_exception(error)
+    if debugging() or not silent:
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def user_message(error: Exception) -> str | None:
+    """What to tell the user about an error outside the program; None for a fault of the program."""
+    if isinstance(error, UserError | FileNotFoundError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def debugging() -> bool:
+    """Whether the command line asks for tracebacks. Processes that it starts have the same ``sys.argv``."""
+    return "--debug" in sys.argv[1:]

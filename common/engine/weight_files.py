@@ -1,0 +1,235 @@
+"""Read files of weights that others wrote, without running code from them."""
+
+import argparse
+import hashlib
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d2distill.common.engine.safe_pickle import load_arrays
+from d2distill.common.errors import CheckpointError
+
+__all__ = [
+    "LIBRARIES",
+    "Mismatch",
+    "compare_states",
+    "load_weights",
+    "read_content",
+    "read_weights",
+    "state_dict_of",
+    "weights_digest",
+]
+
+#: Prefixes of sources that are no files: ``torchvision:WEIGHTS`` and ``timm:NAME``.
+LIBRARIES = ("torchvision", "timm")
+
+# How files of torch.save begin, today's and those from before torch 1.6, whatever their suffix.
+_TORCH_FILES = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+
+# Entries in which public checkpoints keep their state dict; prefixes of torch's wrappers and of this package's runs.
+_ENTRIES = ("model", "state_dict", "model_state_dict", "net")
+_PREFIXES = ("module.", "_orig_mod.", "student.")
+
+# Types in public checkpoints beside tensors: RepDistiller's options, numpy accuracies. None of them runs code.
+_HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
+_HARMLESS += [(np.float64(0).__reduce__()[0], name + ".multiarray.scalar") for name in ("numpy.core", "numpy._core")]
+
+
+class Mismatch(NamedTuple):
+    """How the tensors of a file differ from a network's: names that only one of them has, and other shapes."""
+
+    missing: list[str]
+    unexpected: list[str]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # the file's and the network's
+
+    def __str__(self) -> str:
+        """Text "2 missing (a, b); 1 of another shape (c (3,) instead of (4,))"; empty where nothing differs."""
+        wrong = [f"{name} {theirs} instead of {own}" for name, (theirs, own) in self.shapes.items()]
+        return "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", wrong))
+            if names
+        )
+
+
+def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mismatch:
+    """Compare the state dict of a file with a network's own one.
+
+    Step counters are ignored: frozen batch norms have none, and neither have files from before torch 0.4.1.
+    """
+    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
+    shapes = {n: (tuple(state[n].shape), tuple(t.shape)) for n, t in own.items() if n in state}
+    return Mismatch(missing, unexpected, {n: pair for n, pair in shapes.items() if pair[0] != pair[1]})
+
+
+def load_weights(model: nn.Module, source: str, key: str) -> None:
+    """Load a classifier's weights from a `source` as of :func:`read_weights`. Every name and shape must be equal.
+
+    Raises:
+        CheckpointError: as :func:`read_weights`; or the file is of another network or number of classes. It names
+            `key`, the config key or flag that named the file.
+    """
+    try:
+        weights = read_weights(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+    found = compare_states(model.state_dict(), weights)
+    if not any(found):
+        model.load_state_dict(weights, strict=False)
+        return
+    counts = {(theirs[0], own[0]) for theirs, own in found.shapes.values() if theirs[1:] == own[1:]}
+    if not (found.missing or found.unexpected) and len(counts) == 1:
+        ((theirs, own),) = counts
+        raise CheckpointError(
+            f"{key}: {source} has {theirs} classes, but the data set has {own}: either DATASETS.NAME or ROOT is wrong, "
+            "or the checkpoint. Weights for this data set are the student_final.pth of a training of this network on "
+            "it (of a teacher with DISTILL.METHODS []); those of torchvision: and timm: are for ImageNet's classes"
+        )
+    raise CheckpointError(f"{key}: {source} is of another network than {type(model).__name__}: {found}")
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """Read a state dict.
+
+    Args:
+        source: a path or URL of a ``.pth`` file (a state dict alone or under an entry such as ``"model"``, with or
+            without prefixes such as ``module.``; of a run's own checkpoint the student is read) or ``.safetensors``
+            file; ``torchvision:ResNet34_Weights.IMAGENET1K_V1``; or ``timm:NAME``.
+
+    Raises:
+        CheckpointError: missing, unreachable, damaged, or with other content than weights.
+    """
+    return state_dict_of(read_content(source), source)
+
+
+def state_dict_of(content: Any, source: str) -> dict[str, Tensor]:
+    """Find the state dict in what :func:`read_content` returned for `source`, and remove wrappers' prefixes."""
+    for key in _ENTRIES:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        entries = ", ".join(map(repr, _ENTRIES))
+        raise CheckpointError(f"{source} holds no state dict, neither alone nor under one of {entries}")
+    # Wrappers may be nested in any order.
+    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in content)), None):
+        content = {n.removeprefix(prefix): v for n, v in content.items() if n.startswith(prefix)}
+    return dict(content)
+
+
+def read_content(source: str) -> Any:
+    """Read everything in a file, also what is stored beside the weights, without running code from it.
+
+    Args:
+        source: as in :func:`read_weights`, with the same errors; also a ``.pkl`` of Detectron2's model zoo or Caffe2.
+
+    Returns:
+        What was saved, with tensors on the CPU. Arrays and numbers of a pickle are converted to tensors, and its Nones
+        are left out. Weights of a library are ``{"model": ..., "__author__": library}``, a ``.safetensors`` file is
+        ``{"model": ..., **metadata}``.
+    """
+    library, _, name = source.partition(":")
+    if library in LIBRARIES:
+        return {"model": _read_library(library, name), "__author__": library}
+    path = _local_path(source)
+    with open(path, "rb") as file:
+        start = file.read(16)
+    try:
+        if path.endswith(".safetensors"):
+            return _read_safetensors(path)
+        if start.startswith(_TORCH_FILES):
+            return _read_torch(path)
+        if path.endswith(".pkl") or start.startswith(b"\x80"):
+            return _tensors(load_arrays(path, CheckpointError))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            # Torch proposes to trust the file.
+            raise CheckpointError(
+                f"{source} is refused, for it holds more than weights: a pickled {found[1]}, which might run code; "
+                "save the network's model.state_dict() alone"
+            ) from error
+        found = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        reason = found[1] if found else _last_line(error)
+        raise CheckpointError(f"{source} cannot be read as a checkpoint: {reason}") from error
+    raise CheckpointError(
+        f"{source} is no checkpoint: it does not begin like one (is it a text, a web page, a Git LFS pointer?)"
+    )
+
+
+def _read_library(library: str, name: str) -> dict[str, Tensor]:
+    try:
+        if library == "torchvision":
+            from torchvision.models import get_weight
+
+            return get_weight(name).get_state_dict(progress=True, check_hash=True)
+        import timm
+
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # unknown names and closed networks raise whatever the hub's client likes
+        raise CheckpointError(f"cannot load the weights {library}:{name}: {_last_line(error)}") from error
+
+
+def _local_path(source: str) -> str:
+    from detectron2.utils.file_io import PathManager
+
+    path = source if "://" in source else os.path.abspath(os.path.expanduser(source))
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path} is a directory; name the checkpoint in it")
+    if "://" not in path and not os.path.isfile(path):
+        raise CheckpointError(
+            f"there is no checkpoint at {path}; see README.md, 'Teachers', for where to get published ones and how to "
+            "train one"
+        )
+    try:
+        return PathManager.get_local_path(path)
+    except Exception as error:  # whatever the handler of the URL raises
+        raise CheckpointError(f"{source} cannot be fetched: {_last_line(error)}") from error
+
+
+def _read_torch(path: str) -> Any:
+    # torch.load does not check the archive's checksums: flipped bits would become weights.
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise RuntimeError(f"wrong checksum of {damaged}")
+    with torch.serialization.safe_globals(_HARMLESS):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: str) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {**(file.metadata() or {}), "model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tensors(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, np.ndarray):
+        # A copy in the machine's byte order: torch has no other.
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    return torch.tensor(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's state dict: which weights it has, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode()
+        )
+    return digest.hexdigest()

@@ -1,0 +1,339 @@
+"""Training runs side by side: several configurations, each over several seeds; their table and their learning curves.
+
+Each run is the command a user would type, in a process of its own. Runs that have ended are not repeated, and runs that
+were stopped are resumed.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from tqdm import tqdm
+
+from d2distill.classification.config import load_cfg as load_classification_cfg
+from d2distill.common.engine.settings import flat_settings
+from d2distill.common.engine.writers import read_metrics
+from d2distill.common.errors import ConfigError, UserError
+from d2distill.detection.config import load_cfg as load_detection_cfg
+
+__all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "Task", "mean_std"]
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Where a run is, and what its data set fills in: no settings of the row.
+_IGNORED = ("OUTPUT_DIR", "MODEL.NUM_CLASSES")
+
+#: The cell of a table made of the ``results.json`` of a row's runs.
+Column = Callable[[Sequence[dict[str, float]]], str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a comparison.
+
+    Attributes:
+        label: its name in the table and in the picture.
+        config_file: a configuration of the task's training command.
+        seeds: one run each.
+        opts: further settings, as KEY VALUE pairs.
+        teacher: the row whose first run trains this row's teacher.
+    """
+
+    label: str
+    config_file: str
+    seeds: Sequence[int]
+    opts: Sequence[str] = ()
+    teacher: "Entry | None" = None
+
+    def run_name(self, seed: int) -> str:
+        """The name of a run folder: configuration, settings, teacher, and seed, with a hash where that is long.
+
+        A teacher without settings and of seed 0 is left out where the configuration's name says it.
+        """
+        stem = Path(self.config_file).stem
+        settings = dict(sorted(zip(self.opts[0::2], self.opts[1::2], strict=False)))
+        if self.teacher:
+            teacher = self.teacher.run_name(self.teacher.seeds[0])
+            if teacher.removesuffix("_seed0") not in stem:
+                settings["teacher"] = teacher
+        text = "_".join(f"{key}={value}" for key, value in settings.items())
+        readable = re.sub(r"[^\w.=+-]+", "-", text)
+        if readable != text or len(text) > 60:
+            readable = f"{readable[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return "_".join(part for part in (stem, readable, f"seed{seed}") if part)
+
+
+def mean_std(values: Sequence[float | None]) -> str:
+    """Mean and sample standard deviation, two decimals each; of one value that value alone; of undefined ones n/a."""
+    if None in values:
+        return "n/a"
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _mean(key: str) -> Column:
+    return lambda runs: mean_std([run[key] for run in runs])
+
+
+def _millions(key: str, decimals: int) -> Column:
+    return lambda runs: f"{runs[0][key] / 1e6:.{decimals}f} M"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What comparisons of classifiers and of detectors do not share.
+
+    Attributes:
+        script: the training command; takes ``--config-file``, ``--resume`` and KEY VALUE pairs.
+        load_cfg: reads a configuration file and KEY VALUE pairs.
+        teacher_key: the setting that names the teacher's weights.
+        length: epochs or iterations of a run with these settings of SOLVER.
+        done: how many of them are done at a line of metrics.json.
+        columns: of the table.
+    """
+
+    script: Path
+    load_cfg: Callable[[str, Sequence[str]], CfgNode]
+    teacher_key: str
+    length: Callable[[CfgNode], int]
+    done: Callable[[dict[str, float]], float]
+    columns: dict[str, Column]
+
+
+CLASSIFICATION = Task(
+    ROOT / "tools" / "train_cls.py",
+    load_classification_cfg,
+    "MODEL.TEACHER.WEIGHTS",
+    lambda solver: solver.EPOCHS,
+    lambda line: line["epoch"],
+    {
+        "last top-1 (%)": _mean("top1"),
+        "best top-1 (%)": _mean("best_top1"),
+        "parameters": _millions("parameters", 3),
+        "FLOPs": _millions("flops", 1),
+    },
+)
+DETECTION = Task(
+    ROOT / "detection" / "train_net.py",
+    load_detection_cfg,
+    "TEACHER.MODEL.WEIGHTS",
+    lambda solver: solver.MAX_ITER,
+    lambda line: line["iteration"] + 1,
+    {
+        "AP": _mean("bbox/AP"),
+        "best AP": _mean("best_bbox/AP"),
+        **{name: _mean(f"bbox/{name}") for name in ("AP50", "AP75", "APs", "APm")},
+        "parameters": _millions("parameters", 2),
+    },
+)
+
+
+class Comparison:
+    """The rows of a table, and their runs in a folder for each.
+
+    Raises:
+        ConfigError: two rows or runs have one name, a configuration is invalid, or a folder holds a run with other
+            settings, whose results are not the row's.
+    """
+
+    def __init__(self, task: Task, entries: Sequence[Entry], output_dir: str | Path) -> None:
+        self.task, self.entries, self.output_dir = task, entries, Path(output_dir).absolute()
+        names = [entry.label for entry in entries] + [entry.run_name(seed) for entry in entries for seed in entry.seeds]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"two rows or runs are called {twice[0]}: change a label, a setting or a seed")
+        self._lengths = {entry.label: self._check(entry) for entry in entries}
+
+    def folder(self, entry: Entry, seed: int) -> Path:
+        return self.output_dir / entry.run_name(seed)
+
+    def results(self, entry: Entry) -> dict[int, dict[str, float]]:
+        """``results.json`` of each seed whose run has ended."""
+        ended = {seed: self.folder(entry, seed) for seed in entry.seeds if self._ended(entry, seed)}
+        return {seed: json.loads((folder / "results.json").read_text()) for seed, folder in ended.items()}
+
+    def run(self, processes: int, deadline: float = math.inf) -> None:
+        """Train every row with every seed, in this order, `processes` runs at a time, and show the progress.
+
+        A row waits for its teacher. Where a run fails the others go on. At the deadline, and on SIGINT, SIGTERM and
+        SIGHUP, the runs are stopped, saved, to be resumed by the next call.
+
+        Args:
+            deadline: of ``time.monotonic()``.
+
+        Raises:
+            UserError: runs failed; the message has the last lines of their logs.
+            SystemExit: after a signal, with 128 + its number.
+        """
+        jobs = [(entry, seed) for entry in self.entries for seed in entry.seeds]
+        waiting = [job for job in jobs if not self._ended(*job)]
+        running: dict[tuple[str, int], tuple[Path, subprocess.Popen]] = {}
+        failures = []
+        bar = tqdm(
+            desc=f"{len(jobs) - len(waiting)}/{len(jobs)} runs, ",
+            initial=sum(self._done(*job) for job in jobs),
+            total=sum(self._lengths[entry.label] for entry, _ in jobs),
+            bar_format="{desc}{percentage:.0f} %, {elapsed}, about {remaining} left",
+            smoothing=0,
+            miniters=0,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )
+        with bar, _stop_signals() as received:
+            try:
+                while (waiting or running) and not received and time.monotonic() < deadline:
+                    ready = [job for job in waiting if self._has_teacher(job[0])]
+                    for entry, seed in ready[: processes - len(running)]:
+                        waiting.remove((entry, seed))
+                        running[entry.label, seed] = self._start(entry, seed)
+                    if not running:
+                        failures.append(f"{len(waiting)} runs have no teacher")
+                        break
+                    time.sleep(0.2)
+                    for job, (folder, process) in list(running.items()):
+                        if process.poll() is not None:
+                            del running[job]
+                            if process.returncode:
+                                end = (folder / "console.txt").read_text().splitlines()[-8:]
+                                failures.append("\n".join([f"the run in {folder} failed:", *end]))
+                                bar.write(f"{folder} failed", file=sys.stderr)
+                    ended = len(jobs) - len(waiting) - len(running)
+                    bar.set_description_str(f"{ended}/{len(jobs)} runs, ", refresh=False)
+                    bar.update(sum(self._done(*job) for job in jobs) - bar.n)
+            finally:
+                _stop([process for _, process in running.values()])
+        if received:
+            raise SystemExit(128 + received[0])
+        if failures:
+            raise UserError("\n".join(failures))
+
+    def table(self) -> str:
+        """Mean +- sample standard deviation over the seeds that have ended, and the time per run, evaluations included.
+
+        AP is the last evaluation's; the best one's has a column where any row has another.
+        """
+        rows = []
+        for entry in self.entries:
+            runs, seeds = list(self.results(entry).values()), len(entry.seeds)
+            row = {"": entry.label}
+            row |= {name: column(runs) if runs else "-" for name, column in self.task.columns.items()}
+            row["time per run"] = f"{statistics.mean(run['seconds'] for run in runs):.0f} s" if runs else "-"
+            row["seeds"] = f"{seeds}" if len(runs) == seeds else f"{len(runs)} of {seeds}"
+            rows.append(row)
+        if all(row.get("best AP") == row.get("AP") for row in rows):
+            rows = [{name: cell for name, cell in row.items() if name != "best AP"} for row in rows]
+        return tabulate(rows, "keys", tablefmt="github", disable_numparse=True)
+
+    def draw_curves(self, entries: Sequence[Entry], path: str | Path, title: str) -> None:
+        """Test top-1 over epochs as a PNG: mean over the seeds, with a band from the lowest to the highest."""
+        axes = Figure(figsize=(7, 4.5), dpi=150, layout="constrained").add_subplot()
+        lowest = []
+        for entry in entries:
+            logs = [read_metrics(self.folder(entry, seed)) for seed in self.results(entry)]
+            epochs = [line["epoch"] for line in logs[0] if "top1" in line]
+            columns = list(zip(*([line["top1"] for line in log if "top1" in line] for log in logs), strict=True))
+            means = [statistics.mean(values) for values in columns]
+            (line,) = axes.plot(epochs, means, label=f"{entry.label}: {means[-1]:.1f}", linewidth=1.5)
+            band = [min(values) for values in columns], [max(values) for values in columns]
+            axes.fill_between(epochs, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+            lowest.append(statistics.median(means))
+        # The first epochs, near chance, would press everything else against the upper edge.
+        axes.set(xlabel="epoch", ylabel="test top-1 (%)", title=title, ylim=(max(0.0, 2 * min(lowest) - 100), 100))
+        axes.grid(alpha=0.3)
+        axes.legend(title="last epoch, mean over seeds", loc="lower right")
+        axes.figure.savefig(path)
+
+    def _check(self, entry: Entry) -> int:
+        """Refuse run folders with other settings than the row's, and return the length of its runs."""
+        cfg = self.task.load_cfg(entry.config_file, self._settings(entry))
+        # The teacher is part of the folder's name, and all the runs may have moved to another place.
+        ignored = {*_IGNORED, self.task.teacher_key} if entry.teacher else _IGNORED
+        files = {seed: self.folder(entry, seed) / "config.yaml" for seed in entry.seeds}
+        for seed, file in files.items():
+            if not file.exists():
+                continue
+            found, wanted = _flatten(file.read_text()), {**_flatten(cfg.dump()), "SEED": seed}
+            changed = [key for key in wanted if key in found and key not in ignored and found[key] != wanted[key]]
+            if changed:
+                other = "; ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in changed[:3])
+                raise ConfigError(
+                    f"{file.parent} holds another run ({other}): choose another folder, or remove it and its students"
+                )
+        return self.task.length(cfg.SOLVER)
+
+    def _settings(self, entry: Entry) -> list[str]:
+        if entry.teacher is None:
+            return [*entry.opts]
+        weights = self.folder(entry.teacher, entry.teacher.seeds[0]) / "student_final.pth"
+        return [*entry.opts, self.task.teacher_key, str(weights)]
+
+    def _ended(self, entry: Entry, seed: int) -> bool:
+        # Results without settings may be anyone's.
+        return all((self.folder(entry, seed) / name).exists() for name in ("results.json", "config.yaml"))
+
+    def _has_teacher(self, entry: Entry) -> bool:
+        return entry.teacher is None or self._ended(entry.teacher, entry.teacher.seeds[0])
+
+    def _done(self, entry: Entry, seed: int) -> float:
+        if self._ended(entry, seed):
+            return self._lengths[entry.label]
+        lines = read_metrics(self.folder(entry, seed))
+        return self.task.done(lines[-1]) if lines else 0
+
+    def _start(self, entry: Entry, seed: int) -> tuple[Path, subprocess.Popen]:
+        folder = self.folder(entry, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = [*self._settings(entry), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        command = [sys.executable, str(self.task.script), "--config-file", entry.config_file, "--resume", *settings]
+        # The last digits of a run depend on the number of threads: it is not left to the machine.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(folder / "console.txt", "w") as console:
+            # In a session of its own, or Ctrl-C would kill it before it can save.
+            process = subprocess.Popen(
+                command, stdout=console, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        return folder, process
+
+
+def _flatten(config: str) -> dict[str, Any]:
+    return flat_settings(CfgNode(yaml.safe_load(config)))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """The signals to stop that came within the block; those that the process ignores (nohup) stay ignored."""
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Let runs save after their step, and wait until they have ended."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers as well; its last periodic checkpoint stays
+            process.wait()
