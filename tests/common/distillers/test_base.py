@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from d2distill.common import distillers as d
-from d2distill.common.distillers import DISTILLERS, Distiller
+from d2distill.common.distillers import DISTILLERS
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress, TrainingData
 from tests.common.distillers.single_method import build
 from tests.goldens.fill import array
@@ -147,11 +147,6 @@ def test_a_missing_network_or_part_is_named(name):
 def test_class_counts_that_cannot_be_compared(student, teacher, message):
     with pytest.raises(ValueError, match=f"KD .*{message}"):
         build("KD", NetworkInfo(student), NetworkInfo(teacher))
-
-
-def test_a_subclass_defines_forward():
-    with pytest.raises(TypeError, match="Distiller defines no forward"):
-        Distiller(make("KD").cfg, INFO, INFO)(outputs(1, INFO), outputs(2, INFO), BATCH)
 
 
 def test_bckd_averages_the_sigmoids_of_several_teachers():
