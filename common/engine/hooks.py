@@ -121,18 +121,19 @@ class EvaluationHook(HookBase):
 
 
 class WriterHook(PeriodicWriter):
-    """Detectron2's PeriodicWriter that writes at each epoch's end as well, and a line only for what is complete.
+    """Detectron2's PeriodicWriter with several periods, that writes a line only for what is complete.
 
     Args:
         output_dir: of the log.
-        period: in steps.
+        periods: in steps; 0 is none. That of the evaluations is among them: a line has what belongs to one step.
         max_iter: of the training.
         epoch_length: in steps; 0 where there are no epochs.
     """
 
-    def __init__(self, output_dir: str, period: int, max_iter: int, epoch_length: int = 0) -> None:
-        super().__init__([], period)
+    def __init__(self, output_dir: str, periods: list[int], max_iter: int, epoch_length: int = 0) -> None:
+        super().__init__([])
         self._output_dir, self._max_iter, self._epoch_length = output_dir, max_iter, epoch_length
+        self._periods = [period for period in (*periods, epoch_length) if period]
 
     def before_train(self) -> None:
         def build() -> None:
@@ -144,7 +145,7 @@ class WriterHook(PeriodicWriter):
 
     def after_step(self) -> None:
         done, length = self.trainer.iter + 1, self._epoch_length
-        if done % self._period and done != self.trainer.max_iter and not (length and done % length == 0):
+        if done != self.trainer.max_iter and all(done % period for period in self._periods):
             return
         self.trainer.log_metrics()
         if length:
