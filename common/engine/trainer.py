@@ -82,7 +82,7 @@ class Trainer(TrainerBase):
             hooks.LRScheduler(task.optimizer, task.lr_scheduler),
             self.ema,
             self.evaluation,
-            WriterHook(cfg.OUTPUT_DIR, cfg.LOG_PERIOD, task.max_iter, task.epoch_length),
+            WriterHook(cfg.OUTPUT_DIR, [cfg.LOG_PERIOD, task.eval_period], task.max_iter, task.epoch_length),
         ]
         self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
 
@@ -151,13 +151,9 @@ class Trainer(TrainerBase):
             SystemExit: preempted; everything is saved.
         """
         start = self.resume() if resume else 0
-        if (
-            start == self.max_iter
-            and (results := run_folder.read_results(self.cfg.OUTPUT_DIR, self.max_iter)) is not None
-        ):
-            logger.info(
-                f"All {self._format_progress(start)} are done already: results are those of {run_folder.RESULTS}"
-            )
+        results = run_folder.read_results(self.cfg.OUTPUT_DIR, self.max_iter) if start == self.max_iter else None
+        if results is not None:
+            logger.info(f"All {self._format_progress(start)} are done already: see {run_folder.RESULTS}")
             return results if comm.is_main_process() else {}
         # Only now, so that a call that fails leaves the folder of an earlier run as it was.
         if start < self.max_iter:

@@ -99,6 +99,8 @@ def test_the_run_folder(tmp_path, tiny):
     assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "results.json"} < names
     assert {"student_best.pth", "student_final.pth", "last_checkpoint", f"model_{STEPS:07d}.pth"} < names
     assert {"bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/APs", "bbox/APm", "bbox/APl", "best_bbox/AP"} <= set(results)
+    # Also of an evaluation between two log periods.
+    assert [line["iteration"] for line in read_metrics(tmp_path) if "bbox/AP" in line] == [2, STEPS - 1]
     last = read_metrics(tmp_path)[-1]
     assert last["iteration"] == STEPS - 1 and {"loss_dkd", "loss_reviewkd", "loss_cls", "lr", "bbox/AP"} <= set(last)
     saved = torch.load(tmp_path / f"model_{STEPS:07d}.pth", weights_only=True)
