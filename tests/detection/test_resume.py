@@ -141,7 +141,7 @@ def test_other_settings_of_the_solver_hold_from_there_on(tmp_path, tiny):
     flat = {"SOLVER.WARMUP_ITERS": 0, "SOLVER.STEPS": ()}
     run(tiny_cfg("rcnn", tmp_path, SOLVER__MAX_ITER=2, **flat))
     run(tiny_cfg("rcnn", tmp_path, SOLVER__MAX_ITER=4, SOLVER__BASE_LR=1e-5, **flat), resume=True)
-    first, last = (line["lr"] for line in read_metrics(tmp_path))
+    first, *_, last = (line["lr"] for line in read_metrics(tmp_path))
     assert (first, last) == (small_cfg().SOLVER.BASE_LR, pytest.approx(1e-5))
     log = (tmp_path / "log.txt").read_text()
     assert f"SOLVER.BASE_LR {first} -> 1e-05" in log and "SOLVER.MAX_ITER 2 -> 4" in log and "OUTPUT_DIR" not in log
