@@ -1,7 +1,5 @@
 """Relational knowledge distillation."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,7 +41,7 @@ def rkd_loss(
 
     def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
         embedding = upcast(embedding)
-        # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbours far from the origin.
+        # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbors far from the origin.
         differences = embedding.unsqueeze(0) - embedding.unsqueeze(1)
         distances = differences.square().sum(2).clamp_min(eps)
         if not squared:
@@ -71,7 +69,7 @@ class RKD(Distiller):
     needs = ("pooled",)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 1.0, "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "SQUARED": False, "EPS": 1e-12}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

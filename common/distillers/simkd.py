@@ -1,10 +1,8 @@
 """The teacher's classifier at the end of the student."""
 
 import copy
-from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,9 +23,6 @@ def simkd_loss(feat_student: Tensor, feat_teacher: Tensor) -> Tensor:
     Args:
         feat_student, feat_teacher: (N, C, H, W), the student's after its projector. A larger teacher's map is
             average-pooled to the student's size.
-
-    Returns:
-        0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
     """
     return mse(feat_student, resize_to(upcast(feat_teacher), feat_student.shape[2:]))
 
@@ -87,10 +82,7 @@ class SimKD(Distiller):
 
     needs = ("feats",)
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
         channels, *size = teacher.feats[-1]
         if teacher.classifier is None or teacher.pooled != channels:
             raise ValueError(
@@ -106,7 +98,7 @@ class SimKD(Distiller):
         self.teacher_part = "feats" if teacher.preacts is None else "preacts"
         self.teacher_needs = {self.teacher_part, "pooled"}
         self.size = tuple(size)
-        self.projector = Projector(student.feats[-1][0], channels, cfg.FACTOR)
+        self.projector = Projector(student.feats[-1][0], channels, self.cfg.FACTOR)
         # A copy: it belongs to the student, and is in its checkpoints.
         self.classifier = copy.deepcopy(teacher.classifier).requires_grad_(False)
         # In a list, so that it is no submodule of the method.
@@ -114,7 +106,7 @@ class SimKD(Distiller):
         self.checked = False
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"FACTOR": 2}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
