@@ -53,6 +53,14 @@ setup(
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
-        "dev": ["scikit-learn>=1.3", "timm>=1.0.15", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "wheel>=0.43"],
+        "dev": [
+            "scikit-learn>=1.3",
+            "timm>=1.0.15",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "wheel>=0.43",
+            "import-linter>=2.5",
+        ],
     },
 )

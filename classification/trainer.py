@@ -7,7 +7,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from d2distill.classification.config import PRECISIONS, image_size
+from d2distill.classification.config import PRECISIONS, image_size, schedule_notes
 from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
@@ -180,6 +180,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
+    for note in schedule_notes(cfg):
+        logger.warning(note)
     trainer = build_trainer(cfg, *load_datasets(cfg))
     results = trainer.run(resume)
     if results:

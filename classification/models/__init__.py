@@ -17,6 +17,7 @@ from . import (  # noqa: F401
     wrn,
 )
 from .base import FeatureClassifier
+from .library_timm import is_without_classes
 from .registry import build_model, model_names, register
 
-__all__ = ["FeatureClassifier", "build_model", "model_names", "register"]
+__all__ = ["FeatureClassifier", "build_model", "is_without_classes", "model_names", "register"]

@@ -1,5 +1,7 @@
 """``timm:NAME``: the models of PyTorch Image Models, through timm's own feature interface."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +76,17 @@ def build_timm(name: str, num_classes: int, image_size: int | tuple[int, int] | 
     model.feat_indices = _levels([info["reduction"] for info in infos])
     model.stem_name = _stem_name(model, infos[0]["reduction"])
     return model
+
+
+def is_without_classes(name: str) -> bool:
+    """Whether ``timm:NAME`` is published without a classifier, as networks trained without labels are (DINO, MAE)."""
+    library, _, model = name.partition(":")
+    if library != "timm" or find_spec("timm") is None:
+        return False
+    import timm
+
+    published = timm.get_pretrained_cfg(model, allow_unregistered=True)
+    return published is not None and published.num_classes == 0
 
 
 def _create(create, name: str, num_classes: int, image_size: int | tuple[int, int] | None) -> nn.Module:

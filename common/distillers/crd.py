@@ -76,8 +76,9 @@ class CRD(Distiller):
         self.num_samples = num_samples
         self.embed_student = nn.Linear(student.pooled, cfg.FEAT_DIM)
         self.embed_teacher = nn.Linear(teacher.pooled, cfg.FEAT_DIM)
-        # A generator of its own: the methods that follow begin alike with any number of samples.
-        generator = torch.Generator().manual_seed(torch.initial_seed())
+        # A generator of its own: the methods that follow begin alike with any number of samples. Not the seed itself,
+        # whose numbers the networks and the embeddings were drawn from.
+        generator = torch.Generator().manual_seed(torch.initial_seed() ^ 1)
         bound = math.sqrt(3 / cfg.FEAT_DIM)
         for side in ("student", "teacher"):
             bank = torch.empty(num_samples, cfg.FEAT_DIM).uniform_(-bound, bound, generator=generator)

@@ -55,11 +55,11 @@ class SimKDStudent(nn.Module):
         super().__init__()
         layers = set() if method.student_classifier[0] is None else set(method.student_classifier[0].modules())
         own = [name for name, module in student.named_modules() if module in layers]
-        self.student = shared_copy(student, {own[0]: nn.Identity()} if own else {})
+        self.body = shared_copy(student, {own[0]: nn.Identity()} if own else {})
         self.projector, self.classifier, self._size = method.projector, method.classifier, method.size
 
     def outputs(self, images: Tensor) -> Outputs:
-        feats = self.student.outputs(images).feats
+        feats = self.body.outputs(images).feats
         projected = self.projector(_shrink(feats[-1], self._size))
         pooled = projected.mean((2, 3))
         return Outputs(self.classifier(pooled), [*feats, projected], None, pooled)

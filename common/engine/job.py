@@ -85,18 +85,9 @@ class Job:
 
 def _tasks_per_node(environ: Mapping[str, str], size: int) -> list[int]:
     """Of SLURM's "2(x3),1": [2, 2, 2, 1]."""
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
-    if not text:
-        nodes = int(environ.get("SLURM_NNODES", 1))
-        each = int(environ.get("SLURM_NTASKS_PER_NODE") or -(-size // nodes))
-        return [min(each, size - start) for start in range(0, size, each)] if each > 0 else []
-    sizes = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if not match:
-            raise ConfigError(f'SLURM_STEP_TASKS_PER_NODE is "{text}", which is not of the form "2(x3),1"')
-        sizes += [int(match[1])] * int(match[2] or 1)
-    return sizes
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(size)
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
 
 
 def _master_addr(environ: Mapping[str, str]) -> str:

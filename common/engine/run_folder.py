@@ -2,10 +2,13 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
@@ -14,9 +17,18 @@ from fvcore.common.config import CfgNode
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
-from d2distill.common.errors import ConfigError
+from d2distill.common.engine.preemption import EvaluationInterrupted
+from d2distill.common.errors import ConfigError, UserError
 
-__all__ = ["RESULTS", "prepare_run", "read_results", "start_logs", "write_run_folder", "write_text"]
+__all__ = [
+    "RESULTS",
+    "one_line_for_user_errors",
+    "prepare_run",
+    "read_results",
+    "start_logs",
+    "write_run_folder",
+    "write_text",
+]
 
 RESULTS = "results.json"
 #: Facts of the run in results.json, which are no metrics.
@@ -91,3 +103,18 @@ def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
     # A metric that is not defined on the data is null there.
     metrics = {name: value for name, value in content.items() if name not in _FACTS}
     return {name: float("nan") if value is None else value for name, value in metrics.items()}
+
+
+@contextmanager
+def one_line_for_user_errors() -> Iterator[None]:
+    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], UserError | EvaluationInterrupted)
+
+    loop = logging.getLogger(TrainerBase.__module__)
+    loop.addFilter(keep)
+    try:
+        yield
+    finally:
+        loop.removeFilter(keep)

@@ -24,7 +24,13 @@ from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import PREEMPTED, CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import MeanMetrics, average_states
 from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
-from d2distill.common.engine.run_folder import RESULTS, read_results, write_run_folder, write_text
+from d2distill.common.engine.run_folder import (
+    RESULTS,
+    one_line_for_user_errors,
+    read_results,
+    write_run_folder,
+    write_text,
+)
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import (
     apply_new_hyperparams,
@@ -63,7 +69,7 @@ class Trainer(TrainerBase):
         self.model_scalars = MeanMetrics(finite=False)
         self._metric_states: list[dict[str, Any]] = []
         self._batches: Iterator[Any] = iter(())
-        # Of training and evaluation, over all restarts.
+        # Over all restarts.
         self.seconds, self._started_at = 0.0, time.perf_counter()
         self.settings = flat_settings(cfg)
         self._hparams = param_group_hparams(task.optimizer)
@@ -99,7 +105,10 @@ class Trainer(TrainerBase):
                 part_losses = self.model(part)
             if weight != 1:
                 part_losses = {name: weight * value for name, value in part_losses.items()}
-            self.backward(part_losses)
+            if self.task.backward is not None:
+                self.task.backward(part_losses)
+            else:
+                self.scaler.scale(sum(part_losses.values())).backward()
             losses = {n: losses[n] + v.detach() if n in losses else v.detach() for n, v in part_losses.items()}
         self.after_backward()
         if self.task.clip_norm:
@@ -111,12 +120,6 @@ class Trainer(TrainerBase):
         self.metrics.update({"total_loss": sum(losses.values()), **losses})
 
     run_step = train_step
-
-    def backward(self, losses: dict[str, Tensor]) -> None:
-        if self.task.backward is not None:
-            self.task.backward(losses)
-        else:
-            self.scaler.scale(sum(losses.values())).backward()
 
     def _next_batch(self) -> Any:
         self._metric_states = []
@@ -162,7 +165,7 @@ class Trainer(TrainerBase):
             run_on_main_process(lambda: write_run_folder(self.cfg))
         self._started_at = time.perf_counter() - self.seconds
         try:
-            with _one_line_for_user_errors():
+            with one_line_for_user_errors():
                 self.train(start, self.max_iter)
             student = self.task.deployed_student()
             results = {
@@ -348,18 +351,3 @@ class Trainer(TrainerBase):
             metrics.load_state_dict(
                 own[comm.get_rank()] if len(own) == comm.get_world_size() else average_states(list(own))
             )
-
-
-@contextmanager
-def _one_line_for_user_errors() -> Iterator[None]:
-    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], UserError | EvaluationInterrupted)
-
-    loop = logging.getLogger(TrainerBase.__module__)
-    loop.addFilter(keep)
-    try:
-        yield
-    finally:
-        loop.removeFilter(keep)

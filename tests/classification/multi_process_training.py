@@ -42,12 +42,12 @@ CASES = {
 
 
 class StopHook(HookBase):
-    """SIGTERM from the last process to the process `pid` after `step`."""
+    """SIGTERM from the last process to the process `pid` in `step`."""
 
     def __init__(self, pid: int, step: int) -> None:
         self.pid, self.step = pid, step
 
-    def after_step(self) -> None:
+    def before_step(self) -> None:
         if self.trainer.iter + 1 == self.step and comm.get_rank() == comm.get_world_size() - 1:
             os.kill(self.pid, signal.SIGTERM)
 

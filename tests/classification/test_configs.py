@@ -11,7 +11,7 @@ from d2distill.classification.config import get_cfg, image_size, load_cfg, sched
 from d2distill.classification.data import dataset_info
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
-from d2distill.classification.networks import infer_output_spec
+from d2distill.classification.networks import network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.classification.trainer import load_datasets, train
 from d2distill.common.config import chosen_methods, resolve_device
@@ -38,7 +38,8 @@ def load(path, *opts):
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_config_is_built_and_stepped(path):
-    cfg = load(path)
+    # Networks of convolutions take small images as well.
+    cfg = load(path, *(["INPUT.SIZE", "64"] if "imagenet" in path.stem and "deit" not in path.stem else []))
     assert cfg.OUTPUT_DIR == str(Path("output", path.stem).resolve())
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=50)
@@ -71,17 +72,6 @@ def test_published_cifar_pairs(pair, beta):
         assert any(load(p).MODEL.STUDENT.NAME == name for p in RUNNABLE if p.stem.count("_") < 3), name
 
 
-@pytest.mark.parametrize(("pair", "beta"), [("r34_r18", 0.5), ("r50_mv1", 2.0)])
-def test_published_imagenet_pairs(pair, beta):
-    path = CONFIGS[0].parent
-    dkd, kd = load(path / f"imagenet_{pair}_dkd.yaml"), load(path / f"imagenet_{pair}_kd.yaml")
-    assert {"WEIGHT": 1.0, "WARMUP": 1, "ALPHA": 1.0, "BETA": beta, "T": 1.0}.items() <= dkd.DISTILL.DKD.items()
-    assert (kd.DISTILL.KD.T, kd.DISTILL.KD.WEIGHT, kd.DISTILL.CE_WEIGHT) == (1.0, 0.5, 0.5)
-    solver = dkd.SOLVER
-    assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY) == (100, 512, 0.2, 1e-4)
-    assert solver.STEPS == [30, 60, 90]
-
-
 def test_stages_of_mobilenetv1_as_published():
     """ReviewKD takes all four and the pooled vector; AT leaves the first out and pairs from the shallow end."""
     shapes = {
@@ -91,40 +81,12 @@ def test_stages_of_mobilenetv1_as_published():
     for name, pairs in shapes.items():
         cfg = load(CONFIGS[0].parent / f"imagenet_r50_mv1_{name}.yaml")
         student, teacher = (
-            infer_output_spec(build_model(f"imagenet/{node.NAME}", 1000), 224)
+            network_info(build_model(f"imagenet/{node.NAME}", 1000), 224)
             for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER)
         )
         (method,) = chosen_methods(cfg).values()
         stages = method(cfg.DISTILL[name.upper()], student, teacher).select_pairs(student, teacher)
         assert [(s[0], t[0]) for s, t in zip(*stages, strict=True)] == pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [
-        ("cifar100_r8x4", (240, 64, 0.05, 5e-4, [150, 180, 210])),
-        ("imagenet_r18", (100, 512, 0.2, 1e-4, [30, 60, 90])),
-        ("imagenet_r34_r18_ofd", (100, 128, 0.05, 1e-4, [30, 60, 90])),
-        ("imagenet_r34_r18_crd", (100, 256, 0.1, 1e-4, [30, 60, 90])),
-        ("imagenet_r34_r18_reviewkd", (100, 256, 0.1, 1e-4, [30, 60, 90])),
-        ("tiny_imagenet_r18", (200, 256, 0.2, 5e-4, [60, 120, 160])),
-    ],
-)
-def test_published_recipes(name, recipe):
-    solver = load(CONFIGS[0].parent / f"{name}.yaml").SOLVER
-    assert (solver.EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY, solver.STEPS) == recipe
-    assert (solver.OPTIMIZER, solver.MOMENTUM, solver.LR_SCHEDULE, solver.GAMMA) == ("SGD", 0.9, "step", 0.1)
-    assert name != "cifar100_r8x4" or solver == get_cfg().SOLVER
-
-
-def test_published_settings_on_imagenet():
-    def method(name, node):
-        return load(CONFIGS[0].parent / f"imagenet_{name}.yaml").DISTILL[node]
-
-    r18, mv1 = (method(f"{pair}_reviewkd", "REVIEWKD") for pair in ("r34_r18", "r50_mv1"))
-    assert (r18.WEIGHT, r18.STUDENT_PREACT, mv1.WEIGHT) == (1.0, True, 8.0)
-    dots = {path.stem: load(path).SOLVER.DELTA for path in RUNNABLE if path.stem.endswith("_dot")}
-    assert dots == {name: 0.09 if name.startswith("imagenet") else 0.075 for name in dots} and len(dots) > 3
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_outputs_of_any_scale(name, scales, dtype):
         large_outputs(network_info(network(network_name, 32), 32), scale, seed)
         for seed, (network_name, scale) in enumerate(zip(("resnet8", "resnet14"), scales, strict=True))
     )
-    teacher.pooled = teacher.feats[-1].mean((2, 3))
+    teacher.pooled = teacher.feats[-1].mean((2, 3)).detach().requires_grad_()
     teacher.extras = dict.fromkeys(distiller.teacher_extras, teacher.preacts)
     batch = make_batch()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -241,3 +241,37 @@ def test_without_a_teacher():
     alone = [name for name in METHODS if name not in WITH_TEACHER]
     model = build(alone, teacher=[])
     assert model.teacher is None and list(seeded_losses(model, make_batch())) == ["loss_ce", *map(loss_of, alone)]
+
+
+@pytest.fixture
+def register():
+    """Methods of a test, which are unknown again after it."""
+    added = []
+
+    def register(method):
+        added.append(DISTILLERS.register(method) or method.__name__)
+
+    yield register
+    for name in added:
+        del DISTILLERS._obj_map[name]
+
+
+def test_a_subclass_beside_its_method(register):
+    """Each has its loss, its settings and its weight: neither replaces the other."""
+
+    class MyRKD(DISTILLERS.get("RKD")):
+        def forward(self, student, teacher, batch):
+            return 2 * super().forward(student, teacher, batch)
+
+    register(MyRKD)
+    alone = seeded_losses(build("RKD"), make_batch())
+    losses = seeded_losses(build(["RKD", "MyRKD"], key("MyRKD", "WEIGHT"), 3.0), make_batch())
+    assert list(losses) == ["loss_ce", "loss_rkd", "loss_myrkd"]
+    assert_identical({name: losses[name] for name in alone}, alone)
+    torch.testing.assert_close(losses["loss_myrkd"], 6 * losses["loss_rkd"])
+
+
+def test_a_method_called_ce_would_replace_the_cross_entropy(register):
+    register(type("CE", (DISTILLERS.get("KD"),), {}))
+    with pytest.raises(ConfigError, match="a method called CE would replace the cross-entropy's loss_ce"):
+        build("CE")

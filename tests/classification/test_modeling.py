@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from d2distill.classification.config import get_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
-from d2distill.classification.networks import build_network, model_cost
+from d2distill.classification.networks import build_network, model_stats
 from d2distill.common.distillers import kd_loss
 from d2distill.common.engine.checkpoint import save_student
 from d2distill.common.engine.weight_files import read_weights
@@ -191,26 +191,21 @@ def test_networks_and_methods_that_do_not_fit():
 @pytest.mark.parametrize(
     ("key", "name", "size", "message"),
     [
-        ("MODEL.STUDENT", "vgg8", 1, "INPUT.SIZE 1: Given input size: .*; INPUT.SIZE 32 works"),
-        ("MODEL.STUDENT", "torchvision:vit_b_32", 50, "INPUT.SIZE 50: Input shape indivisible .*; INPUT.SIZE 64 works"),
-        ("MODEL.TEACHER", "torchvision:alexnet", 32, "INPUT.SIZE 32: .* INPUT.SIZE 64 works"),
+        ("MODEL.STUDENT", "vgg8", 1, r"INPUT.SIZE 1 \(Given input size: .*\): choose another size"),
+        ("MODEL.STUDENT", "torchvision:vit_b_32", 50, r"INPUT.SIZE 50 \(Input shape indivisible .*"),
+        ("MODEL.TEACHER", "torchvision:alexnet", 32, r"INPUT.SIZE 32 \(.*\): choose another size"),
     ],
 )
 def test_networks_that_do_not_take_the_images(key, name, size, message):
-    with pytest.raises(ConfigError, match=rf"^{key}\.NAME {name} does not take images of {message}$"):
+    with pytest.raises(ConfigError, match=rf"^{key}\.NAME:? {name}:? does not take images of {message}$"):
         build_distiller(make_cfg(*KD_AND_DKD, f"{key}.NAME", name, "INPUT.SIZE", size))
 
 
-class Broken(nn.Module):
+class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
-    def outputs(self, images):
-        raise RuntimeError("a fault of its own")
-
-
-class Noisy(Broken):
     def outputs(self, images):
         return Outputs(torch.rand(len(images), 100) * self.weight)
 
@@ -223,12 +218,9 @@ def test_the_trial_of_a_network_leaves_no_trace(monkeypatch):
         assert build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100) is network and network.training
         assert torch.equal(torch.get_rng_state(), generator)
         assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    monkeypatch.setattr("d2distill.classification.networks.build_model", lambda *_, **__: Broken())
-    with pytest.raises(RuntimeError, match=r"^a fault of its own"):
-        build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, 100)
 
 
 def test_cost():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False))
-    assert model_cost(network, 5) == {"parameters": 108, "flops": 972}
+    assert model_stats(network, 5) == {"parameters": 108, "flops": 972}
     assert all(module.training for module in network.modules())  # a copy was looked at

@@ -163,8 +163,9 @@ def test_own_modules_and_data(tiny, tmp_path, command):
         "    return build_resnet_fpn_backbone(cfg, input_shape)\n"
         "@DISTILLERS.register()\n"
         "class Squared(LogitDistiller):\n"
-        "    def logit_loss(self, student, teacher, target):\n"
-        "        return (student - teacher).square().sum() / max(len(target), 1)\n"
+        "    def forward(self, student, teacher, batch):\n"
+        "        difference = self.student_logits(student) - self.teacher_logits(teacher)\n"
+        "        return difference.square().sum() / max(len(difference), 1)\n"
     )
     cfg = tiny_cfg("rcnn", tmp_path / "run", **{"DISTILL.METHODS": [], "TEST.EVAL_PERIOD": 0, "SOLVER.MAX_ITER": 2})
     content = cfg.dump().replace("IMPORTS: []", "IMPORTS: [mine.py]").replace("METHODS: []", "METHODS: [Squared]")

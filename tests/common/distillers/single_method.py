@@ -1,7 +1,8 @@
-"""One method on its own, from its defaults."""
+"""One method on its own, built from its defaults for networks with given outputs."""
 
 from d2distill.common.config import CfgNode, add_distill_defaults
 from d2distill.common.distillers import DISTILLERS
+from d2distill.common.outputs import Outputs
 
 
 def settings(name, **changed):
@@ -12,7 +13,7 @@ def settings(name, **changed):
     return node
 
 
-def build(name, student, teacher, num_samples=None, **changed):
-    """The method `name` for outputs like these (`Outputs`; teacher None), with some settings changed."""
-    specs = [None if outputs is None else outputs.spec() for outputs in (student, teacher)]
-    return DISTILLERS.get(name)(settings(name, **changed), *specs, num_samples)
+def build(name, student, teacher=None, data=None, **changed):
+    """The method `name` for two networks, given by `Outputs` or `NetworkInfo`, with some settings changed."""
+    infos = [network.info() if isinstance(network, Outputs) else network for network in (student, teacher)]
+    return DISTILLERS.get(name)(settings(name, **changed), *infos, data)
