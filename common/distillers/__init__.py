@@ -6,8 +6,8 @@ the same once it is imported (the config key IMPORTS).
 
 What holds for every loss function: it returns a 0-d tensor in at least fp32; 0, with a graph, for an empty batch. It is
 finite, with finite gradients, for logits of +-1e4. No gradient reaches the teacher, and nothing waits for the device.
-Feature maps are listed from shallow to deep. Unless a function says otherwise, the two lists have the same length, and
-lists of different length are a ValueError.
+Feature maps are listed from shallow to deep. Arguments that do not fit are a ValueError: lists of different length or
+maps of different channels, where a function does not say that they may be, or fewer classes than it states.
 """
 
 from importlib import import_module

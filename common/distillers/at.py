@@ -37,9 +37,6 @@ class AT(FeatureDistiller):
 
     Of networks with different numbers of stages ALIGN "deep" pairs the last ones, which are of one size; "shallow" the
     first ones, with which results of such pairs were published.
-
-    Raises:
-        ValueError: an unknown ALIGN.
     """
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:

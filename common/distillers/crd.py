@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from d2distill.common.distillers._contrast import contrast_logits, last_of_each, sample_negatives
 from d2distill.common.distillers._distributed import all_gather_rows, all_reduce_sum
-from d2distill.common.distillers._numerics import safe_mean, upcast
+from d2distill.common.distillers._numerics import no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
@@ -94,8 +94,8 @@ class CRD(Distiller):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         if batch.index is None:
             raise ValueError(f"{self.name} needs the position of each sample in the training set (Batch.index)")
-        device, index = self.z.device, batch.index.long().to(self.z.device, non_blocking=True)
-        with torch.autocast(device.type, enabled=False):
+        index = batch.index.long().to(self.z.device, non_blocking=True)
+        with no_autocast(self.z):
             of_student = F.normalize(self.embed_student(student.pooled.to(self.z.dtype)))
             of_teacher = F.normalize(self.embed_teacher(teacher.pooled.detach().to(self.z.dtype)))
             contrast = self._contrast(index, batch.extras.get("contrast_index"))

@@ -2,13 +2,7 @@
 
 from torch import Tensor
 
-from d2distill.common.distillers._numerics import (
-    kl_per_sample,
-    log_binary,
-    log_softmax_of_others,
-    safe_mean,
-    upcast,
-)
+from d2distill.common.distillers._numerics import kl_per_sample, log_binary, log_softmax_of_others, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -31,9 +25,6 @@ def decoupled_kl(
 
     Returns:
         TCKD and NCKD, each (N,), without the factor T^2.
-
-    Raises:
-        ValueError: fewer than two classes.
     """
     scaled = [upcast(logits) / temperature for logits in (logits_student, logits_teacher.detach())]
     return tuple(kl_per_sample(*(part(z, target) for z in scaled)) for part in (log_binary, log_softmax_of_others))
@@ -53,9 +44,6 @@ def dkd_loss(
         target: (N,) class of each sample.
         alpha, beta: weights of the target-class and the non-target-class part.
         temperature: T > 0.
-
-    Raises:
-        ValueError: fewer than two classes.
     """
     target_part, other_part = decoupled_kl(logits_student, logits_teacher, target, temperature)
     return temperature**2 * safe_mean(alpha * target_part + beta * other_part)

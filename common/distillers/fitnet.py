@@ -56,11 +56,7 @@ class Regressor(nn.Module):
 
 @DISTILLERS.register()
 class FitNet(Distiller):
-    """`fitnet_loss` at ``feats[HINT_LAYER]``, through a learned regressor.
-
-    Raises:
-        ValueError: a network has no map of that index.
-    """
+    """`fitnet_loss` at ``feats[HINT_LAYER]``, a map that both networks have, through a learned regressor."""
 
     needs = ("feats",)
 

@@ -30,9 +30,6 @@ def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int 
     Args:
         feats_student, feats_teacher: lists of the same length >= 2 of (N, C, H, W).
         k: number of singular vectors.
-
-    Raises:
-        ValueError: lists of different length, or of fewer than two maps.
     """
     if len(feats_student) < 2:
         raise ValueError(f"consecutive maps are compared, which takes two or more, but there are {len(feats_student)}")
@@ -75,11 +72,7 @@ def _relations(now: Tensor, before: Tensor) -> Tensor:
 
 @DISTILLERS.register()
 class KDSVD(FeatureDistiller):
-    """`kdsvd_loss` on the stages.
-
-    Raises:
-        ValueError: fewer than two stages.
-    """
+    """`kdsvd_loss` on the stages, of which each network needs two or more."""
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
         super().build(student, teacher, data)

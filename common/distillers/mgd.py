@@ -45,16 +45,14 @@ class MGD(LevelDistiller):
 
     WEIGHT and LAMBDA are those of one-stage detectors; two-stage ones take 5e-7 and 0.45. The paper's classifiers
     mask channels of the last map alone: WEIGHT 7e-5, LAMBDA 0.15, MASK "channel", FIRST -1.
-
-    Raises:
-        ValueError: MASK is neither "space" nor "channel"; LAMBDA is not in [0, 1).
     """
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
         super().build(student, teacher, data)
-        mask, part = self.cfg.MASK, self.cfg.LAMBDA
-        if mask not in ("space", "channel") or not 0 <= part < 1:
-            raise ValueError(f'{self.name} takes MASK "space" or "channel", LAMBDA in [0, 1), not {mask!r} and {part}')
+        if self.cfg.MASK not in ("space", "channel"):
+            raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {self.cfg.MASK!r}')
+        if not 0 <= self.cfg.LAMBDA < 1:
+            raise ValueError(f"{self.name}: LAMBDA, the masked part, is in [0, 1), but was given {self.cfg.LAMBDA}")
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))
             for c, *_ in self.select_pairs(student, teacher)[1]

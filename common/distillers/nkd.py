@@ -27,9 +27,6 @@ def nkd_loss(
         target: (N,) class y of each sample.
         gamma: weight of the other classes.
         temperature: T > 0, of the other classes alone.
-
-    Raises:
-        ValueError: fewer than two classes.
     """
     target_part = _target_part(logits_student, logits_teacher, target)
     return target_part + gamma * _other_part(logits_student, logits_teacher, target, temperature)

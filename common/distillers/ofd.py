@@ -107,8 +107,7 @@ class OFD(FeatureDistiller):
             )
         self.student_maps = "feats" if student.preacts is None else "preacts"
         self.teacher_maps = "feats" if teacher.preacts is None else "preacts"
-        self.student_needs = {self.student_maps}
-        self.teacher_needs = set()
+        self.student_needs, self.teacher_needs = {self.student_maps}, set()
         self.teacher_extras = {_MAPS: partial(maps_under_batch_statistics, part=self.teacher_maps)}
         stages = align(*super().select_pairs(student, teacher), norms)
         self.connectors = nn.ModuleList()

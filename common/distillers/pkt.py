@@ -17,14 +17,12 @@ def pkt_loss(embedding_student: Tensor, embedding_teacher: Tensor, eps: float = 
 
         mean over the N x N matrix of q * log((q + eps) / (p + eps))
 
-    with p of the student and q of the teacher: (cosine + 1) / 2 of all pairs of samples, rows normalized to sum 1.
+    with p of the student and q of the teacher: (cosine + 1) / 2 of all pairs of samples, rows normalized to sum 1. A
+    batch of one gives 0.
 
     Args:
         embedding_student, embedding_teacher: (N, D); D may differ.
         eps: added to norms and probabilities.
-
-    Returns:
-        0-d tensor; 0 for a batch of one or none. No gradient reaches the teacher.
     """
 
     def probabilities(embedding: Tensor) -> Tensor:

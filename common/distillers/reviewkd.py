@@ -75,11 +75,9 @@ class Fusion(nn.Module):
 class ReviewKD(FeatureDistiller):
     """`hcl_loss` of the fused student maps, from deep to shallow, to the teacher's.
 
-    The student's maps are its stages (before their last ReLU with STUDENT_PREACT), the teacher's its stages before
-    their last ReLU where it has them; both with the pooled vector as a deepest map of 1 x 1 where both have one.
-
-    Raises:
-        ValueError: STUDENT_PREACT for a student without pre-activations.
+    The student's maps are its stages (before their last ReLU with STUDENT_PREACT, if it has such maps), the teacher's
+    its stages before their last ReLU where it has them; both with the pooled vector as a deepest map of 1 x 1 where
+    both have one.
     """
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:

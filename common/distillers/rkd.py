@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import l2_normalize, no_autocast, upcast
+from d2distill.common.distillers._numerics import l2_normalize, no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -27,16 +27,14 @@ def rkd_loss(
         + angle_weight * mean over triplets of smooth_L1(a_s, a_t)
 
     with d_ij = ||e_i - e_j|| over the mean of the positive ones and a_ijk the cosine of the angle that samples j and k
-    make at i. The means run over all N^2 pairs and N^3 triplets, equal indices included (both are 0 there).
+    make at i. The means run over all N^2 pairs and N^3 triplets, equal indices included (both are 0 there); a batch
+    of one gives 0.
 
     Args:
         embedding_student, embedding_teacher: (N, D); D may differ.
         distance_weight, angle_weight: weights of the two parts.
         squared: compare squared distances.
         eps: lower bound of a squared distance; two samples at the same place have no gradient.
-
-    Returns:
-        0-d tensor; 0 for a batch of one or none. No gradient reaches the teacher.
     """
 
     def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,15 +49,10 @@ def rkd_loss(
         directions = l2_normalize(differences, dim=2)
         return distances / mean.clamp_min(eps), directions @ directions.mT
 
-    def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-        return F.smooth_l1_loss(student, teacher, reduction="sum") / max(student.numel(), 1)
-
     with no_autocast(embedding_student):
-        distances_student, angles_student = relations(embedding_student)
-        distances_teacher, angles_teacher = relations(embedding_teacher.detach())
-        return distance_weight * smooth_l1(distances_student, distances_teacher) + angle_weight * smooth_l1(
-            angles_student, angles_teacher
-        )
+        pairs = zip(relations(embedding_student), relations(embedding_teacher.detach()), strict=True)
+        distance, angle = (safe_mean(F.smooth_l1_loss(*pair, reduction="none")) for pair in pairs)
+        return distance_weight * distance + angle_weight * angle
 
 
 @DISTILLERS.register()

@@ -37,9 +37,6 @@ def rld_loss(
         target: (N,) class y of each sample.
         alpha, beta: weights of the two parts.
         alpha_temperature, temperature: Ta > 0 and T > 0.
-
-    Raises:
-        ValueError: fewer than two classes.
     """
     confidence = alpha * _confidence_part(logits_student, logits_teacher, target, alpha_temperature)
     return confidence + beta * _correlation_part(logits_student, logits_teacher, target, temperature)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2distill.common.distillers._features import BatchNorm, resize_to
+from d2distill.common.distillers._features import BatchNorm, resize_to, shrink_to
 from d2distill.common.distillers._numerics import mse, no_autocast, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.modules import shared_copy
@@ -60,7 +60,7 @@ class SimKDStudent(nn.Module):
 
     def outputs(self, images: Tensor) -> Outputs:
         feats = self.body.outputs(images).feats
-        projected = self.projector(_shrink(feats[-1], self._size))
+        projected = self.projector(shrink_to(feats[-1], self._size))
         pooled = projected.mean((2, 3))
         return Outputs(self.classifier(pooled), [*feats, projected], None, pooled)
 
@@ -123,14 +123,9 @@ class SimKD(Distiller):
 
     def _project(self, student: Outputs) -> Tensor:
         with no_autocast(student.feats[-1]):
-            return self.projector(_shrink(upcast(student.feats[-1]), self.size))
+            return self.projector(shrink_to(upcast(student.feats[-1]), self.size))
 
     def _check_pool(self, feat: Tensor, pooled: Tensor) -> None:
         if not self.checked and not torch.allclose(upcast(feat).mean((2, 3)), upcast(pooled), rtol=1e-2, atol=1e-2):
             raise ValueError(f"{self.name}: the teacher's classifier does not take the average of its last map")
         self.checked = True
-
-
-def _shrink(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A map that is larger than `size` average-pooled to it, along each axis."""
-    return resize_to(x, [min(sizes) for sizes in zip(x.shape[2:], size, strict=True)])

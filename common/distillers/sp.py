@@ -16,14 +16,11 @@ def sp_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
 
         sum over maps of ||G_s - G_t||_F^2 / N^2,  G = F F^T with L2-normalized rows,  F (N, C*H*W) the flattened map
 
-    G is N x N whatever the map, so channels and sizes may differ.
+    G is N x N whatever the map, so channels and sizes may differ. A batch of one, without another sample to be similar
+    to, gives 0.
 
     Args:
         feats_student, feats_teacher: lists of the same length of (N, C, H, W).
-
-    Returns:
-        0-d tensor; 0 for a batch of one, which has no other sample to be similar to, or none. No gradient reaches
-        the teacher.
     """
 
     def similarities(feats: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import log_softmax_of_others, safe_mean, upcast
+from d2distill.common.distillers._numerics import log_softmax_of_others, no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
@@ -55,12 +55,9 @@ def uskd_loss(
 
     Args:
         logits_student: (N, C), C >= 2.
-        logits_weak: (N, C), of a classifier on an earlier feature.
+        logits_weak: (N, C), of a classifier on an earlier feature; other shapes are a ValueError.
         target: (N,) class y of each sample.
         alpha, beta, mu: weights of the target, the other classes and the weak classifier.
-
-    Raises:
-        ValueError: fewer than two classes, or weak logits of another shape.
     """
     if logits_weak.shape != logits_student.shape:
         raise ValueError(
@@ -80,9 +77,7 @@ def uskd_loss(
 class USKD(Distiller):
     """`uskd_loss`, with weak logits from a linear head on the second to last feature map, averaged over space.
 
-    Raises:
-        ValueError: the student gives fewer than two feature maps, or has no pooled vector: its logits are those of
-            proposals or anchors.
+    For classifiers only: a student without a pooled vector, whose logits are those of proposals or anchors, is refused.
     """
 
     # The pooled vector is not read: only where rows of the logits are images is there one.
@@ -100,7 +95,7 @@ class USKD(Distiller):
         return {"ALPHA": 1.0, "BETA": 0.1, "MU": 0.005}
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with no_autocast(student.logits):
             middle = upcast(student.feats[-2]).mean((2, 3))
             weak = self.head(middle.to(self.head.weight.dtype))
             return uskd_loss(student.logits, weak, batch.target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.MU)

@@ -46,10 +46,7 @@ class VID(FeatureDistiller):
     """Sum of `vid_loss` over the stages, the larger map of a pair average-pooled to the smaller.
 
     Means come from a regressor of three 1x1 convolutions, variances from ``softplus(log_scale) + EPS``, one per
-    channel of the teacher; both are learned. INIT_VAR is the variance to begin with.
-
-    Raises:
-        ValueError: INIT_VAR is not above EPS.
+    channel of the teacher; both are learned. INIT_VAR, which is above EPS, is the variance to begin with.
     """
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
