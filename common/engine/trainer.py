@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from d2distill.common.engine import run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
 from d2distill.common.engine.distributed import run_on_main_process
@@ -24,13 +25,6 @@ from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import PREEMPTED, CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import MeanMetrics, average_states
 from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
-from d2distill.common.engine.run_folder import (
-    RESULTS,
-    one_line_for_user_errors,
-    read_results,
-    write_run_folder,
-    write_text,
-)
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import (
     apply_new_hyperparams,
@@ -157,15 +151,20 @@ class Trainer(TrainerBase):
             SystemExit: preempted; everything is saved.
         """
         start = self.resume() if resume else 0
-        if start == self.max_iter and (results := read_results(self.cfg.OUTPUT_DIR, self.max_iter)) is not None:
-            logger.info(f"All {self._format_progress(start)} are done already: results are those of {RESULTS}")
+        if (
+            start == self.max_iter
+            and (results := run_folder.read_results(self.cfg.OUTPUT_DIR, self.max_iter)) is not None
+        ):
+            logger.info(
+                f"All {self._format_progress(start)} are done already: results are those of {run_folder.RESULTS}"
+            )
             return results if comm.is_main_process() else {}
         # Only now, so that a call that fails leaves the folder of an earlier run as it was.
         if start < self.max_iter:
-            run_on_main_process(lambda: write_run_folder(self.cfg))
+            run_on_main_process(lambda: run_folder.write_run_folder(self.cfg))
         self._started_at = time.perf_counter() - self.seconds
         try:
-            with one_line_for_user_errors():
+            with run_folder.one_line_for_user_errors():
                 self.train(start, self.max_iter)
             student = self.task.deployed_student()
             results = {
@@ -195,7 +194,7 @@ class Trainer(TrainerBase):
         facts = {**self.task.model_stats(self.task.deployed_student()), "seconds": self.seconds, "steps": self.max_iter}
         # JSON has no NaN, which a metric is that is not defined on the data.
         results = {name: None if value != value else value for name, value in results.items()}
-        write_text(Path(self.cfg.OUTPUT_DIR, RESULTS), json.dumps({**results, **facts}, indent=2))
+        run_folder.write_text(Path(self.cfg.OUTPUT_DIR, run_folder.RESULTS), json.dumps({**results, **facts}, indent=2))
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the deployed student, and under ``ema_<metric>`` of its average; empty on other ranks."""
