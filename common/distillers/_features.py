@@ -60,7 +60,7 @@ class LevelDistiller(FeatureDistiller):
     """Base of the methods that compare maps of equal channels. A subclass states `defaults()` and `feature_loss()`.
 
     Compared are LEVELS maps (0: all) from number FIRST on; FIRST -1 takes the last one. Student maps of other channels
-    go through a learned 1x1 convolution.
+    go through a learned 1x1 convolution, :meth:`connected`.
     """
 
     def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
