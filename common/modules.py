@@ -46,18 +46,18 @@ def captured_extras(network: nn.Module, needs: Iterable[str]) -> Iterator[dict[s
     Raises:
         ValueError: the network has no such submodule, or did not call it.
     """
-    names = [need for need in needs if need.startswith(MODULE_PREFIX)]
+    names = [need.removeprefix(MODULE_PREFIX) for need in needs if need.startswith(MODULE_PREFIX)]
     known = dict(network.named_modules())
     for name in names:
-        if name.removeprefix(MODULE_PREFIX) not in known:
-            raise ValueError(f"{type(network).__name__} has no submodule {name.removeprefix(MODULE_PREFIX)}")
+        if name not in known:
+            raise ValueError(f"{type(network).__name__} has no submodule {name}")
     extras: dict[str, Tensor | list[Tensor]] = {}
-    with capture_calls({name: known[name.removeprefix(MODULE_PREFIX)] for name in names}) as calls:
+    with capture_calls({name: known[name] for name in names}) as calls:
         yield extras
     for name, made in calls.items():
         if not made:
-            raise ValueError(f"{type(network).__name__} did not call its submodule {name.removeprefix(MODULE_PREFIX)}")
-        extras[name] = made[0].output if len(made) == 1 else [call.output for call in made]
+            raise ValueError(f"{type(network).__name__} did not call its submodule {name}")
+        extras[MODULE_PREFIX + name] = made[0].output if len(made) == 1 else [call.output for call in made]
 
 
 def shared_copy(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:

@@ -1,7 +1,7 @@
 """Where a teacher's outputs come from. No trainer and no method asks which kind of source it is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["LiveTeacher", "TeacherEnsemble", "TeacherSource", "exclude_teacher_from_state_dict"]
 
-#: What a method asks of a teacher beyond its outputs: a function of the network and its images, by name.
-Extras = Mapping[str, Callable[[nn.Module, Tensor], Any]]
 _PREFIX = "teacher."
 
 
@@ -23,7 +21,7 @@ class TeacherSource(ABC):
 
     Attributes:
         needs: the parts of `Outputs` that the chosen methods read.
-        extras: what they ask for beyond those.
+        extras: what they ask for beyond those: a function of the network and its images, by name.
     """
 
     def __init__(self) -> None:

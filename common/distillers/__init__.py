@@ -3,6 +3,11 @@
 Every module of this folder is imported here, so that a new file is a new method: its class registers itself
 in `DISTILLERS`, and what its ``__all__`` names can be imported from this package. A file anywhere else does
 the same once it is imported (the config key IMPORTS).
+
+What holds for every loss function: it returns a 0-d tensor in at least fp32; 0, with a graph, for an empty batch. It is
+finite, with finite gradients, for logits of +-1e4. No gradient reaches the teacher, and nothing waits for the device.
+Feature maps are listed from shallow to deep. Arguments that do not fit are a ValueError: lists of different length or
+maps of different channels, where a function does not say that they may be, or fewer classes than it states.
 """
 
 from importlib import import_module

@@ -1,9 +1,7 @@
 """What the methods on feature maps share: which maps are compared, and how maps of different size are."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,26 +28,22 @@ class FeatureDistiller(Distiller):
     student_maps = "feats"
     teacher_maps = "feats"
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
         for side, info in (("student", student), ("teacher", teacher)):
-            if len(info.feats) <= cfg.FIRST:
+            if len(info.feats) <= self.cfg.FIRST:
                 raise ValueError(
-                    f"{self.name}: FIRST is {cfg.FIRST}, which leaves none of the {side}'s {len(info.feats)} maps"
+                    f"{self.name}: FIRST is {self.cfg.FIRST}, which leaves none of the {side}'s {len(info.feats)} maps"
                 )
 
     @classmethod
-    def common_defaults(cls) -> dict[str, Any]:
+    def common_defaults(cls) -> dict[str, object]:
         return {**super().common_defaults(), "FIRST": 1}
 
-    def select_pairs(
-        self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo
-    ) -> tuple[list[Any], list[Any]]:
+    def select_pairs(self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo) -> tuple[list, list]:
         """The maps (of outputs) or their shapes that are compared, in pairs from shallow to deep."""
-        first = self.cfg.FIRST
-        return align(getattr(student, self.student_maps)[first:], getattr(teacher, self.teacher_maps)[first:])
+        first, last = self.cfg.FIRST, self.cfg.get("LEVELS") or None
+        maps = getattr(student, self.student_maps), getattr(teacher, self.teacher_maps)
+        return align(*(of[first:][:last] for of in maps))
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         """The method's term: a 0-d tensor from two lists, of the same length, of maps (N, C, H, W)."""
@@ -62,6 +56,27 @@ class FeatureDistiller(Distiller):
             return self.feature_loss(*([upcast(f) for f in maps] for maps in (feats_student, feats_teacher)))
 
 
+class LevelDistiller(FeatureDistiller):
+    """Base of the methods that compare maps of equal channels. A subclass states `defaults()` and `feature_loss()`.
+
+    Compared are LEVELS maps (0: all) from number FIRST on; FIRST -1 takes the last one. Student maps of other channels
+    go through a learned 1x1 convolution, :meth:`connected`.
+    """
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        super().build(student, teacher, data)
+        channels = [(s[0], t[0]) for s, t in zip(*self.select_pairs(student, teacher), strict=True)]
+        self.connectors = nn.ModuleList(nn.Identity() if s == t else nn.Conv2d(s, t, 1) for s, t in channels)
+
+    @classmethod
+    def common_defaults(cls) -> dict[str, object]:
+        return {**super().common_defaults(), "LEVELS": 0}
+
+    def connected(self, feats_student: list[Tensor]) -> list[Tensor]:
+        """The student's maps with the teacher's channels."""
+        return [connector(feat) for connector, feat in zip(self.connectors, feats_student, strict=True)]
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm for connectors. With fewer than two values per channel, as the last batch of an epoch may leave
     for a pooled vector, there is no variance to take: the running statistics serve."""
@@ -72,34 +87,50 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-def align(*lists: Sequence[Any]) -> tuple[list[Any], ...]:
+def align(*lists: Sequence) -> tuple[list, ...]:
     """The lists cut to the length of the shortest; their last entries, the deepest, stay together."""
     length = min(map(len, lists))
     return tuple(list(entries[len(entries) - length :]) for entries in lists)
 
 
-def pool_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The larger of two maps (N, C, H, W) average-pooled to the smaller, along each axis."""
-    size = [min(sizes) for sizes in zip(a.shape[2:], b.shape[2:], strict=True)]
-    return resize_to(a, size), resize_to(b, size)
+def shrink_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (N, C, H, W) average-pooled to `size` along each axis where it is larger."""
+    size = tuple(map(min, x.shape[2:], size))
+    return x if size == x.shape[2:] else F.adaptive_avg_pool2d(x, size)
+
+
+def resize_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (N, C, H, W) of another size: average-pooled along an axis that shrinks, bilinear along one that grows."""
+    x, size = shrink_to(x, size), tuple(size)
+    return x if size == x.shape[2:] else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def pool_pairs_to_smaller(
     feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of maps of one size, see :func:`pool_to_smaller`, in at least fp32, the teacher's detached.
+    """Pairs of maps, in at least fp32, the larger average-pooled to the smaller; the teacher's detached."""
+    for student, teacher in zip(feats_student, feats_teacher, strict=True):
+        student, teacher = upcast(student), upcast(teacher).detach()
+        yield shrink_to(student, teacher.shape[2:]), shrink_to(teacher, student.shape[2:])
+
+
+def resize_pairs_to_teacher(
+    feats_student: Sequence[Tensor], feats_teacher: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The deepest pairs of maps, in at least fp32, the student's interpolated to the teacher's size; the teacher's
+    detached.
 
     Raises:
-        ValueError: lists of different length.
+        ValueError: maps of different channels, or none.
     """
-    for student, teacher in zip(feats_student, feats_teacher, strict=True):
-        yield pool_to_smaller(upcast(student), upcast(teacher).detach())
-
-
-def resize_to(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map (N, C, H, W) of another size: average-pooled along an axis that shrinks, bilinear along one that grows."""
-    size = tuple(size)
-    pooled = tuple(min(sizes) for sizes in zip(x.shape[2:], size, strict=True))
-    if pooled != x.shape[2:]:
-        x = F.adaptive_avg_pool2d(x, pooled)
-    return x if size == pooled else F.interpolate(x, size, mode="bilinear", align_corners=False)
+    if not (feats_student and feats_teacher):
+        raise ValueError("there are no feature maps to compare")
+    for student, teacher in zip(*align(feats_student, feats_teacher), strict=True):
+        if student.shape[:2] != teacher.shape[:2]:
+            raise ValueError(
+                f"maps of {tuple(student.shape)} and {tuple(teacher.shape)} have different samples or channels"
+            )
+        student, teacher = upcast(student), upcast(teacher).detach()
+        if student.shape != teacher.shape:
+            student = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
+        yield student, teacher

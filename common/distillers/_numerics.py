@@ -1,5 +1,7 @@
 """Arithmetic that the loss files share."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,14 +14,46 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def batch_mean(per_sample: Tensor) -> Tensor:
-    """Mean over axis 0; 0, with a graph, for an empty batch."""
-    return per_sample.sum() / max(per_sample.shape[0], 1)
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Autocast off on the tensor's device: it would turn fp32 matrix products back into half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
-def element_mean(tensor: Tensor) -> Tensor:
+def safe_mean(tensor: Tensor) -> Tensor:
     """Mean over all elements; 0, with a graph, where there are none."""
     return tensor.sum() / max(tensor.numel(), 1)
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over all elements in at least fp32; 0 where there are none. The teacher is detached."""
+    return safe_mean(F.mse_loss(upcast(student), upcast(teacher).detach(), reduction="none"))
+
+
+def kl_per_sample(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities (N, C), summed over classes: (N,)."""
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+
+
+def without_target(logits: Tensor, target: Tensor) -> Tensor:
+    """Logits (N, C) that are -inf at each row's target (N,).
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if logits.shape[1] < 2:
+        raise ValueError(f"the target is set against other classes, but the logits have {logits.shape[1]}")
+    return logits.scatter(1, target[:, None], -torch.inf)
+
+
+def log_binary(logits: Tensor, target: Tensor) -> Tensor:
+    """log p and log(1 - p) of each row's target, (N, 2): in log space, where neither overflows or cancels."""
+    odds = logits.gather(1, target[:, None])[:, 0] - without_target(logits, target).logsumexp(1)
+    return torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1)
+
+
+def log_softmax_of_others(logits: Tensor, target: Tensor) -> Tensor:
+    """Log-softmax (N, C) over the classes other than the target. The target's column is 0 where -inf gives NaN."""
+    return F.log_softmax(without_target(logits, target), dim=1).scatter(1, target[:, None], 0.0)
 
 
 def l2_normalize(tensor: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
@@ -28,23 +62,7 @@ def l2_normalize(tensor: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
     (With ``F.normalize`` such a slice, a dead channel say, has gradients that are 1 / eps times too large.)
     """
     norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
-    return torch.where(norm > eps, tensor / norm.clamp_min(eps), torch.zeros_like(tensor))
-
-
-def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error over all elements in at least fp32; 0 where there are none. The teacher is detached."""
-    student, teacher = upcast(student), upcast(teacher).detach()
-    return F.mse_loss(student, teacher, reduction="sum") / max(student.numel(), 1)
-
-
-def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Autocast off on the tensor's device: it would turn fp32 matrix products back into half precision."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def kl_per_sample(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of log-probabilities (N, C), summed over classes: (N,)."""
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return torch.where(norm > eps, tensor / norm.clamp_min(eps), 0.0)
 
 
 def zero_mean(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -55,3 +73,11 @@ def zero_mean(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     difference = values - values.mean(dim, keepdim=True)
     norm, size = (torch.linalg.vector_norm(part, dim=dim, keepdim=True) for part in (difference, values))
     return difference.masked_fill(norm <= 8 * torch.finfo(values.dtype).eps * size, 0.0)
+
+
+def standardize(values: Tensor, dim: tuple[int, ...], eps: float) -> Tensor:
+    """Zero mean and unit (unbiased) deviation over `dim`; constant values become 0, without a gradient."""
+    difference, count = zero_mean(values, dim), math.prod(values.shape[i] for i in dim)
+    # The norm's gradient is 0 for constant values; that of a square root would be infinite.
+    norm = torch.linalg.vector_norm(difference, dim=dim, keepdim=True)
+    return difference / (norm / max(count - 1, 1) ** 0.5 + eps)

@@ -9,7 +9,7 @@ from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from d2distill.common.distillers._numerics import upcast, zero_mean
+from d2distill.common.distillers._numerics import standardize, upcast
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress, TrainingData
 
 __all__ = ["DISTILLERS", "Distiller", "LogitDistiller", "standardize_logits"]
@@ -22,12 +22,11 @@ Distillation methods by name. The class name is the method's name; its settings 
 
 
 class Distiller(nn.Module):
-    """Base of all methods. A subclass states `needs`, `defaults()` and `forward()`.
+    """Base of all methods. A subclass states `needs`, `defaults()`, `forward()`, and `build()` if it learns something.
 
     Args:
         cfg: the method's own node, ``cfg.DISTILL.<NAME>``.
-        student, teacher: what is known of the two networks; connectors take their shapes from it. The teacher's is
-            None where there is no teacher.
+        student, teacher: what is known of the two networks; the teacher's is None where there is no teacher.
         data: what is known of the training set.
 
     Raises:
@@ -73,12 +72,15 @@ class Distiller(nn.Module):
                     raise ValueError(f"{self.name} needs the {part} of {of}, but the {side} gives none")
         if "logits" in self.needs:
             self._check_logits(networks)
+        self.build(student, teacher, data or TrainingData())
+
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, data: TrainingData) -> None:
+        """Called at the end of the constructor: make connectors and memories, refuse what does not fit together."""
 
     def _check_settings(self) -> None:
         for key, value in self.cfg.items():
-            temperature = key == "T" or key.endswith("_T")
             # Written so that NaN is refused as well.
-            if temperature and not 0 < value < math.inf:
+            if (key == "T" or key.endswith("_T")) and not 0 < value < math.inf:
                 raise ValueError(f"{self.name}: {key} is {value}, but a temperature is above 0")
             if key in ("WEIGHT", "WARMUP") and not 0 <= value < math.inf:
                 raise ValueError(f"{self.name}: {key} is {value}, but must be 0 or more")
@@ -106,13 +108,13 @@ class Distiller(nn.Module):
             raise ValueError(f"{self.name} compares classes with each other, but there is {counts[0]}")
 
     @classmethod
-    def common_defaults(cls) -> dict[str, Any]:
+    def common_defaults(cls) -> dict[str, object]:
         """The settings of every method of this kind; `defaults()` may give them other values."""
         # Feature methods use teacher TEACHER; logit methods use the ensemble.
         return {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0}
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         """The method's own settings with their default values; those of `common_defaults()` are there as well."""
         return {}
 
@@ -165,11 +167,7 @@ def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
     Returns:
         (N, C), at least fp32.
     """
-    logits = upcast(logits)
-    difference = zero_mean(logits, 1)
-    # The norm's gradient is 0 where all logits are equal; that of a square root would be infinite.
-    deviation = difference.norm(dim=1, keepdim=True) / max(logits.shape[1] - 1, 1) ** 0.5
-    return difference / (deviation + eps)
+    return standardize(upcast(logits), (1,), eps)
 
 
 class LogitDistiller(Distiller):
@@ -180,7 +178,7 @@ class LogitDistiller(Distiller):
     """
 
     @classmethod
-    def common_defaults(cls) -> dict[str, Any]:
+    def common_defaults(cls) -> dict[str, object]:
         settings = super().common_defaults()
         del settings["TEACHER"]
         # A softmax does not see its logits' mean; a sigmoid's zero is a threshold, which standardizing would move.
@@ -201,9 +199,7 @@ class LogitDistiller(Distiller):
         """
         if not teacher.members:
             return self._prepared(teacher.logits)
-        return self.average(
-            [(weight, self._prepared(member.logits)) for weight, member in teacher.members], temperature
-        )
+        return self.average([(weight, self._prepared(of.logits)) for weight, of in teacher.members], temperature)
 
     def average(self, members: list[tuple[float, Tensor]], temperature: float) -> Tensor:
         """Logits (N, C) whose softmax at `temperature` is the weighted average of that of each member's logits."""
@@ -211,4 +207,4 @@ class LogitDistiller(Distiller):
         return temperature * torch.stack(logs).logsumexp(0)
 
     def _prepared(self, logits: Tensor) -> Tensor:
-        return standardize_logits(logits) if self.cfg.get("STANDARDIZE", False) else upcast(logits)
+        return standardize_logits(logits) if self.cfg.get("STANDARDIZE") else upcast(logits)

@@ -33,9 +33,6 @@ def bckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
     Args:
         logits_student, logits_teacher: (N, C), one row per anchor, or per image in classification.
         target: (N,) class of each row: 0 to C - 1 is foreground, C background, negative ignored.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
     student, p_teacher = upcast(logits_student), upcast(logits_teacher).detach().sigmoid()
     weight = (p_teacher - student.sigmoid()).abs()

@@ -1,16 +1,14 @@
 """Contrastive representation distillation."""
 
 import math
-from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2distill.common.distillers._contrast import contrast_logits, last_of_each, sample_negatives
 from d2distill.common.distillers._distributed import all_gather_rows, all_reduce_sum
-from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers._numerics import no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
@@ -29,16 +27,13 @@ def crd_loss(log_scores: Tensor, num_samples: int, eps: float = 1e-7) -> Tensor:
     Args:
         log_scores: (N, 1 + K) log P = dot / T - log Z of the positive and of K > 0 negatives.
         num_samples: size of the training set.
-
-    Returns:
-        0-d tensor; 0 for an empty batch.
     """
     log_scores = upcast(log_scores)
     num_negatives = log_scores.shape[1] - 1
     noise = num_negatives / num_samples
     gap = log_scores - math.log(noise + eps)
     negatives = F.logsigmoid(-gap[:, 1:]).sum(1) - num_negatives * math.log1p(eps / noise)
-    return -batch_mean(F.logsigmoid(gap[:, 0]) + negatives)
+    return -safe_mean(F.logsigmoid(gap[:, 0]) + negatives)
 
 
 @DISTILLERS.register()
@@ -63,12 +58,8 @@ class CRD(Distiller):
     # A mixed image is no sample of the training set.
     takes_soft_target = False
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
-        data = data or TrainingData()
-        num_samples = data.num_samples
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        cfg, num_samples = self.cfg, data.num_samples
         if num_samples is None or num_samples < 2:
             raise ValueError(f"{self.name} remembers training samples, but their number is {num_samples}; 2 or more")
         if cfg.K < 1 or cfg.MODE not in ("exact", "relax"):
@@ -97,14 +88,14 @@ class CRD(Distiller):
         self.register_buffer("order", labels.argsort(stable=True), persistent=False)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 0.8, "K": 16384, "T": 0.07, "MOMENTUM": 0.5, "FEAT_DIM": 128, "MODE": "exact"}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         if batch.index is None:
             raise ValueError(f"{self.name} needs the position of each sample in the training set (Batch.index)")
-        device, index = self.z.device, batch.index.long().to(self.z.device, non_blocking=True)
-        with torch.autocast(device.type, enabled=False):
+        index = batch.index.long().to(self.z.device, non_blocking=True)
+        with no_autocast(self.z):
             of_student = F.normalize(self.embed_student(student.pooled.to(self.z.dtype)))
             of_teacher = F.normalize(self.embed_teacher(teacher.pooled.detach().to(self.z.dtype)))
             contrast = self._contrast(index, batch.extras.get("contrast_index"))

@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._levels import LevelDistiller, resize_pairs_to_teacher
-from d2distill.common.distillers._numerics import batch_mean, kl_per_sample
+from d2distill.common.distillers._features import LevelDistiller, resize_pairs_to_teacher
+from d2distill.common.distillers._numerics import kl_per_sample, safe_mean
 from d2distill.common.distillers.base import DISTILLERS
 
 __all__ = ["CWD", "cwd_loss"]
@@ -20,18 +20,12 @@ def cwd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], temperatu
     with softmax and KL over the H * W positions of a channel.
 
     Args:
-        feats_student, feats_teacher: lists of maps (N, C, H, W), from shallow to deep. Of lists of different length
-            the deepest entries are compared; a student map of another size is interpolated to the teacher's.
+        feats_student, feats_teacher: lists of maps (N, C, H, W) of equal channels. Of lists of different length the
+            deepest entries are compared; a student map of another size is interpolated to the teacher's.
         temperature: T > 0.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: maps of different channels.
     """
     return temperature**2 * sum(
-        batch_mean(kl_per_sample(*(F.log_softmax(maps.flatten(2).flatten(0, 1) / temperature, dim=1) for maps in pair)))
+        safe_mean(kl_per_sample(*(F.log_softmax(maps.flatten(2).flatten(0, 1) / temperature, dim=1) for maps in pair)))
         for pair in resize_pairs_to_teacher(feats_student, feats_teacher)
     )
 
@@ -41,8 +35,8 @@ class CWD(LevelDistiller):
     """`cwd_loss` on feature maps."""
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 10.0, "T": 1.0}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
-        return cwd_loss(feats_student, feats_teacher, self.cfg.T)
+        return cwd_loss(self.connected(feats_student), feats_teacher, self.cfg.T)

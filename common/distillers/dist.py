@@ -34,9 +34,6 @@ def dist_loss(
         gamma: weight of the relations between samples, within each class. The columns of a single sample are
             constant: their part is then gamma, without a gradient.
         temperature: T > 0.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
     student = upcast(logits_student)
     if not len(student):
@@ -52,7 +49,7 @@ class DIST(LogitDistiller):
     """`dist_loss` on the class logits."""
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 2.0, "BETA": 1.0, "GAMMA": 1.0, "T": 4.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

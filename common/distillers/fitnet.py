@@ -1,9 +1,7 @@
 """Hints from an intermediate layer."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,9 +20,6 @@ def fitnet_loss(feat_student: Tensor, feat_teacher: Tensor) -> Tensor:
 
     Args:
         feat_student, feat_teacher: (N, C, H, W), the student's after its regressor.
-
-    Returns:
-        0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
     """
     return mse(feat_student, feat_teacher)
 
@@ -61,26 +56,19 @@ class Regressor(nn.Module):
 
 @DISTILLERS.register()
 class FitNet(Distiller):
-    """`fitnet_loss` at ``feats[HINT_LAYER]``, through a learned regressor.
-
-    Raises:
-        ValueError: a network has no map of that index.
-    """
+    """`fitnet_loss` at ``feats[HINT_LAYER]``, a map that both networks have, through a learned regressor."""
 
     needs = ("feats",)
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
-        layer = cfg.HINT_LAYER
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        layer = self.cfg.HINT_LAYER
         for side, info in (("student", student), ("teacher", teacher)):
             if not -len(info.feats) <= layer < len(info.feats):
                 raise ValueError(f"{self.name}: HINT_LAYER is {layer}, but the {side} has {len(info.feats)} maps")
         self.regressor = Regressor(student.feats[layer], teacher.feats[layer])
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 100.0, "HINT_LAYER": 2}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

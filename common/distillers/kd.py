@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers._numerics import kl_per_sample, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -20,13 +20,10 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
     Args:
         logits_student, logits_teacher: (N, C).
         temperature: T > 0.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
     log_student = F.log_softmax(upcast(logits_student) / temperature, dim=1)
     log_teacher = F.log_softmax(upcast(logits_teacher).detach() / temperature, dim=1)
-    return temperature**2 * batch_mean(kl_per_sample(log_student, log_teacher))
+    return temperature**2 * safe_mean(kl_per_sample(log_student, log_teacher))
 
 
 @DISTILLERS.register()
@@ -34,7 +31,7 @@ class KD(LogitDistiller):
     """`kd_loss` on the class logits. The paper's CIFAR setting gives the cross-entropy a weight of 0.1."""
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 0.9, "T": 4.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

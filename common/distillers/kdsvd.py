@@ -1,9 +1,6 @@
 """Distillation of the feature maps' singular vectors."""
 
-from typing import Any
-
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +20,7 @@ def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int 
 
     Each map, as N matrices (C*H, W), gives right singular vectors: k of the teacher, k + 3 of the student, of which
     each of the teacher's takes the one with the largest absolute cosine, with its sign. Both are scaled by the
-    teacher's singular values (L2-normalised). With V the result of a map and V' that of the map before it:
+    teacher's singular values (L2-normalized). With V the result of a map and V' that of the map before it:
 
         sum over consecutive maps of sum (R_s - R_t)^2 / N,  R_nijc = exp(-(V_nic - V'_njc)^2 / 8)
 
@@ -33,12 +30,6 @@ def kdsvd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], k: int 
     Args:
         feats_student, feats_teacher: lists of the same length >= 2 of (N, C, H, W).
         k: number of singular vectors.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: lists of different length, or of fewer than two maps.
     """
     if len(feats_student) < 2:
         raise ValueError(f"consecutive maps are compared, which takes two or more, but there are {len(feats_student)}")
@@ -81,21 +72,15 @@ def _relations(now: Tensor, before: Tensor) -> Tensor:
 
 @DISTILLERS.register()
 class KDSVD(FeatureDistiller):
-    """`kdsvd_loss` on the stages.
+    """`kdsvd_loss` on the stages, of which each network needs two or more."""
 
-    Raises:
-        ValueError: fewer than two stages.
-    """
-
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        super().build(student, teacher, data)
         if len(self.select_pairs(student, teacher)[0]) < 2:
             raise ValueError(f"{self.name} relates consecutive maps, which takes two or more of each network")
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 1.0, "K": 1}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:

@@ -1,12 +1,9 @@
 """Masked generative distillation."""
 
-from typing import Any
-
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from d2distill.common.distillers._levels import LevelDistiller, resize_pairs_to_teacher
+from d2distill.common.distillers._features import LevelDistiller, resize_pairs_to_teacher
 from d2distill.common.distillers.base import DISTILLERS
 from d2distill.common.outputs import NetworkInfo, TrainingData
 
@@ -35,14 +32,8 @@ def mgd_loss(feats_generated: list[Tensor], feats_teacher: list[Tensor]) -> Tens
         sum over levels of 1 / N * sum over samples, channels and positions of (g - t)^2,   g = G(mask * s)
 
     Args:
-        feats_generated, feats_teacher: lists of g and t, maps (N, C, H, W), from shallow to deep. Of lists of
-            different length the deepest entries are compared; a g of another size is interpolated to the teacher's.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: maps of different channels.
+        feats_generated, feats_teacher: lists of g and t, maps (N, C, H, W) of equal channels. Of lists of different
+            length the deepest entries are compared; a g of another size is interpolated to the teacher's.
     """
     pairs = resize_pairs_to_teacher(feats_generated, feats_teacher)
     return sum((generated - teacher).square().sum() / max(len(teacher), 1) for generated, teacher in pairs)
@@ -54,34 +45,28 @@ class MGD(LevelDistiller):
 
     WEIGHT and LAMBDA are those of one-stage detectors; two-stage ones take 5e-7 and 0.45. The paper's classifiers
     mask channels of the last map alone: WEIGHT 7e-5, LAMBDA 0.15, MASK "channel", FIRST -1.
-
-    Raises:
-        ValueError: MASK is neither "space" nor "channel"; LAMBDA is not in [0, 1).
     """
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
-        if cfg.MASK not in ("space", "channel"):
-            raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {cfg.MASK!r}')
-        if not 0 <= cfg.LAMBDA < 1:
-            raise ValueError(f"{self.name}: LAMBDA, the part that is masked, is in [0, 1), but was given {cfg.LAMBDA}")
-        channels = [t[0] for t in self.select_pairs(student, teacher)[1]]
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        super().build(student, teacher, data)
+        if self.cfg.MASK not in ("space", "channel"):
+            raise ValueError(f'{self.name}: MASK is "space" or "channel", but was given {self.cfg.MASK!r}')
+        if not 0 <= self.cfg.LAMBDA < 1:
+            raise ValueError(f"{self.name}: LAMBDA, the masked part, is in [0, 1), but was given {self.cfg.LAMBDA}")
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1))
-            for c in channels
+            for c, *_ in self.select_pairs(student, teacher)[1]
         )
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 2e-5, "LAMBDA": 0.65, "MASK": "space"}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         # Resized before masking: a mask of the student's size would be blurred.
-        resized = [student for student, _ in resize_pairs_to_teacher(feats_student, feats_teacher)]
+        pairs = resize_pairs_to_teacher(self.connected(feats_student), feats_teacher)
         generated = [
-            generator(student * random_mask(student, self.cfg.LAMBDA, self.cfg.MASK))
-            for generator, student in zip(self.generators, resized, strict=True)
+            generator(resized * random_mask(resized, self.cfg.LAMBDA, self.cfg.MASK))
+            for generator, (resized, _) in zip(self.generators, pairs, strict=True)
         ]
         return mgd_loss(generated, feats_teacher)

@@ -1,10 +1,9 @@
-"""Normalised distillation: soft cross-entropies of the target class and of the others among themselves."""
+"""Normalized distillation: soft cross-entropies of the target class and of the others among themselves."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers._numerics import log_softmax_of_others, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -28,34 +27,20 @@ def nkd_loss(
         target: (N,) class y of each sample.
         gamma: weight of the other classes.
         temperature: T > 0, of the other classes alone.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: fewer than two classes.
     """
     target_part = _target_part(logits_student, logits_teacher, target)
     return target_part + gamma * _other_part(logits_student, logits_teacher, target, temperature)
 
 
 def _target_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-    student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    p_teacher, log_p_student = F.softmax(teacher, dim=1), F.log_softmax(student, dim=1)
-    return -batch_mean((p_teacher * log_p_student).gather(1, target[:, None])[:, 0])
+    p_teacher, log_p_student = F.softmax(upcast(logits_teacher).detach(), 1), F.log_softmax(upcast(logits_student), 1)
+    return -safe_mean((p_teacher * log_p_student).gather(1, target[:, None]))
 
 
 def _other_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
-    student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    if student.shape[1] < 2:
-        raise ValueError(f"the target is set against other classes, but the logits have {student.shape[1]}")
-    label = target[:, None]
-    log_q_student, log_q_teacher = (
-        # The target's column becomes log 1 and is weighted by q = 0 where 0 * -inf would be NaN.
-        F.log_softmax((logits / temperature).scatter(1, label, -torch.inf), dim=1)
-        for logits in (student, teacher)
-    )
-    return -(temperature**2) * batch_mean((log_q_teacher.exp() * log_q_student.scatter(1, label, 0.0)).sum(1))
+    networks = logits_student, logits_teacher.detach()
+    log_q_student, log_q_teacher = (log_softmax_of_others(upcast(z) / temperature, target) for z in networks)
+    return -(temperature**2) * safe_mean((log_q_teacher.exp() * log_q_student).sum(1))
 
 
 @DISTILLERS.register()
@@ -65,7 +50,7 @@ class NKD(LogitDistiller):
     takes_soft_target = False
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"GAMMA": 3.5, "T": 3.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -1,7 +1,5 @@
 """Neuron selectivity transfer."""
 
-from typing import Any
-
 from torch import Tensor
 
 from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
@@ -18,17 +16,11 @@ def nst_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
 
         sum over maps of mean K(t, t) + mean K(s, s) - 2 mean K(s, t),  K(a, b)_nij = <a_ni, b_nj>^2
 
-    with every channel L2-normalised over space and means over samples and pairs of channels. The larger map of a
+    with every channel L2-normalized over space and means over samples and pairs of channels. The larger map of a
     pair is average-pooled to the smaller; the channels may differ.
 
     Args:
         feats_student, feats_teacher: lists of the same length of (N, C, H, W).
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: lists of different length.
     """
 
     def kernel_mean(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +44,7 @@ class NST(FeatureDistiller):
     """`nst_loss` on the stages."""
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 50.0}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:

@@ -3,16 +3,14 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from d2distill.common.distillers._features import BatchNorm, FeatureDistiller, align
-from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers._numerics import safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
@@ -37,12 +35,6 @@ def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: 
         feats_student: list of (N, C, H, W), after the connectors.
         feats_teacher: list of the same length of (N, C, H, W), before the ReLU.
         margins: one (C,) each, see :func:`ofd_margin`.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: lists of different length.
     """
     total = 0.0
     for i, (student, teacher, margin) in enumerate(zip(feats_student, feats_teacher, margins, strict=True)):
@@ -51,7 +43,7 @@ def ofd_loss(feats_student: list[Tensor], feats_teacher: list[Tensor], margins: 
             teacher = F.adaptive_avg_pool2d(teacher, student.shape[2:])
         teacher = torch.maximum(teacher, upcast(margin).view(1, -1, 1, 1))
         error = (student - teacher).square() * ((student > teacher) | (teacher > 0))
-        total = total + batch_mean(error.flatten(1).sum(1)) / 2 ** (len(feats_student) - 1 - i)
+        total = total + safe_mean(error.flatten(1).sum(1)) / 2 ** (len(feats_student) - 1 - i)
     return total
 
 
@@ -105,10 +97,8 @@ class OFD(FeatureDistiller):
         ValueError: the teacher names no batch norms before its ReLUs, or ones that do not fit its maps.
     """
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        super().build(student, teacher, data)
         norms = getattr(teacher.module, "bn_before_relu", None)
         if not norms:
             raise ValueError(
@@ -117,8 +107,7 @@ class OFD(FeatureDistiller):
             )
         self.student_maps = "feats" if student.preacts is None else "preacts"
         self.teacher_maps = "feats" if teacher.preacts is None else "preacts"
-        self.student_needs = {self.student_maps}
-        self.teacher_needs = set()
+        self.student_needs, self.teacher_needs = {self.student_maps}, set()
         self.teacher_extras = {_MAPS: partial(maps_under_batch_statistics, part=self.teacher_maps)}
         stages = align(*super().select_pairs(student, teacher), norms)
         self.connectors = nn.ModuleList()
@@ -135,7 +124,7 @@ class OFD(FeatureDistiller):
             self.register_buffer(f"margin{i}", ofd_margin(weight, bias), persistent=False)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 1e-3}
 
     @property

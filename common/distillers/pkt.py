@@ -1,11 +1,9 @@
 """Probabilistic knowledge transfer."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from d2distill.common.distillers._numerics import element_mean, no_autocast, upcast
+from d2distill.common.distillers._numerics import no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -19,14 +17,12 @@ def pkt_loss(embedding_student: Tensor, embedding_teacher: Tensor, eps: float = 
 
         mean over the N x N matrix of q * log((q + eps) / (p + eps))
 
-    with p of the student and q of the teacher: (cosine + 1) / 2 of all pairs of samples, rows normalised to sum 1.
+    with p of the student and q of the teacher: (cosine + 1) / 2 of all pairs of samples, rows normalized to sum 1. A
+    batch of one gives 0.
 
     Args:
         embedding_student, embedding_teacher: (N, D); D may differ.
         eps: added to norms and probabilities.
-
-    Returns:
-        0-d tensor; 0 for a batch of one or none. No gradient reaches the teacher.
     """
 
     def probabilities(embedding: Tensor) -> Tensor:
@@ -37,7 +33,7 @@ def pkt_loss(embedding_student: Tensor, embedding_teacher: Tensor, eps: float = 
 
     with no_autocast(embedding_student):
         p, q = probabilities(embedding_student), probabilities(embedding_teacher.detach())
-        return element_mean(q * ((q + eps) / (p + eps)).log())
+        return safe_mean(q * ((q + eps) / (p + eps)).log())
 
 
 @DISTILLERS.register()
@@ -47,7 +43,7 @@ class PKT(Distiller):
     needs = ("pooled",)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 30000.0, "EPS": 1e-7}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

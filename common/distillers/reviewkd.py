@@ -1,10 +1,8 @@
 """Knowledge review: deep and shallow student maps, fused, against each of the teacher's."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,12 +27,6 @@ def hcl_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor
 
     Args:
         feats_student, feats_teacher: lists of the same length of (N, C, H, W).
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: lists of different length.
     """
     total = 0.0
     for student, teacher in pool_pairs_to_smaller(feats_student, feats_teacher):
@@ -83,20 +75,16 @@ class Fusion(nn.Module):
 class ReviewKD(FeatureDistiller):
     """`hcl_loss` of the fused student maps, from deep to shallow, to the teacher's.
 
-    The student's maps are its stages (before their last ReLU with STUDENT_PREACT), the teacher's its stages before
-    their last ReLU where it has them; both with the pooled vector as a deepest map of 1 x 1 where both have one.
-
-    Raises:
-        ValueError: STUDENT_PREACT for a student without pre-activations.
+    The student's maps are its stages (before their last ReLU with STUDENT_PREACT, if it has such maps), the teacher's
+    its stages before their last ReLU where it has them; both with the pooled vector as a deepest map of 1 x 1 where
+    both have one.
     """
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
-        if cfg.STUDENT_PREACT and student.preacts is None:
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        super().build(student, teacher, data)
+        if self.cfg.STUDENT_PREACT and student.preacts is None:
             raise ValueError(f"{self.name}: STUDENT_PREACT is set, but the student has no pre-activations")
-        self.student_maps = "preacts" if cfg.STUDENT_PREACT else "feats"
+        self.student_maps = "preacts" if self.cfg.STUDENT_PREACT else "feats"
         self.teacher_maps = "feats" if teacher.preacts is None else "preacts"
         self.student_needs, self.teacher_needs = {self.student_maps, "pooled"}, {self.teacher_maps, "pooled"}
         self.with_pooled = student.pooled is not None and teacher.pooled is not None
@@ -108,12 +96,10 @@ class ReviewKD(FeatureDistiller):
         )
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 5.0, "WARMUP": 20, "STUDENT_PREACT": False}
 
-    def select_pairs(
-        self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo
-    ) -> tuple[list[Any], list[Any]]:
+    def select_pairs(self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo) -> tuple[list, list]:
         maps_student, maps_teacher = super().select_pairs(student, teacher)
         if not self.with_pooled:
             return maps_student, maps_teacher

@@ -1,12 +1,10 @@
 """Relational knowledge distillation."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import l2_normalize, no_autocast, upcast
+from d2distill.common.distillers._numerics import l2_normalize, no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -29,21 +27,19 @@ def rkd_loss(
         + angle_weight * mean over triplets of smooth_L1(a_s, a_t)
 
     with d_ij = ||e_i - e_j|| over the mean of the positive ones and a_ijk the cosine of the angle that samples j and k
-    make at i. The means run over all N^2 pairs and N^3 triplets, equal indices included (both are 0 there).
+    make at i. The means run over all N^2 pairs and N^3 triplets, equal indices included (both are 0 there); a batch
+    of one gives 0.
 
     Args:
         embedding_student, embedding_teacher: (N, D); D may differ.
         distance_weight, angle_weight: weights of the two parts.
         squared: compare squared distances.
         eps: lower bound of a squared distance; two samples at the same place have no gradient.
-
-    Returns:
-        0-d tensor; 0 for a batch of one or none. No gradient reaches the teacher.
     """
 
     def relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
         embedding = upcast(embedding)
-        # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbours far from the origin.
+        # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbors far from the origin.
         differences = embedding.unsqueeze(0) - embedding.unsqueeze(1)
         distances = differences.square().sum(2).clamp_min(eps)
         if not squared:
@@ -53,15 +49,10 @@ def rkd_loss(
         directions = l2_normalize(differences, dim=2)
         return distances / mean.clamp_min(eps), directions @ directions.mT
 
-    def smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-        return F.smooth_l1_loss(student, teacher, reduction="sum") / max(student.numel(), 1)
-
     with no_autocast(embedding_student):
-        distances_student, angles_student = relations(embedding_student)
-        distances_teacher, angles_teacher = relations(embedding_teacher.detach())
-        return distance_weight * smooth_l1(distances_student, distances_teacher) + angle_weight * smooth_l1(
-            angles_student, angles_teacher
-        )
+        pairs = zip(relations(embedding_student), relations(embedding_teacher.detach()), strict=True)
+        distance, angle = (safe_mean(F.smooth_l1_loss(*pair, reduction="none")) for pair in pairs)
+        return distance_weight * distance + angle_weight * angle
 
 
 @DISTILLERS.register()
@@ -71,7 +62,7 @@ class RKD(Distiller):
     needs = ("pooled",)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 1.0, "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "SQUARED": False, "EPS": 1e-12}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -1,10 +1,9 @@
 """Distillation with logits that the labels refine."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers._numerics import kl_per_sample, log_binary, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -12,13 +11,6 @@ __all__ = ["RLD", "rld_loss"]
 
 # Far below any logit, and finite: a row of nothing else is uniform where -inf would make it NaN.
 _HIDDEN = -1e9
-
-
-def _log_pair(logits: Tensor, index: Tensor) -> Tensor:
-    """log p and log(1 - p) of one class per row, (N, 2), in log space."""
-    rest = logits.scatter(1, index[:, None], -torch.inf).logsumexp(1)
-    odds = logits.gather(1, index[:, None])[:, 0] - rest
-    return torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1)
 
 
 def rld_loss(
@@ -45,12 +37,6 @@ def rld_loss(
         target: (N,) class y of each sample.
         alpha, beta: weights of the two parts.
         alpha_temperature, temperature: Ta > 0 and T > 0.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
-
-    Raises:
-        ValueError: fewer than two classes.
     """
     confidence = alpha * _confidence_part(logits_student, logits_teacher, target, alpha_temperature)
     return confidence + beta * _correlation_part(logits_student, logits_teacher, target, temperature)
@@ -58,22 +44,15 @@ def rld_loss(
 
 def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    if student.shape[1] < 2:
-        raise ValueError(f"the target is set against other classes, but the logits have {student.shape[1]}")
-    of_student, of_teacher = (
-        _log_pair(student / temperature, target),
-        _log_pair(teacher / temperature, teacher.argmax(1)),
-    )
-    return temperature**2 * batch_mean(kl_per_sample(of_student, of_teacher))
+    pairs = log_binary(student / temperature, target), log_binary(teacher / temperature, teacher.argmax(1))
+    return temperature**2 * safe_mean(kl_per_sample(*pairs))
 
 
 def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
     misleading = teacher >= teacher.gather(1, target[:, None])
-    of_student, of_teacher = (
-        F.log_softmax((part / temperature).masked_fill(misleading, _HIDDEN), dim=1) for part in (student, teacher)
-    )
-    return temperature**2 * batch_mean(kl_per_sample(of_student, of_teacher))
+    relations = (F.log_softmax((z / temperature).masked_fill(misleading, _HIDDEN), dim=1) for z in (student, teacher))
+    return temperature**2 * safe_mean(kl_per_sample(*relations))
 
 
 @DISTILLERS.register()
@@ -83,7 +62,7 @@ class RLD(LogitDistiller):
     takes_soft_target = False
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

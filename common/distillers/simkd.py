@@ -1,14 +1,12 @@
 """The teacher's classifier at the end of the student."""
 
 import copy
-from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2distill.common.distillers._features import BatchNorm, resize_to
+from d2distill.common.distillers._features import BatchNorm, resize_to, shrink_to
 from d2distill.common.distillers._numerics import mse, no_autocast, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.modules import shared_copy
@@ -25,9 +23,6 @@ def simkd_loss(feat_student: Tensor, feat_teacher: Tensor) -> Tensor:
     Args:
         feat_student, feat_teacher: (N, C, H, W), the student's after its projector. A larger teacher's map is
             average-pooled to the student's size.
-
-    Returns:
-        0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
     """
     return mse(feat_student, resize_to(upcast(feat_teacher), feat_student.shape[2:]))
 
@@ -65,7 +60,7 @@ class SimKDStudent(nn.Module):
 
     def outputs(self, images: Tensor) -> Outputs:
         feats = self.body.outputs(images).feats
-        projected = self.projector(_shrink(feats[-1], self._size))
+        projected = self.projector(shrink_to(feats[-1], self._size))
         pooled = projected.mean((2, 3))
         return Outputs(self.classifier(pooled), [*feats, projected], None, pooled)
 
@@ -87,10 +82,7 @@ class SimKD(Distiller):
 
     needs = ("feats",)
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
         channels, *size = teacher.feats[-1]
         if teacher.classifier is None or teacher.pooled != channels:
             raise ValueError(
@@ -106,7 +98,7 @@ class SimKD(Distiller):
         self.teacher_part = "feats" if teacher.preacts is None else "preacts"
         self.teacher_needs = {self.teacher_part, "pooled"}
         self.size = tuple(size)
-        self.projector = Projector(student.feats[-1][0], channels, cfg.FACTOR)
+        self.projector = Projector(student.feats[-1][0], channels, self.cfg.FACTOR)
         # A copy: it belongs to the student, and is in its checkpoints.
         self.classifier = copy.deepcopy(teacher.classifier).requires_grad_(False)
         # In a list, so that it is no submodule of the method.
@@ -114,7 +106,7 @@ class SimKD(Distiller):
         self.checked = False
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"FACTOR": 2}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
@@ -131,14 +123,9 @@ class SimKD(Distiller):
 
     def _project(self, student: Outputs) -> Tensor:
         with no_autocast(student.feats[-1]):
-            return self.projector(_shrink(upcast(student.feats[-1]), self.size))
+            return self.projector(shrink_to(upcast(student.feats[-1]), self.size))
 
     def _check_pool(self, feat: Tensor, pooled: Tensor) -> None:
         if not self.checked and not torch.allclose(upcast(feat).mean((2, 3)), upcast(pooled), rtol=1e-2, atol=1e-2):
             raise ValueError(f"{self.name}: the teacher's classifier does not take the average of its last map")
         self.checked = True
-
-
-def _shrink(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A map that is larger than `size` average-pooled to it, along each axis."""
-    return resize_to(x, [min(sizes) for sizes in zip(x.shape[2:], size, strict=True)])

@@ -1,10 +1,8 @@
 """Similarity-preserving distillation."""
 
-from typing import Any
-
 from torch import Tensor
 
-from d2distill.common.distillers._numerics import element_mean, l2_normalize, no_autocast, upcast
+from d2distill.common.distillers._numerics import l2_normalize, no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -16,19 +14,13 @@ def sp_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
 
     Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv:1907.09682.
 
-        sum over maps of ||G_s - G_t||_F^2 / N^2,  G = F F^T with L2-normalised rows,  F (N, C*H*W) the flattened map
+        sum over maps of ||G_s - G_t||_F^2 / N^2,  G = F F^T with L2-normalized rows,  F (N, C*H*W) the flattened map
 
-    G is N x N whatever the map, so channels and sizes may differ.
+    G is N x N whatever the map, so channels and sizes may differ. A batch of one, without another sample to be similar
+    to, gives 0.
 
     Args:
         feats_student, feats_teacher: lists of the same length of (N, C, H, W).
-
-    Returns:
-        0-d tensor; 0 for a batch of one, which has no other sample to be similar to, or none. No gradient reaches
-        the teacher.
-
-    Raises:
-        ValueError: lists of different length.
     """
 
     def similarities(feats: Tensor) -> Tensor:
@@ -37,7 +29,7 @@ def sp_loss(feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
 
     with no_autocast(feats_student[0]):
         return sum(
-            element_mean((similarities(s) - similarities(t.detach())).square())
+            safe_mean((similarities(s) - similarities(t.detach())).square())
             for s, t in zip(feats_student, feats_teacher, strict=True)
         )
 
@@ -49,7 +41,7 @@ class SP(Distiller):
     needs = ("feats",)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 3000.0}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -1,11 +1,10 @@
 """Self-distillation with soft labels that the student makes for itself."""
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import batch_mean, upcast
+from d2distill.common.distillers._numerics import log_softmax_of_others, no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, TrainingData
 
@@ -56,18 +55,10 @@ def uskd_loss(
 
     Args:
         logits_student: (N, C), C >= 2.
-        logits_weak: (N, C), of a classifier on an earlier feature.
+        logits_weak: (N, C), of a classifier on an earlier feature; other shapes are a ValueError.
         target: (N,) class y of each sample.
         alpha, beta, mu: weights of the target, the other classes and the weak classifier.
-
-    Returns:
-        0-d tensor; 0 for an empty batch.
-
-    Raises:
-        ValueError: fewer than two classes, or weak logits of another shape.
     """
-    if logits_student.shape[1] < 2:
-        raise ValueError(f"the target is set against other classes, but the logits have {logits_student.shape[1]}")
     if logits_weak.shape != logits_student.shape:
         raise ValueError(
             f"the weak logits are {tuple(logits_weak.shape)}, but the logits {tuple(logits_student.shape)}: "
@@ -76,21 +67,17 @@ def uskd_loss(
     student, weak, label = upcast(logits_student), upcast(logits_weak), target[:, None]
     log_p = F.log_softmax(student, dim=1).gather(1, label)[:, 0]
     square = log_p.detach().exp() ** 2
-    target_part = (1 + square - batch_mean(square)) * log_p
-    log_q = F.log_softmax(student.scatter(1, label, -torch.inf), dim=1)
-    # The target's column becomes log 1: its label is 0, and 0 * -inf would be NaN.
-    other_part = (zipf_labels(student, weak, target) * log_q.scatter(1, label, 0.0)).sum(1)
+    target_part = (1 + square - safe_mean(square)) * log_p
+    other_part = (zipf_labels(student, weak, target) * log_softmax_of_others(student, target)).sum(1)
     weak_part = -F.cross_entropy(weak, target, label_smoothing=0.1, reduction="none")
-    return -batch_mean(alpha * target_part + beta * other_part + mu * weak_part)
+    return -safe_mean(alpha * target_part + beta * other_part + mu * weak_part)
 
 
 @DISTILLERS.register()
 class USKD(Distiller):
     """`uskd_loss`, with weak logits from a linear head on the second to last feature map, averaged over space.
 
-    Raises:
-        ValueError: the student gives fewer than two feature maps, or has no pooled vector: its logits are those of
-            proposals or anchors.
+    For classifiers only: a student without a pooled vector, whose logits are those of proposals or anchors, is refused.
     """
 
     # The pooled vector is not read: only where rows of the logits are images is there one.
@@ -98,24 +85,17 @@ class USKD(Distiller):
     needs_teacher = False
     takes_soft_target = False
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        student: NetworkInfo,
-        teacher: NetworkInfo | None = None,
-        data: TrainingData | None = None,
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
+    def build(self, student: NetworkInfo, teacher: NetworkInfo | None, data: TrainingData) -> None:
         if len(student.feats) < 2:
             raise ValueError(f"{self.name} needs the feature map before the last, but the student gives one map alone")
         self.head = nn.Linear(student.feats[-2][0], student.num_classes)
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"ALPHA": 1.0, "BETA": 0.1, "MU": 0.005}
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with no_autocast(student.logits):
             middle = upcast(student.feats[-2]).mean((2, 3))
             weak = self.head(middle.to(self.head.weight.dtype))
             return uskd_loss(student.logits, weak, batch.target, self.cfg.ALPHA, self.cfg.BETA, self.cfg.MU)

@@ -1,15 +1,13 @@
 """Variational information distillation."""
 
 import math
-from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2distill.common.distillers._features import FeatureDistiller, pool_to_smaller
-from d2distill.common.distillers._numerics import element_mean, upcast
+from d2distill.common.distillers._features import FeatureDistiller, pool_pairs_to_smaller
+from d2distill.common.distillers._numerics import safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS
 from d2distill.common.outputs import NetworkInfo, TrainingData
 
@@ -27,13 +25,10 @@ def vid_loss(mean_student: Tensor, feat_teacher: Tensor, variance: Tensor) -> Te
         mean_student: mu, (N, C, H, W), the student's prediction.
         feat_teacher: (N, C, H, W).
         variance: (C,), positive.
-
-    Returns:
-        0-d tensor, the mean over all elements; 0 for an empty batch. No gradient reaches the teacher.
     """
     error = upcast(mean_student) - upcast(feat_teacher).detach()
     variance = upcast(variance).view(1, -1, 1, 1)
-    return element_mean((error.square() / variance + variance.log()) / 2)
+    return safe_mean((error.square() / variance + variance.log()) / 2)
 
 
 def _regressor(channels_student: int, channels_teacher: int) -> nn.Sequential:
@@ -51,31 +46,26 @@ class VID(FeatureDistiller):
     """Sum of `vid_loss` over the stages, the larger map of a pair average-pooled to the smaller.
 
     Means come from a regressor of three 1x1 convolutions, variances from ``softplus(log_scale) + EPS``, one per
-    channel of the teacher; both are learned. INIT_VAR is the variance to begin with.
-
-    Raises:
-        ValueError: INIT_VAR is not above EPS.
+    channel of the teacher; both are learned. INIT_VAR, which is above EPS, is the variance to begin with.
     """
 
-    def __init__(
-        self, cfg: CfgNode, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData | None = None
-    ) -> None:
-        super().__init__(cfg, student, teacher, data)
-        if cfg.INIT_VAR <= cfg.EPS:
-            raise ValueError(f"{self.name}: INIT_VAR ({cfg.INIT_VAR}) has to be above EPS ({cfg.EPS})")
+    def build(self, student: NetworkInfo, teacher: NetworkInfo, data: TrainingData) -> None:
+        super().build(student, teacher, data)
+        variance, eps = self.cfg.INIT_VAR, self.cfg.EPS
+        if variance <= eps:
+            raise ValueError(f"{self.name}: INIT_VAR ({variance}) has to be above EPS ({eps})")
         pairs = list(zip(*self.select_pairs(student, teacher), strict=True))
         self.regressors = nn.ModuleList(_regressor(s[0], t[0]) for s, t in pairs)
-        inverse_softplus = math.log(math.expm1(cfg.INIT_VAR - cfg.EPS))
+        inverse_softplus = math.log(math.expm1(variance - eps))
         self.log_scales = nn.ParameterList(torch.full((t[0],), inverse_softplus) for _, t in pairs)
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 1.0, "EPS": 1e-5, "INIT_VAR": 5.0}
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
-        total = 0.0
-        pairs = zip(feats_student, feats_teacher, self.regressors, self.log_scales, strict=True)
-        for student, teacher, regressor, log_scale in pairs:
-            student, teacher = pool_to_smaller(student, teacher)
-            total = total + vid_loss(regressor(student), teacher, F.softplus(log_scale) + self.cfg.EPS)
-        return total
+        pairs = pool_pairs_to_smaller(feats_student, feats_teacher)
+        return sum(
+            vid_loss(regressor(student), teacher, F.softplus(log_scale) + self.cfg.EPS)
+            for (student, teacher), regressor, log_scale in zip(pairs, self.regressors, self.log_scales, strict=True)
+        )

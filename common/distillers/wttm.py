@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import batch_mean, kl_per_sample, upcast
+from d2distill.common.distillers._numerics import kl_per_sample, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -22,14 +22,11 @@ def wttm_loss(logits_student: Tensor, logits_teacher: Tensor, gamma: float) -> T
     Args:
         logits_student, logits_teacher: (N, C).
         gamma: exponent, the inverse of the teacher's temperature; in (0, 1] it softens.
-
-    Returns:
-        0-d tensor; 0 for an empty batch. No gradient reaches the teacher.
     """
     log_student = F.log_softmax(upcast(logits_student), dim=1)
     log_power = gamma * F.log_softmax(upcast(logits_teacher).detach(), dim=1)
     log_weight = log_power.logsumexp(1)
-    return batch_mean(log_weight.exp() * kl_per_sample(log_student, log_power - log_weight[:, None]))
+    return safe_mean(log_weight.exp() * kl_per_sample(log_student, log_power - log_weight[:, None]))
 
 
 @DISTILLERS.register()
@@ -43,7 +40,7 @@ class WTTM(LogitDistiller):
     """
 
     @classmethod
-    def defaults(cls) -> dict[str, float]:
+    def defaults(cls) -> dict[str, object]:
         return {"WEIGHT": 3.0, "GAMMA": 0.1}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
