@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
@@ -35,21 +34,16 @@ from d2distill.detection.config import load_cfg as load_detection_cfg
 __all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "Task", "mean_std"]
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Where a run is, and what its data set fills in: no settings of the row.
-_IGNORED = ("OUTPUT_DIR", "MODEL.NUM_CLASSES")
-
 #: The cell of a table made of the ``results.json`` of a row's runs.
 Column = Callable[[Sequence[dict[str, float]]], str]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a comparison.
+    """One row of a comparison: a configuration of the task's training command, with a run for each seed.
 
     Attributes:
         label: its name in the table and in the picture.
-        config_file: a configuration of the task's training command.
-        seeds: one run each.
         opts: further settings, as KEY VALUE pairs.
         teacher: the row whose first run trains this row's teacher.
     """
@@ -102,16 +96,12 @@ class Task:
         script: the training command; takes ``--config-file``, ``--resume`` and KEY VALUE pairs.
         load_cfg: reads a configuration file and KEY VALUE pairs.
         teacher_key: the setting that names the teacher's weights.
-        length: epochs or iterations of a run with these settings of SOLVER.
-        done: how many of them are done at a line of metrics.json.
         columns: of the table.
     """
 
     script: Path
     load_cfg: Callable[[str, Sequence[str]], CfgNode]
     teacher_key: str
-    length: Callable[[CfgNode], int]
-    done: Callable[[dict[str, float]], float]
     columns: dict[str, Column]
 
 
@@ -119,8 +109,6 @@ CLASSIFICATION = Task(
     ROOT / "tools" / "train_cls.py",
     load_classification_cfg,
     "MODEL.TEACHER.WEIGHTS",
-    lambda solver: solver.EPOCHS,
-    lambda line: line["epoch"],
     {
         "last top-1 (%)": _mean("top1"),
         "best top-1 (%)": _mean("best_top1"),
@@ -132,8 +120,6 @@ DETECTION = Task(
     ROOT / "detection" / "train_net.py",
     load_detection_cfg,
     "TEACHER.MODEL.WEIGHTS",
-    lambda solver: solver.MAX_ITER,
-    lambda line: line["iteration"] + 1,
     {
         "AP": _mean("bbox/AP"),
         "best AP": _mean("best_bbox/AP"),
@@ -156,7 +142,8 @@ class Comparison:
         names = [entry.label for entry in entries] + [entry.run_name(seed) for entry in entries for seed in entry.seeds]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two rows or runs are called {twice[0]}: change a label, a setting or a seed")
-        self._lengths = {entry.label: self._check(entry) for entry in entries}
+        for entry in entries:
+            self._check(entry)
 
     def folder(self, entry: Entry, seed: int) -> Path:
         return self.output_dir / entry.run_name(seed)
@@ -169,11 +156,8 @@ class Comparison:
     def run(self, processes: int, deadline: float = math.inf) -> None:
         """Train every row with every seed, in this order, `processes` runs at a time, and show the progress.
 
-        A row waits for its teacher. Where a run fails the others go on. At the deadline, and on SIGINT, SIGTERM and
-        SIGHUP, the runs are stopped, saved, to be resumed by the next call.
-
-        Args:
-            deadline: of ``time.monotonic()``.
+        A row waits for its teacher. A run that fails stops no other. At the deadline (of ``time.monotonic()``), and on
+        SIGINT, SIGTERM and SIGHUP, the runs save and stop; the next call resumes them.
 
         Raises:
             UserError: runs failed; the message has the last lines of their logs.
@@ -181,13 +165,12 @@ class Comparison:
         """
         jobs = [(entry, seed) for entry in self.entries for seed in entry.seeds]
         waiting = [job for job in jobs if not self._ended(*job)]
-        running: dict[tuple[str, int], tuple[Path, subprocess.Popen]] = {}
+        running: list[tuple[Path, subprocess.Popen]] = []
         failures = []
         bar = tqdm(
-            desc=f"{len(jobs) - len(waiting)}/{len(jobs)} runs, ",
-            initial=sum(self._done(*job) for job in jobs),
-            total=sum(self._lengths[entry.label] for entry, _ in jobs),
-            bar_format="{desc}{percentage:.0f} %, {elapsed}, about {remaining} left",
+            initial=len(jobs) - len(waiting),
+            total=len(jobs),
+            bar_format="{n_fmt}/{total_fmt} runs, {percentage:.0f} %, {elapsed}, about {remaining} left",
             smoothing=0,
             miniters=0,
             mininterval=0.2 if sys.stderr.isatty() else 10,
@@ -195,26 +178,23 @@ class Comparison:
         with bar, _stop_signals() as received:
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
-                    ready = [job for job in waiting if self._has_teacher(job[0])]
-                    for entry, seed in ready[: processes - len(running)]:
-                        waiting.remove((entry, seed))
-                        running[entry.label, seed] = self._start(entry, seed)
+                    ready = [job for job in waiting if job[0].teacher is None or self.results(job[0].teacher)]
+                    for job in ready[: processes - len(running)]:
+                        waiting.remove(job)
+                        running.append(self._start(*job))
                     if not running:
                         failures.append(f"{len(waiting)} runs have no teacher")
                         break
                     time.sleep(0.2)
-                    for job, (folder, process) in list(running.items()):
-                        if process.poll() is not None:
-                            del running[job]
-                            if process.returncode:
-                                end = (folder / "console.txt").read_text().splitlines()[-8:]
-                                failures.append("\n".join([f"the run in {folder} failed:", *end]))
-                                bar.write(f"{folder} failed", file=sys.stderr)
-                    ended = len(jobs) - len(waiting) - len(running)
-                    bar.set_description_str(f"{ended}/{len(jobs)} runs, ", refresh=False)
-                    bar.update(sum(self._done(*job) for job in jobs) - bar.n)
+                    for folder, process in [run for run in running if run[1].poll() is not None]:
+                        running.remove((folder, process))
+                        if process.returncode:
+                            end = (folder / "console.txt").read_text().splitlines()[-8:]
+                            failures.append("\n".join([f"the run in {folder} failed:", *end]))
+                            bar.write(f"{folder} failed", file=sys.stderr)
+                    bar.update(len(jobs) - len(waiting) - len(running) - bar.n)
             finally:
-                _stop([process for _, process in running.values()])
+                _stop([process for _, process in running])
         if received:
             raise SystemExit(128 + received[0])
         if failures:
@@ -256,23 +236,20 @@ class Comparison:
         axes.legend(title="last epoch, mean over seeds", loc="lower right")
         axes.figure.savefig(path)
 
-    def _check(self, entry: Entry) -> int:
-        """Refuse run folders with other settings than the row's, and return the length of its runs."""
-        cfg = self.task.load_cfg(entry.config_file, self._settings(entry))
-        # The teacher is part of the folder's name, and all the runs may have moved to another place.
-        ignored = {*_IGNORED, self.task.teacher_key} if entry.teacher else _IGNORED
-        files = {seed: self.folder(entry, seed) / "config.yaml" for seed in entry.seeds}
-        for seed, file in files.items():
-            if not file.exists():
-                continue
-            found, wanted = _flatten(file.read_text()), {**_flatten(cfg.dump()), "SEED": seed}
-            changed = [key for key in wanted if key in found and key not in ignored and found[key] != wanted[key]]
+    def _check(self, entry: Entry) -> None:
+        """Refuse run folders with other settings than the row's."""
+        wanted = _flatten(self.task.load_cfg(entry.config_file, self._settings(entry)).dump())
+        # Where a run is, and what its data set fills in. Seed and teacher are in the folder's name.
+        ignored = {"SEED", "OUTPUT_DIR", "MODEL.NUM_CLASSES"} | ({self.task.teacher_key} if entry.teacher else set())
+        for seed in entry.seeds:
+            file = self.folder(entry, seed) / "config.yaml"
+            found = _flatten(file.read_text()) if file.exists() else {}
+            changed = [key for key in found.keys() & wanted.keys() - ignored if found[key] != wanted[key]]
             if changed:
-                other = "; ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in changed[:3])
+                other = "; ".join(f"{key} {found[key]!r}, not {wanted[key]!r}" for key in sorted(changed)[:3])
                 raise ConfigError(
                     f"{file.parent} holds another run ({other}): choose another folder, or remove it and its students"
                 )
-        return self.task.length(cfg.SOLVER)
 
     def _settings(self, entry: Entry) -> list[str]:
         if entry.teacher is None:
@@ -283,15 +260,6 @@ class Comparison:
     def _ended(self, entry: Entry, seed: int) -> bool:
         # Results without settings may be anyone's.
         return all((self.folder(entry, seed) / name).exists() for name in ("results.json", "config.yaml"))
-
-    def _has_teacher(self, entry: Entry) -> bool:
-        return entry.teacher is None or self._ended(entry.teacher, entry.teacher.seeds[0])
-
-    def _done(self, entry: Entry, seed: int) -> float:
-        if self._ended(entry, seed):
-            return self._lengths[entry.label]
-        lines = read_metrics(self.folder(entry, seed))
-        return self.task.done(lines[-1]) if lines else 0
 
     def _start(self, entry: Entry, seed: int) -> tuple[Path, subprocess.Popen]:
         folder = self.folder(entry, seed)
@@ -308,7 +276,7 @@ class Comparison:
         return folder, process
 
 
-def _flatten(config: str) -> dict[str, Any]:
+def _flatten(config: str) -> dict[str, object]:
     return flat_settings(CfgNode(yaml.safe_load(config)))
 
 
