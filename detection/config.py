@@ -16,7 +16,7 @@ from d2distill.common.config import CheckedMerge, add_distill_defaults, chosen_m
 from d2distill.common.config_node import absolute_file, overlay, parse_as
 from d2distill.common.data.locate import data_path
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, Rule, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, at_least, check_rules
 
 __all__ = [
     "CfgNode",
@@ -43,7 +43,6 @@ _RULES = {
     NUMBERS: ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.MIN_SIZE_TRAIN"),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),
     INCREASING: ("SOLVER.STEPS",),
-    Rule("2, Detectron2's", lambda value: value == 2): ("VERSION",),
 }  # fmt: skip
 
 
@@ -62,15 +61,15 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
         new = parse_as(cfg_other.get("TEACHER"), (dict,)) if "TEACHER" in self else None
         if new is None:
             return super().merge_from_other_cfg(cfg_other)
-        earlier, other_file = self.given_to_teacher, "CONFIG_FILE" in new
-        if other_file and _is_complete(earlier):
+        earlier, other_file, every_key = self.given_to_teacher, "CONFIG_FILE" in new, detectron2_cfg().keys()
+        if other_file and every_key <= earlier.keys():
             # From a run's config.yaml, which names every key: what its own CONFIG_FILE had said is not meant to stay.
             earlier = _difference(self.TEACHER, _teacher_node(type(self), self.TEACHER.CONFIG_FILE))
         super().merge_from_other_cfg(cfg_other)
         given: dict[str, Any] = {}
         overlay(given, earlier)
         overlay(given, new)
-        if other_file and not _is_complete(new):
+        if other_file and not every_key <= new.keys():
             self.TEACHER = _teacher_node(type(self), self.TEACHER.CONFIG_FILE)
             self.TEACHER.merge_from_other_cfg({**given, "CONFIG_FILE": self.TEACHER.CONFIG_FILE})
         # Past yacs, which takes an attribute for a key.
@@ -142,6 +141,13 @@ def teacher_cfg(cfg: Detectron2CfgNode) -> Detectron2CfgNode:
     return node
 
 
+def _model_zoo() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it imports pkg_resources, which warns of being old
+        from detectron2 import model_zoo
+    return model_zoo
+
+
 def zoo_weights(config_file: str) -> str:
     """The trained weights that belong to a configuration of Detectron2's zoo; empty for any other."""
     try:
@@ -172,10 +178,10 @@ def validate(cfg: CfgNode) -> None:
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
             f"{name}"
         )
-    methods_needing_teacher = [method for method, kind in methods.items() if kind.needs_teacher]
-    if methods_needing_teacher and cfg.TEACHER == _teacher_node(type(cfg)):
+    need_teacher = [method for method, kind in methods.items() if kind.needs_teacher]
+    if need_teacher and cfg.TEACHER == _teacher_node(type(cfg)):
         raise ConfigError(
-            f"DISTILL.METHODS {methods_needing_teacher} need a teacher: name its configuration in TEACHER.CONFIG_FILE, "
+            f"DISTILL.METHODS {need_teacher} need a teacher: name its configuration in TEACHER.CONFIG_FILE, "
             "a YAML or a name of Detectron2's zoo, e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
         )
     for method in methods:
@@ -183,12 +189,9 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"DISTILL.{method.upper()}.TEACHER must be 0: a detector has one teacher")
     if cfg.DISTILL.CE_WEIGHT != 1.0:
         raise ConfigError("DISTILL.CE_WEIGHT is the classifiers': a detector's own losses keep their weights")
-    if cfg.TEST.AUG.ENABLED:
+    if cfg.TEST.AUG.ENABLED and not issubclass(meta_arch, GeneralizedRCNN):
         # Detectron2 would only assert it, at the end of the training.
-        if not issubclass(meta_arch, GeneralizedRCNN):
-            raise ConfigError(f"TEST.AUG.ENABLED is for R-CNNs, not for {name}: set it to False")
-        if cfg.MODEL.KEYPOINT_ON:
-            raise ConfigError("TEST.AUG.ENABLED does not work with MODEL.KEYPOINT_ON: set one of them to False")
+        raise ConfigError(f"TEST.AUG.ENABLED is for R-CNNs, not for {name}: set it to False")
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError("TEST.PRECISE_BN.ENABLED: it reads batches of its own, after which no run resumes exactly")
     if cfg.VIS_PERIOD and find_spec("cv2") is None:
@@ -216,7 +219,7 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
             raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
         _take(node, full)
     elif config_file:
-        node, weights = _zoo_cfg(config_file), zoo_weights(config_file)
+        node, weights = _zoo_cfg(config_file)
     node = kind(node)
     node.MODEL.WEIGHTS = weights
     # A path, or a name of Detectron2's model zoo.
@@ -224,21 +227,15 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
     return node
 
 
-def _model_zoo() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it imports pkg_resources, which warns of being old
-        from detectron2 import model_zoo
-    return model_zoo
-
-
-def _zoo_cfg(name: str) -> Detectron2CfgNode:
-    log = logging.getLogger("fvcore.common.config")
-    log.disabled = True  # Detectron2's own RetinaNet has YAML that computes, of which it would warn
-    try:
-        if name.endswith(".yaml") and zoo_weights(name):
-            return _model_zoo().get_config(name)
-    finally:
-        log.disabled = False
+def _zoo_cfg(name: str) -> tuple[Detectron2CfgNode, str]:
+    """A configuration of the model zoo and its trained weights."""
+    if name.endswith(".yaml") and (weights := zoo_weights(name)):
+        log = logging.getLogger("fvcore.common.config")
+        log.disabled = True  # Detectron2's own RetinaNet has YAML that computes, of which it would warn
+        try:
+            return _model_zoo().get_config(name), weights
+        finally:
+            log.disabled = False
     raise ConfigError(
         f"TEACHER.CONFIG_FILE {name} is neither a file (looked in {Path.cwd()}) nor a YAML with weights in "
         "Detectron2's model zoo, e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
@@ -252,14 +249,6 @@ def _take(node: Detectron2CfgNode, full: Detectron2CfgNode) -> None:
             _take(value, full[key])
         else:
             node[key] = full[key]
-
-
-def _is_complete(settings: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> bool:
-    """Whether they are all of Detectron2's."""
-    return all(
-        key in settings and (not isinstance(value, dict) or _is_complete(settings[key], value))
-        for key, value in (detectron2_cfg() if default is None else default).items()
-    )
 
 
 def _difference(node: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

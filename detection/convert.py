@@ -46,7 +46,7 @@ def merge(student: str, teacher: str, out: str | Path, force: bool = False) -> s
     for weights in (ours, theirs):
         if weights.teacher:
             raise CheckpointError(f"{weights.source} has a teacher already: split it first")
-    if theirs.matching_heuristics or _is_backbone(theirs):
+    if theirs.matching_heuristics or all(name.startswith(BOTTOM_UP) for name in theirs.state):
         raise CheckpointError(f"{teacher} cannot be the teacher: it is not a detector with Detectron2's names")
     state = ours.state
     if ours.matching_heuristics:
@@ -82,10 +82,6 @@ def write_detector(path: str | Path, weights: DetectorWeights) -> str:
         write_atomically(path, lambda file: torch.save({"model": state, **facts}, file))
     parts = sorted({re.sub(r"^(teacher\.)?(\w+)\..*", r"\1\2", name) for name in state})
     return f"wrote {path}: {len(state)} tensors ({', '.join(parts)})"
-
-
-def _is_backbone(weights: DetectorWeights) -> bool:
-    return all(name.startswith(BOTTOM_UP) for name in weights.state)
 
 
 def _check_outputs(paths: list[str | Path], force: bool) -> None:

@@ -22,7 +22,6 @@ from d2distill.detection.data.loader import build_test_loader
 
 __all__ = ["check_evaluators", "evaluate_detector"]
 
-
 _EVALUATORS: dict[str, Callable[[str, str], DatasetEvaluator]] = {
     "coco": lambda name, folder: COCOEvaluator(name, output_dir=folder),
     "lvis": lambda name, folder: LVISEvaluator(name, output_dir=folder),
@@ -31,11 +30,7 @@ _EVALUATORS: dict[str, Callable[[str, str], DatasetEvaluator]] = {
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """See that every data set of DATASETS.TEST, all of them registered, has an evaluator.
-
-    Raises:
-        ConfigError: one asks for a kind that is not known here.
-    """
+    """Raise a ConfigError where a data set of DATASETS.TEST, all of them registered, has no evaluator."""
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).get("evaluator_type")
         if kind not in _EVALUATORS:
@@ -66,18 +61,12 @@ def evaluate_detector(
     for name in cfg.DATASETS.TEST:
         kind = MetadataCatalog.get(name).evaluator_type
         evaluator = _EVALUATORS[kind](name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
-        results = inference_on_dataset(model, interruptible(build_test_loader(cfg, name)), evaluator)
         prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
-        metrics.update({prefix + key: value for key, value in _flatten(results).items()})
+        results = inference_on_dataset(model, interruptible(build_test_loader(cfg, name)), evaluator)
+        for task, values in results.items():
+            # Without a single detection Detectron2 has no number; by the metric's definition all are 0.
+            nothing = math.isnan(values["AP"])
+            for metric, value in values.items():
+                if not metric.startswith("AP-"):  # of each class: Detectron2 shows them in a table of their own
+                    metrics[f"{prefix}{task}/{metric}"] = 0.0 if nothing else float(value)
     return metrics
-
-
-def _flatten(results: dict[str, Any]) -> dict[str, float]:
-    flat = {}
-    for task, values in results.items():
-        # One for each class as well: Detectron2 shows them in a table of their own.
-        values = {name: value for name, value in values.items() if not name.startswith("AP-")}
-        # Without a single detection Detectron2 has no number; by the metric's definition all are 0.
-        nothing = math.isnan(values["AP"])
-        flat.update({f"{task}/{name}": 0.0 if nothing else float(value) for name, value in values.items()})
-    return flat

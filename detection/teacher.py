@@ -18,14 +18,9 @@ class TeacherAdapter:
     """A frozen detector, and what must be known to feed it with a student's images.
 
     Args:
-        cfg: the teacher's own configuration.
-        network: built from it.
+        cfg: the teacher's own configuration, and `network`, built from it.
         student_format: INPUT.FORMAT of the images it will be given.
-        weights: to be loaded; empty leaves random ones.
-        key: the setting that named them, for errors.
-
-    Raises:
-        ConfigError: images of the one format cannot be made into the other.
+        weights: to be loaded; empty leaves random ones. `key` is the setting that named them.
     """
 
     def __init__(self, cfg: CfgNode, network: nn.Module, student_format: str, weights: str, key: str) -> None:
@@ -41,11 +36,7 @@ class TeacherAdapter:
             )
 
     def load_weights(self) -> None:
-        """Load the weights, every one of them.
-
-        Raises:
-            CheckpointError: missing, or of another network.
-        """
+        """Load the weights, every one of them."""
         if self.weights:
             load_teacher(self.network, self.weights, self.key)
 
@@ -65,11 +56,9 @@ def build_teacher(cfg: CfgNode) -> TeacherAdapter:
         ConfigError: a configuration that no detector can be built from.
     """
     own = teacher_cfg(cfg)
-    if own.MODEL.META_ARCHITECTURE.startswith("Distill"):
-        # The configuration of a student that is the teacher now.
-        own.MODEL.META_ARCHITECTURE = {"DistillRetinaNet": "RetinaNet"}.get(
-            own.MODEL.META_ARCHITECTURE, "GeneralizedRCNN"
-        )
+    # It may be the configuration of a student that is the teacher now.
+    students = {"DistillRetinaNet": "RetinaNet", "DistillRCNN": "GeneralizedRCNN"}
+    own.MODEL.META_ARCHITECTURE = students.get(own.MODEL.META_ARCHITECTURE, own.MODEL.META_ARCHITECTURE)
     weights, key = own.MODEL.WEIGHTS, "TEACHER.MODEL.WEIGHTS"
     if weights in ("", zoo_weights(own.CONFIG_FILE)) and _is_merged(cfg.MODEL.WEIGHTS):
         weights, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"

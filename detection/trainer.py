@@ -28,46 +28,17 @@ __all__ = ["build_trainer", "evaluate", "train"]
 logger = logging.getLogger("detectron2.d2distill")
 #: Settings that may be others when a run is resumed. The teacher's files may move: its weights are part of the run.
 _MAY_CHANGE = (
-    "CUDNN_BENCHMARK",
-    "LOG_PERIOD",
-    "VIS_PERIOD",
-    "MODEL.DEVICE",
-    "TEACHER.MODEL.DEVICE",
-    "TEACHER.CONFIG_FILE",
-    "TEACHER.DATALOADER.*",
-    "TEACHER.DATASETS.*",
-    "TEACHER.OUTPUT_DIR",
-    "TEACHER.SOLVER.*",
-    "TEACHER.TEST.*",
-    "DISTILL.*.WEIGHT",
-    "DISTILL.*.WARMUP",
-    "DATASETS.REGISTER.*",
-    "DATASETS.TEST",
-    "SOLVER.MAX_ITER",
-    "SOLVER.BASE_LR*",
-    "SOLVER.LR_SCHEDULER_NAME",
-    "SOLVER.STEPS",
-    "SOLVER.GAMMA",
-    "SOLVER.NUM_DECAYS",
-    "SOLVER.RESCALE_INTERVAL",
-    "SOLVER.WARMUP_*",
-    "SOLVER.MOMENTUM",
-    "SOLVER.NESTEROV",
-    "SOLVER.WEIGHT_DECAY*",
-    "SOLVER.BIAS_LR_FACTOR",
-    "SOLVER.CLIP_GRADIENTS.*",
-    "SOLVER.CHECKPOINT_*",
-    "DATALOADER.NUM_WORKERS",
-    "TEST.*",
-)
+    "CUDNN_BENCHMARK", "LOG_PERIOD", "VIS_PERIOD", "MODEL.DEVICE", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP",
+    "TEACHER.MODEL.DEVICE", "TEACHER.CONFIG_FILE", "TEACHER.DATALOADER.*", "TEACHER.DATASETS.*", "TEACHER.OUTPUT_DIR",
+    "TEACHER.SOLVER.*", "TEACHER.TEST.*", "DATASETS.REGISTER.*", "DATASETS.TEST", "DATALOADER.NUM_WORKERS", "TEST.*",
+    "SOLVER.MAX_ITER", "SOLVER.BASE_LR*", "SOLVER.LR_SCHEDULER_NAME", "SOLVER.STEPS", "SOLVER.GAMMA",
+    "SOLVER.NUM_DECAYS", "SOLVER.RESCALE_INTERVAL", "SOLVER.WARMUP_*", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
+    "SOLVER.WEIGHT_DECAY*", "SOLVER.BIAS_LR_FACTOR", "SOLVER.CLIP_GRADIENTS.*", "SOLVER.CHECKPOINT_*",
+)  # fmt: skip
 
 
 def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
-    """Detectors, methods, Detectron2's solver, data and evaluators of a configuration, ready to run.
-
-    Args:
-        cfg: a checked configuration.
-        dataset_dicts: the training set.
+    """Detectors, methods, Detectron2's solver, data and evaluators of a checked configuration, ready to run.
 
     Raises:
         UserError: weights, classes or feature levels that do not fit.
@@ -99,7 +70,8 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         optimizer=optimizer,
         lr_scheduler=build_lr_scheduler(cfg, optimizer),
         build_batches=lambda start: build_train_loader(cfg, dataset_dicts, start),
-        deployed_student=lambda: deployed_student(model),
+        # A plain detector: stock Detectron2 loads its state dict.
+        deployed_student=getattr(model, "deployed_student", lambda: model),
         evaluate=evaluate_student,
         best_metric="bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP",
         max_iter=cfg.SOLVER.MAX_ITER,
@@ -116,11 +88,6 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         checkpointables={"loss_normalizer": _LossNormalizer(model)},
     )
     return Trainer(cfg, task)
-
-
-def deployed_student(model: nn.Module) -> nn.Module:
-    """The plain detector of a student; stock Detectron2 loads its state dict."""
-    return model.deployed_student() if hasattr(model, "deployed_student") else model
 
 
 class _LossNormalizer:
@@ -156,8 +123,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     check_test_sets(cfg)
     check_evaluators(cfg)
     results = build_trainer(cfg, dataset_dicts).run(resume)
-    if results:
-        logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+    _log("Results", results)
     return results
 
 
@@ -178,9 +144,13 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
     results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
-    if results:
-        logger.info(f"{cfg.MODEL.WEIGHTS}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+    _log(cfg.MODEL.WEIGHTS, results)
     return results
+
+
+def _log(title: str, results: dict[str, float]) -> None:
+    if results:
+        logger.info(f"{title}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
 
 
 def _augmented(cfg: CfgNode, model: nn.Module) -> dict[str, float]:

@@ -4,7 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -104,22 +104,16 @@ def load_student(model: nn.Module, source: str, key: str = "MODEL.WEIGHTS", comp
     """
     if not source:
         return
-    weights = _read(source, key)
-    _load(model, weights, key, complete)
+    weights = _load(model, source, key, complete)
     if weights.author in LIBRARIES:
         _check_input(model, weights, key)
 
 
 def load_teacher(teacher: nn.Module, source: str, key: str = "TEACHER.MODEL.WEIGHTS") -> None:
-    """Load a trained detector: the ``teacher.*`` of a file that has them, else all of it.
-
-    Arguments and errors as of :func:`load_student`. The source must have every tensor.
-    """
+    """Load a whole trained detector, as :func:`load_student`: the ``teacher.*`` of a file that has them, else all."""
     if not source:
         raise CheckpointError(f"{key} is empty: a teacher needs the weights of a trained detector")
-    weights = _read(source, key)
-    weights = replace(weights, state=weights.teacher or weights.state)
-    _load(teacher, weights, key, complete=True, node="TEACHER.MODEL")
+    _load(teacher, source, key, complete=True, node="TEACHER.MODEL")
 
 
 def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,18 +121,15 @@ def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if n not in ("pixel_mean", "pixel_std") and "cell_anchors" not in n}
 
 
-def _read(source: str, key: str) -> DetectorWeights:
+def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "MODEL") -> DetectorWeights:
+    """Load `source`; `node` is where the configuration has the model's settings."""
     try:
-        return read_detector(source)
+        weights = read_detector(source)
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
-
-
-def _load(model: nn.Module, weights: DetectorWeights, key: str, complete: bool, node: str = "MODEL") -> None:
-    """Load `weights.state`; `node` is where the configuration has the model's number of classes."""
-    state = weights.state
+    state = weights.teacher if weights.teacher and node.startswith("TEACHER") else weights.state
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(("teacher.", "distillers."))}
-    where = f"{key}: {weights.source}"
+    where = f"{key}: {source}"
     if weights.matching_heuristics:
         state = align_and_update_state_dicts(own, state, c2_conversion=False)
         # It leaves tensors of another shape under their short name. Under the full one they are found below.
@@ -152,7 +143,14 @@ def _load(model: nn.Module, weights: DetectorWeights, key: str, complete: bool, 
         for name, shapes in found.shapes.items()
         if not name.startswith(("backbone.", "proposal_generator.")) and shapes[0][1:] == shapes[1][1:]
     }
-    _check_depth(state, own, where)
+    # A ResNet-101 has every name of a ResNet-50, with the same shapes.
+    theirs, mine = _stage_depths(state), _stage_depths(own)
+    for stage in sorted(theirs.keys() & mine.keys()):
+        if theirs[stage] != mine[stage]:
+            raise CheckpointError(
+                f"{where} is of a ResNet of another depth: its {stage} has {theirs[stage]} blocks, the network's "
+                f"{mine[stage]}; see MODEL.RESNETS.DEPTH"
+            )
     if not fitting:
         names = f"it has {', '.join(list(state)[:3]) or 'a teacher only'}; the network has {', '.join(list(own)[:3])}"
         raise CheckpointError(f"{where}: nothing of it fits: {names}, ...")
@@ -180,17 +178,7 @@ def _load(model: nn.Module, weights: DetectorWeights, key: str, complete: bool, 
     rest = Mismatch([n for n in found.missing if n.startswith(BOTTOM_UP)], unexpected, {})
     if any(rest):
         logger.warning(f"{where} is not exactly of this network: {rest}")
-
-
-def _check_depth(state: Iterable[str], own: Iterable[str], where: str) -> None:
-    # A ResNet-101 has every name of a ResNet-50, with the same shapes.
-    theirs, mine = _stage_depths(state), _stage_depths(own)
-    for stage in sorted(theirs.keys() & mine.keys()):
-        if theirs[stage] != mine[stage]:
-            raise CheckpointError(
-                f"{where} is of a ResNet of another depth: its {stage} has {theirs[stage]} blocks, the network's "
-                f"{mine[stage]}; see MODEL.RESNETS.DEPTH"
-            )
+    return weights
 
 
 def _stage_depths(names: Iterable[str]) -> Counter[str]:

@@ -8,7 +8,6 @@ Its table has every row whose runs have ended in the output folder, whichever ca
 it is written to benchmarks/results/ as well, under the device's name. Interrupted, it continues where it was.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from detectron2.utils.collect_env import collect_env_info
 from d2distill.classification.config import load_cfg
 from d2distill.common.engine.cli import run_cli
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry
+from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry, command_parser
 
 CONFIGS = ROOT / "configs" / "cls"
 
@@ -40,13 +39,11 @@ def students(teacher: str, student: str) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__, "output/benchmark")
     parser.add_argument("--teacher", default="digits_vgg8", help="config of the teacher (default: %(default)s)")
     parser.add_argument("--student", default="digits_r8", help="config of the plain student (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="endings of the configs to run, e.g. kd dkd")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", default="output/benchmark", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     args = parser.parse_args()
     configs = students(args.teacher, args.student)
     for name in args.only or ():

@@ -4,6 +4,7 @@ Each run is the command a user would type, in a process of its own. Runs that ha
 were stopped are resumed.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.detection.config import load_cfg as load_detection_cfg
 
-__all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "Task", "mean_std"]
+__all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "Task", "command_parser", "mean_std"]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The cell of a table made of the ``results.json`` of a row's runs.
@@ -70,6 +71,14 @@ class Entry:
         if readable != text or len(text) > 60:
             readable = f"{readable[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         return "_".join(part for part in (stem, readable, f"seed{seed}") if part)
+
+
+def command_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The options that all commands of comparisons have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default=output, help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    return parser
 
 
 def mean_std(values: Sequence[float | None]) -> str:

@@ -5,11 +5,10 @@ Real handwritten digits, under 5 minutes on two cores. Prints a table and draws 
 stopped continues; one that has ended shows its results again.
 """
 
-import argparse
 from pathlib import Path
 
 from d2distill.common.engine.cli import run_cli
-from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry
+from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry, command_parser
 
 CONFIGS = ROOT / "configs" / "cls"
 SEEDS = (0, 1, 2)
@@ -26,10 +25,7 @@ def entries() -> list[Entry]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="output/demo", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
-    args = parser.parse_args()
+    args = command_parser(__doc__, "output/demo").parse_args()
     comparison = Comparison(CLASSIFICATION, entries(), args.output)
     print("A teacher learns from 1,297 digits; nine students learn from 100 of them, alone and with it", flush=True)
     comparison.run(args.processes)

@@ -5,12 +5,11 @@ Real handwritten digits on textured ground, under 15 minutes on two cores. Print
 what each detector finds. A demo that was stopped continues; one that has ended shows its results again.
 """
 
-import argparse
 from pathlib import Path
 
 from d2distill.common.engine.cli import run_cli
 from d2distill.detection.data.digits_coco import ensure_generated
-from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry
+from d2distill.tools.comparison import DETECTION, ROOT, Comparison, Entry, command_parser
 from d2distill.tools.drawing import draw_detections
 
 CONFIGS = ROOT / "configs" / "det"
@@ -26,9 +25,7 @@ def entries(seeds: list[int], opts: list[str]) -> list[Entry]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="output/demo_det", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser = command_parser(__doc__, "output/demo_det")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the students (default: %(default)s)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings of all runs")
     args = parser.parse_args()

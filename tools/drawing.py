@@ -32,9 +32,6 @@ def draw_detections(comparison: Comparison, path: str | Path, num_images: int = 
     Args:
         comparison: of detectors, whose runs have ended; test images are those of the first row.
         threshold: the lowest score of a box that is drawn.
-
-    Raises:
-        CheckpointError: a run has no finished student.
     """
     cfgs = [load_cfg(entry.config_file, [*entry.opts, "DISTILL.METHODS", "[]"]) for entry in comparison.entries]
     register_datasets(cfgs[0])

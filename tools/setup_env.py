@@ -33,10 +33,6 @@ SUMMARY = "Detectron2 at upstream commit a59f0563, pure Python, packed anew from
 DROPPED_REQUIREMENTS = ("numpy<2", "black", "dataclasses")
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def pip(python: Path, *arguments: str) -> None:
     subprocess.run([str(python), "-m", "pip", "--disable-pip-version-check", *arguments], check=True, cwd=ROOT)
 
@@ -52,11 +48,6 @@ def fetch_wheel(python: Path, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def pack_wheel(python: Path, folder: Path) -> Path:
-    """Fetch the source wheel and pack it anew; `python` needs the package wheel."""
-    return repack(python, fetch_wheel(python, folder), folder)
-
-
 def repack(python: Path, wheel: Path, folder: Path) -> Path:
     """Pack the source wheel anew as a pure-Python `detectron2` wheel in `folder` and return its path."""
     run = [str(python), "-m", "wheel"]
@@ -66,9 +57,8 @@ def repack(python: Path, wheel: Path, folder: Path) -> Path:
         extension.unlink()
     shutil.rmtree(tree / "tools", ignore_errors=True)  # would lie in site-packages as a package "tools"
     info = next(tree.glob("*.dist-info")).rename(tree / f"detectron2-{VERSION}.dist-info")
-    replace(info / "METADATA", r"^Name: .*$", "Name: detectron2")
-    replace(info / "METADATA", r"^Version: .*$", f"Version: {VERSION}")
-    replace(info / "METADATA", r"^Summary: .*$", f"Summary: {SUMMARY}")
+    for field, text in {"Name": "detectron2", "Version": VERSION, "Summary": SUMMARY}.items():
+        replace(info / "METADATA", rf"^{field}: .*$", f"{field}: {text}")
     for name in DROPPED_REQUIREMENTS:
         replace(info / "METADATA", rf"^Requires-Dist: {re.escape(name)}(;[^\n]*)?\n", "")
     replace(info / "WHEEL", r"^Root-Is-Purelib: .*$", "Root-Is-Purelib: true")
@@ -91,14 +81,15 @@ def install_detectron2(python: Path, choice: str) -> None:
         pip(python, "install", *pinned, "--no-build-isolation", choice)
     elif subprocess.run([str(python), "-c", "import detectron2"], capture_output=True, cwd=os.sep).returncode:
         with tempfile.TemporaryDirectory() as folder:
-            pip(python, "install", "-q", "--no-deps", str(pack_wheel(python, Path(folder))))
+            wheel = repack(python, fetch_wheel(python, Path(folder)), Path(folder))
+            pip(python, "install", "-q", "--no-deps", str(wheel))
 
 
 def install(python: Path, choice: str) -> None:
     pip(python, "install", "-q", "-c", "constraints.txt", "setuptools", "wheel")
-    say("  torch, torchvision and the other packages of constraints.txt")
+    print("  torch, torchvision and the other packages of constraints.txt", flush=True)
     pip(python, "install", "-q", "-c", "constraints.txt", "--no-build-isolation", "-e", ".[dev]")
-    say("  Detectron2")
+    print("  Detectron2", flush=True)
     install_detectron2(python, choice)
 
 
@@ -115,17 +106,17 @@ def main() -> None:
     parser.add_argument("--wheel", metavar="DIR", help="only pack Detectron2's wheel, into this folder")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where to build (default: .venv)")
     args = parser.parse_args()
-    choice = os.environ.get("DETECTRON2", "")
+    choice, python = os.environ.get("DETECTRON2", ""), Path(sys.executable)
     if args.wheel:
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(pack_wheel(Path(sys.executable), Path(folder)), args.wheel)
+            shutil.copy(repack(python, fetch_wheel(python, Path(folder)), Path(folder)), args.wheel)
         return
     if args.current:
-        install(Path(sys.executable), choice)
+        install(python, choice)
         return
     if args.detectron2:
-        pip(Path(sys.executable), "install", "-q", "setuptools<81", "wheel")
-        install_detectron2(Path(sys.executable), choice)
+        pip(python, "install", "-q", "setuptools<81", "wheel")
+        install_detectron2(python, choice)
         return
     # The stamp is written last, so a build that was cut off has none and is made again from nothing.
     venv = args.venv.absolute()
@@ -133,7 +124,7 @@ def main() -> None:
     built = stamp.read_text() if stamp.exists() else ""
     if built == wanted or (not choice and built.startswith(wanted + " ")):
         return
-    say(f"Building {venv}: about 3 minutes and 6 GB")
+    print(f"Building {venv}: about 3 minutes and 6 GB", flush=True)
     shutil.rmtree(venv, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     install(venv / "bin" / "python", choice)

@@ -1,6 +1,7 @@
 """Register the data sets of the configuration, load them, and check them against the model before training starts."""
 
 import os
+from itertools import zip_longest
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -63,22 +64,16 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Load DATASETS.TEST, and check that the model can be evaluated on it.
-
-    Raises:
-        ConfigError: a name that is not registered, or classes other than the model's or the training sets'.
-        FileNotFoundError, DataError: as :func:`load_training_set`.
-    """
+    """Load DATASETS.TEST, and check that the model can be evaluated on it; errors as :func:`load_training_set`."""
     for name in cfg.DATASETS.TEST:
         load_test_set(cfg, name)
         _check_classes(cfg, name, cfg.DATASETS.TRAIN)
 
 
 def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
-    """Load all images of a registered data set in Detectron2's format, without annotations.
+    """Load all images of a data set in Detectron2's format, without annotations, which would take most of the memory.
 
-    Evaluators read the annotations from the file, and they would take most of the memory. Errors as of
-    :func:`check_test_sets`.
+    Evaluators read them from the file.
     """
     register_datasets(cfg)
     return [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name, "DATASETS.TEST")]
@@ -118,7 +113,7 @@ def _missing(name: str, path: str) -> FileNotFoundError:
 
 
 def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
-    """Check the classes of a data set against the model's number and against those of `others`, in order."""
+    """Check that a data set has as many classes as the model, and those of `others`."""
     classes = MetadataCatalog.get(name).get("thing_classes")
     if classes is None:
         return
@@ -131,9 +126,8 @@ def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
     for other in others:
         theirs = MetadataCatalog.get(other).get("thing_classes") if other in MetadataCatalog else None
         if theirs is not None and theirs != classes:
-            different = next((pair for pair in zip(theirs, classes, strict=False) if pair[0] != pair[1]), None)
-            detail = f": {different[0]} there is {different[1]} here" if different else ""
-            raise ConfigError(f"the data set {name} has other classes than {other}{detail}")
+            there, here = next(pair for pair in zip_longest(theirs, classes) if pair[0] != pair[1])
+            raise ConfigError(f"the data set {name} has other classes than {other}: {there} there is {here} here")
 
 
 def _check_annotations(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> None:

@@ -40,14 +40,8 @@ logger = logging.getLogger(__name__)
 def generate_split(folder: str | os.PathLike, split: str, num_images: int, seed: int) -> None:
     """Write `num_images` images of a split's digits to FOLDER/SPLIT, and FOLDER/annotations/SPLIT.json.
 
-    Each image is a function of (seed, split, its number), and no digit appears in both splits. Beside COCO's own keys
-    an annotation has "source": the position of its digit in scikit-learn's data.
-
-    Args:
-        split: "train" or "val".
-
-    Raises:
-        ImportError: scikit-learn is not installed.
+    Each image is a function of (seed, "train" or "val", its number), and no digit appears in both splits. Beside COCO's
+    own keys an annotation has "source": the position of its digit in scikit-learn's data.
     """
     folder = Path(folder)
     digits, labels, sources = load_digits_split(split)
@@ -94,13 +88,19 @@ def ensure_generated(name: str) -> Path:
         ImportError: scikit-learn is not installed.
         DataError: the folder cannot be written, or exists without annotations.
     """
+    # What is there was left by a call that was cut off, unless another process holds the lock.
+    temporary = data_path(f".{name}.tmp")
     folder = data_path(name)
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with file_lock(str(folder)):
                 if not folder.exists():  # another process may have generated it meanwhile
-                    _generate(name, folder)
+                    logger.info("Generating the data set %s in %s", name, folder)
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    for split, num_images in SETS[name].items():
+                        generate_split(temporary, split, num_images, SEEDS[name])
+                    temporary.rename(folder)
     except OSError as error:
         raise DataError(
             f"cannot generate the data set {name} in {folder.parent}: {error}. Set {ROOT_VARIABLE} to a folder that is "
@@ -132,16 +132,3 @@ def _load(name: str, split: str) -> list[dict[str, Any]]:
 
 def _paths(folder: Path, split: str) -> dict[str, str]:
     return {"json_file": str(folder / "annotations" / f"{split}.json"), "image_root": str(folder / split)}
-
-
-def _generate(name: str, folder: Path) -> None:
-    logger.info("Generating the data set %s in %s", name, folder)
-    # The caller holds the lock: what is there was left by a process that was killed.
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for split, num_images in SETS[name].items():
-            generate_split(temporary, split, num_images, SEEDS[name])
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

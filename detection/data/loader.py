@@ -75,29 +75,19 @@ def build_train_loader(cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start:
     A batch is a list of dicts as Detectron2's models take them. Which images, and how they are augmented, depends on
     SEED and the step only: not on the number of workers and processes, nor on restarts.
 
-    Args:
-        dataset_dicts: as :func:`d2distill.detection.data.load_training_set` returns them.
-
     Raises:
         ConfigError: as :func:`.build_batch_sampler`.
         DataError: while iterating, for an image that cannot be read or has another size than the annotations say.
     """
-    batches = build_batch_sampler(cfg, dataset_dicts, start)
-    return _loader(cfg, dataset_dicts, DatasetMapper(cfg, is_train=True), batch_sampler=batches)
+    return _loader(cfg, dataset_dicts, True, batch_sampler=build_batch_sampler(cfg, dataset_dicts, start))
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
-    """Every image of a registered data set once, in order, divided among the processes, in batches of one.
-
-    Raises:
-        ConfigError, FileNotFoundError, DataError: as :func:`.load_test_set` and :func:`build_train_loader`.
-    """
+    """Every image of a registered data set once, in order, divided among the processes, in batches of one."""
     dicts = load_test_set(cfg, name)
-    sampler = InferenceSampler(len(dicts))
-    return _loader(cfg, dicts, DatasetMapper(cfg, is_train=False), batch_size=1, sampler=sampler)
+    return _loader(cfg, dicts, False, batch_size=1, sampler=InferenceSampler(len(dicts)))
 
 
-def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], mapper: DatasetMapper, **sampling: Any) -> DataLoader:
-    images = MappedImages(dicts, mapper, cfg.SEED)
-    workers = cfg.DATALOADER.NUM_WORKERS
+def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], is_train: bool, **sampling: Any) -> DataLoader:
+    images, workers = MappedImages(dicts, DatasetMapper(cfg, is_train), cfg.SEED), cfg.DATALOADER.NUM_WORKERS
     return WorkerLoader(images, num_workers=workers, collate_fn=trivial_batch_collator, **sampling)

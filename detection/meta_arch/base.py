@@ -1,10 +1,9 @@
 """Mix-in that adds a frozen teacher and distillation losses to a Detectron2 meta-architecture."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import Backbone
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ class DistillDetector(nn.Module):
     """Goes before one of Detectron2's meta-architectures: its losses, and after them those of the methods.
 
     The detector itself runs as Detectron2 wrote it; what the methods look at is captured on the way. The teacher is
-    always in eval mode, in no gradient and in no state dict. A subclass states `hooked_modules()`, `student_logits()`,
-    `teacher_logits()` and `network_info()`.
+    always in eval mode, in no gradient and in no state dict.
 
     Args:
         teacher: None for plain training, and for methods that need none.
@@ -46,6 +44,7 @@ class DistillDetector(nn.Module):
     #: What the configuration asks of a meta-architecture when DISTILL.METHODS is not empty.
     takes_methods = True
 
+    @configurable
     def __init__(
         self,
         *,
@@ -71,25 +70,20 @@ class DistillDetector(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The arguments of the constructor. The student comes first: its weights do not depend on what follows.
-
-        Raises:
-            ConfigError: a method, class count or feature level that does not fit.
-            CheckpointError: the teacher's weights are missing or of another network.
-        """
+        """The arguments of the constructor. The student comes first: its weights do not depend on what follows."""
         parts = super().from_config(cfg)
         methods = chosen_methods(cfg)
         teacher = build_teacher(cfg) if any(method.needs_teacher for method in methods.values()) else None
         infos = [cls.network_info(cfg, parts["backbone"])]
         if teacher is not None:
-            infos.append(replace(cls.network_info(teacher.cfg, teacher.network.backbone), module=teacher.network))
+            infos.append(cls.network_info(teacher.cfg, teacher.network.backbone, module=teacher.network))
         distillers = {}
         for name, method in methods.items():
             if teacher is not None and method.needs_teacher:
                 if "feats" in method.needs:
                     check_levels(parts["backbone"], teacher.network.backbone, name)
                 if any(map(needs_head, method.needs)):
-                    cls.check_comparable(cfg, parts, teacher, name)
+                    cls.check_comparable(parts, teacher.network, name)
             try:
                 distillers[name.lower()] = method(cfg.DISTILL[name.upper()], *infos)
             except ValueError as error:
@@ -102,17 +96,20 @@ class DistillDetector(nn.Module):
         return {**parts, "teacher": teacher, "distillers": distillers, "max_iter": cfg.SOLVER.MAX_ITER}
 
     @classmethod
-    def network_info(cls, cfg: CfgNode, backbone: Backbone) -> NetworkInfo:
-        """Shapes of the outputs of a detector of this kind."""
+    def network_info(cls, cfg: CfgNode, backbone: Backbone, **more: Any) -> NetworkInfo:
+        """Shapes of the outputs of a detector of this kind; `more` are other fields."""
+        shapes = backbone.output_shape()
+        feats = tuple((shapes[name].channels,) for name in feature_strides(backbone))
+        return NetworkInfo(**cls.logits_info(cfg), feats=feats, **more)
+
+    @classmethod
+    def logits_info(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The number of classes of the logits, and whether they are those of sigmoids."""
         raise NotImplementedError
 
     @classmethod
-    def check_comparable(cls, cfg: CfgNode, parts: dict[str, Any], teacher: TeacherAdapter, method: str) -> None:
-        """Check that class logits of student and teacher can be compared row by row.
-
-        Raises:
-            ConfigError: they cannot.
-        """
+    def check_comparable(cls, parts: dict[str, Any], teacher: nn.Module, method: str) -> None:
+        """Raise a ConfigError where class logits of student and teacher cannot be compared row by row."""
         raise NotImplementedError
 
     def hooked_modules(self) -> dict[str, nn.Module]:
@@ -168,21 +165,16 @@ class DistillDetector(nn.Module):
 
     def _batch_info(self, batched_inputs: list[dict[str, Any]], calls: Calls) -> Batch:
         step = get_event_storage().iter
-        instances = [x["instances"] for x in batched_inputs]
         return Batch(
             progress=Progress(step, None, step / self.max_iter if self.max_iter else 0.0),
-            boxes=[per_image.gt_boxes.tensor.to(self.device) for per_image in instances],
+            boxes=[x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs],
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
             extras={"calls": calls},
         )
 
 
 class DetectorTeacher(TeacherSource):
-    """A frozen detector that sees the student's images, and for logits the student's proposals or anchors.
-
-    Args:
-        student: the detector at whose side it stands.
-    """
+    """A frozen detector that sees the student's images, and for logits the student's proposals or anchors."""
 
     def __init__(self, student: DistillDetector) -> None:
         super().__init__()
@@ -214,11 +206,7 @@ def feature_strides(backbone: Backbone) -> dict[str, int]:
 
 
 def check_levels(student: Backbone, teacher: Backbone, method: str) -> None:
-    """Check that two backbones give maps of the same names and strides.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Raise a ConfigError where two backbones do not give maps of the same names and strides."""
     sides = [
         ", ".join(f"{name} (stride {stride})" for name, stride in feature_strides(side).items())
         for side in (student, teacher)

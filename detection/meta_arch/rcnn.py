@@ -3,15 +3,13 @@
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from torch import Tensor, nn
 
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import NetworkInfo
-from d2distill.detection.meta_arch.base import Calls, DistillDetector, feature_strides
-from d2distill.detection.teacher import TeacherAdapter
+from d2distill.detection.meta_arch.base import Calls, DistillDetector
 
 __all__ = ["DistillRCNN"]
 
@@ -25,23 +23,14 @@ class DistillRCNN(DistillDetector, GeneralizedRCNN):
     same boxes on the teacher's maps.
     """
 
-    @configurable
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-
     @classmethod
-    def network_info(cls, cfg: CfgNode, backbone: Backbone) -> NetworkInfo:
+    def logits_info(cls, cfg: CfgNode) -> dict[str, Any]:
         sigmoid = cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE
-        shapes = backbone.output_shape()
-        return NetworkInfo(
-            num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES + (not sigmoid),
-            feats=tuple((shapes[name].channels,) for name in feature_strides(backbone)),
-            sigmoid=sigmoid,
-        )
+        return {"num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES + (not sigmoid), "sigmoid": sigmoid}
 
     @classmethod
-    def check_comparable(cls, cfg: CfgNode, parts: dict[str, Any], teacher: TeacherAdapter, method: str) -> None:
-        for side, heads in (("student", parts["roi_heads"]), ("teacher", getattr(teacher.network, "roi_heads", None))):
+    def check_comparable(cls, parts: dict[str, Any], teacher: nn.Module, method: str) -> None:
+        for side, heads in (("student", parts["roi_heads"]), ("teacher", getattr(teacher, "roi_heads", None))):
             if not isinstance(heads, StandardROIHeads) or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
                 raise ConfigError(
                     f"DISTILL.METHODS: {method} compares the classes of proposals, which needs StandardROIHeads with "

@@ -3,16 +3,14 @@
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2distill.common.errors import ConfigError
-from d2distill.common.outputs import NetworkInfo
-from d2distill.detection.meta_arch.base import Calls, DistillDetector, feature_strides
-from d2distill.detection.teacher import TeacherAdapter
+from d2distill.detection.meta_arch.base import Calls, DistillDetector
 
 __all__ = ["DistillRetinaNet"]
 
@@ -25,34 +23,24 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
     the class of the anchor, K for background.
     """
 
-    @configurable
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    @classmethod
+    def logits_info(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {"num_classes": cfg.MODEL.RETINANET.NUM_CLASSES, "sigmoid": True}
 
     @classmethod
-    def network_info(cls, cfg: CfgNode, backbone: Backbone) -> NetworkInfo:
-        shapes = backbone.output_shape()
-        return NetworkInfo(
-            num_classes=cfg.MODEL.RETINANET.NUM_CLASSES,
-            feats=tuple((shapes[name].channels,) for name in feature_strides(backbone)),
-            sigmoid=True,
-        )
-
-    @classmethod
-    def check_comparable(cls, cfg: CfgNode, parts: dict[str, Any], teacher: TeacherAdapter, method: str) -> None:
-        network = teacher.network
-        if not isinstance(network, RetinaNet):
-            raise ConfigError(
-                f"DISTILL.METHODS: {method} compares the classes of anchors, but the teacher is a "
-                f"{type(network).__name__}"
-            )
+    def check_comparable(cls, parts: dict[str, Any], teacher: nn.Module, method: str) -> None:
+        if not isinstance(teacher, RetinaNet):
+            kind = type(teacher).__name__
+            raise ConfigError(f"DISTILL.METHODS: {method} compares the classes of anchors, but the teacher is a {kind}")
+        keys = ("backbone", "head_in_features", "anchor_generator")
+        networks = ([parts[key] for key in keys], [getattr(teacher, key) for key in keys])
         sides = [
             {
-                "strides": [side["backbone"].output_shape()[name].stride for name in side["head_in_features"]],
-                "anchors": [cell.tolist() for cell in side["anchor_generator"].cell_anchors],
-                "padding": (side["backbone"].size_divisibility, side["backbone"].padding_constraints),
+                "strides": [backbone.output_shape()[name].stride for name in levels],
+                "anchors": [cell.tolist() for cell in anchors.cell_anchors],
+                "padding": (backbone.size_divisibility, backbone.padding_constraints),
             }
-            for side in (parts, vars(network) | network._modules)
+            for backbone, levels, anchors in networks
         ]
         different = [name for name in sides[0] if sides[0][name] != sides[1][name]]
         if different:

@@ -322,12 +322,12 @@ def test_what_does_not_fit_is_told_before_training(name, settings, message):
 def test_anchors_are_the_same_only_in_retinanets_that_pad_alike():
     model = build(small("retinanet_bckd_r101_r50"))
     parts = vars(model) | model._modules
-    model.check_comparable(model.teacher_adapter.cfg, parts, model.teacher_adapter, "BCKD")
+    model.check_comparable(parts, model.teacher, "BCKD")
     model.teacher.backbone._size_divisibility = 128
     with pytest.raises(ConfigError, match="classes of anchors, but the teacher is a Linear"):
-        model.check_comparable(model.teacher_adapter.cfg, parts, SimpleNamespace(network=nn.Linear(1, 1)), "BCKD")
+        model.check_comparable(parts, nn.Linear(1, 1), "BCKD")
     with pytest.raises(ConfigError, match=r"differ in their padding \(32, .*\) and \(128, "):
-        model.check_comparable(model.teacher_adapter.cfg, parts, model.teacher_adapter, "BCKD")
+        model.check_comparable(parts, model.teacher, "BCKD")
 
 
 def test_sigmoid_classes_of_an_rcnn_have_no_background_column():
