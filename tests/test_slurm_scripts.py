@@ -5,17 +5,8 @@ import pytest
 from tests.fake_slurm import slurm
 
 COMMAND = [
-    "python",
-    "-u",
-    "detection/train_net.py",
-    "--config-file",
-    "c.yaml",
-    "--resume",
-    "OUTPUT_DIR",
-    "run",
-    "SEED",
-    "3",
-]
+    "python", "-u", "detection/train_net.py", "--config-file", "c.yaml", "--resume", "OUTPUT_DIR", "run", "SEED", "3",
+]  # fmt: skip
 
 
 def test_slurm_train(tmp_path):

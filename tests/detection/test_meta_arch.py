@@ -143,7 +143,7 @@ def test_gradients_reach_student_and_connectors_but_not_the_teacher(name):
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "retinanet_pkd_r101_r50", "fitnet_r101_r50", "mgd_r101_r50"])
-def test_each_method_teaches_the_students_backbone(name):
+def test_each_method_gives_the_students_backbone_a_gradient(name):
     """By itself: the detector's own losses, and connectors that learn, would hide one that does not."""
     model = build(small(name))
     losses = step(model, batch())
@@ -209,7 +209,7 @@ def test_the_state_dict_is_plain_detectron2s_beside_the_methods():
     model.load_state_dict(model.state_dict())
 
 
-def test_the_teacher_normalises_for_itself():
+def test_the_teacher_normalizes_for_itself():
     """BGR teacher of an RGB student: flipped first, then its own mean and deviation, then its own padding."""
     model = build(small_cfg(**{"TEACHER.MODEL.PIXEL_MEAN": [10.0, 20.0, 30.0], "TEACHER.MODEL.PIXEL_STD": [1.0, 2, 4]}))
     inputs = batch()

@@ -32,16 +32,7 @@ def unbroken(tmp_path_factory, tiny):
 
 
 def start(folder, name, workers, moment, step):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.detection.tiny_training",
-        str(folder),
-        name,
-        str(workers),
-        moment,
-        str(step),
-    ]
+    command = [sys.executable, "-m", "tests.detection.tiny_training", *map(str, (folder, name, workers, moment, step))]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
@@ -55,7 +46,7 @@ def start(folder, name, workers, moment, step):
         ("rcnn", "while saving", 4, 2),
         ("rcnn", "after saving", 2, 0),
         ("rcnn", "after writing", STEPS, 0),
-        ("retinanet", "before saving", 3, 0),  # its running normaliser is no buffer
+        ("retinanet", "before saving", 3, 0),  # its running normalizer is no buffer
         ("retinanet", "while saving", 4, 2),
     ],
 )

@@ -85,10 +85,6 @@ def test_a_schedule_made_for_another_number_of_processes_is_scaled(tiny, tmp_pat
     assert settings["IMS_PER_BATCH"] == 2 and settings["MAX_ITER"] == 4
 
 
-def test_gradient_clipping_of_detectron2(tiny, tmp_path):
-    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.CLIP_GRADIENTS.ENABLED": True}))
-
-
 def test_an_evaluator_that_is_not_known(tiny, tmp_path):
     cfg = tiny_cfg("rcnn", tmp_path, **SHORT)
     run(cfg)

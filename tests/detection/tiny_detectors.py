@@ -81,6 +81,6 @@ def batch(masks=False):
 def step(model, inputs, seed=7, iteration=0):
     """The losses of one training step."""
     torch.manual_seed(seed)
-    # As the trainer does: what TorchScript has optimised once in a process stays so.
+    # As the trainer does: what TorchScript has optimized once in a process stays so.
     with EventStorage(iteration), torch.jit.optimized_execution(False):
         return model.train()(inputs)
