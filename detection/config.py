@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,7 @@ class CfgNode(CheckedMerge, Detectron2CfgNode):
             # From a run's config.yaml, which names every key: what its own CONFIG_FILE had said is not meant to stay.
             earlier = _difference(self.TEACHER, _teacher_node(type(self), self.TEACHER.CONFIG_FILE))
         super().merge_from_other_cfg(cfg_other)
-        given: dict[str, Any] = {}
-        overlay(given, earlier)
+        given = deepcopy(dict(earlier))
         overlay(given, new)
         if other_file and not every_key <= new.keys():
             self.TEACHER = _teacher_node(type(self), self.TEACHER.CONFIG_FILE)

@@ -1,5 +1,6 @@
 """The teacher detector: built from its own configuration, fed with its own pixel statistics."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +15,21 @@ from d2distill.detection.weights import has_teacher, load_teacher
 __all__ = ["TeacherAdapter", "build_teacher"]
 
 
+@dataclass(frozen=True)
 class TeacherAdapter:
     """A frozen detector, and what must be known to feed it with a student's images.
 
-    Args:
+    Attributes:
         cfg: the teacher's own configuration, and `network`, built from it.
-        student_format: INPUT.FORMAT of the images it will be given.
         weights: to be loaded; empty leaves random ones. `key` is the setting that named them.
+        swap_rgb_bgr: whether the student's images have the other order of channels.
     """
 
-    def __init__(self, cfg: CfgNode, network: nn.Module, student_format: str, weights: str, key: str) -> None:
-        self.cfg = cfg
-        self.network = network.requires_grad_(False).eval()
-        self.weights, self.key = weights, key
-        formats = {student_format, cfg.INPUT.FORMAT}
-        self.swap_rgb_bgr = formats == {"RGB", "BGR"}
-        if len(formats) > 1 and not self.swap_rgb_bgr:
-            raise ConfigError(
-                f"TEACHER.INPUT.FORMAT is {cfg.INPUT.FORMAT}, but the student's images are {student_format}: only RGB "
-                "and BGR can be made into each other"
-            )
+    cfg: CfgNode
+    network: nn.Module
+    weights: str
+    key: str
+    swap_rgb_bgr: bool
 
     def load_weights(self) -> None:
         """Load the weights, every one of them."""
@@ -59,13 +55,19 @@ def build_teacher(cfg: CfgNode) -> TeacherAdapter:
     # It may be the configuration of a student that is the teacher now.
     students = {"DistillRetinaNet": "RetinaNet", "DistillRCNN": "GeneralizedRCNN"}
     own.MODEL.META_ARCHITECTURE = students.get(own.MODEL.META_ARCHITECTURE, own.MODEL.META_ARCHITECTURE)
+    formats = {cfg.INPUT.FORMAT, own.INPUT.FORMAT}
+    if len(formats) > 1 and formats != {"RGB", "BGR"}:
+        raise ConfigError(
+            f"TEACHER.INPUT.FORMAT is {own.INPUT.FORMAT}, but the student's images are {cfg.INPUT.FORMAT}: only RGB "
+            "and BGR can be made into each other"
+        )
     weights, key = own.MODEL.WEIGHTS, "TEACHER.MODEL.WEIGHTS"
     if weights in ("", zoo_weights(own.CONFIG_FILE)) and _is_merged(cfg.MODEL.WEIGHTS):
         weights, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
     with torch.random.fork_rng(devices=[]):
         # What is drawn here is thrown away or random anyway: methods that follow begin alike with any teacher.
         network = build_model(own)
-    return TeacherAdapter(own, network, cfg.INPUT.FORMAT, weights, key)
+    return TeacherAdapter(own, network.requires_grad_(False).eval(), weights, key, formats == {"RGB", "BGR"})
 
 
 def _is_merged(source: str) -> bool:

@@ -1,6 +1,7 @@
 """Training and evaluating a detector, from a configuration to a run folder."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
             broadcast_buffers(network)
         return evaluate_detector(cfg, network, interruptible=interruptible)
 
+    # RetinaNet's running mean of its number of foreground anchors, which it keeps outside its state dict.
+    loss_normalizer = SimpleNamespace(
+        state_dict=lambda: {"value": getattr(model, "loss_normalizer", None)},
+        load_state_dict=lambda state: setattr(model, "loss_normalizer", state["value"]),
+    )
     task = Task(
         model=model,
         # As Detectron2 does: running statistics are each process's own until they are needed.
@@ -85,23 +91,9 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         precision=precision,
         evaluate_once=lambda network: _augmented(cfg, network),
         model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
-        checkpointables={"loss_normalizer": _LossNormalizer(model)},
+        checkpointables={"loss_normalizer": loss_normalizer},
     )
     return Trainer(cfg, task)
-
-
-class _LossNormalizer:
-    """RetinaNet's running mean of its number of foreground anchors, which it keeps outside its state dict."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": getattr(self.model, "loss_normalizer", None)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["value"] is not None:
-            self.model.loss_normalizer = state["value"]
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:

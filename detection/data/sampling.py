@@ -1,20 +1,21 @@
 """Which images form a batch: Detectron2's samplers, in the same order for any number of processes and first step."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import Sampler
 
 from d2distill.common.errors import ConfigError
 
 __all__ = ["TrainBatchSampler", "build_batch_sampler"]
 
 
-class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
+@dataclass
+class TrainBatchSampler:
     """Endless batches of (position, index), starting at any step: this process's share of each global batch.
 
     The global batches are the same for any number of processes; a process takes every `world_size`-th sample of one. A
@@ -27,13 +28,10 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         start: the first step (batch) to give.
     """
 
-    def __init__(
-        self, sampler: TrainingSampler, batch_size: int, groups: list[int] | None = None, start: int = 0
-    ) -> None:
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.groups = groups
-        self.start = start
+    sampler: TrainingSampler
+    batch_size: int
+    groups: list[int] | None = None
+    start: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step, batch in enumerate(islice(self._global_batches(), self.start, None), self.start):

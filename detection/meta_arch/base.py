@@ -207,14 +207,11 @@ def feature_strides(backbone: Backbone) -> dict[str, int]:
 
 def check_levels(student: Backbone, teacher: Backbone, method: str) -> None:
     """Raise a ConfigError where two backbones do not give maps of the same names and strides."""
-    sides = [
-        ", ".join(f"{name} (stride {stride})" for name, stride in feature_strides(side).items())
-        for side in (student, teacher)
-    ]
-    if sides[0] != sides[1]:
+    strides = feature_strides(student), feature_strides(teacher)
+    if strides[0] != strides[1]:
         raise ConfigError(
-            f"DISTILL.METHODS: {method} compares feature maps level by level, but the student's are {sides[0]} and the "
-            f"teacher's {sides[1]}: choose backbones of the same kind, e.g. both with FPN"
+            f"DISTILL.METHODS: {method} compares feature maps level by level, but the student's have the strides "
+            f"{strides[0]} and the teacher's {strides[1]}: choose backbones of the same kind, e.g. both with FPN"
         )
 
 

@@ -301,7 +301,7 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
     [
         ("dkd_r101_r18", {"TEACHER.MODEL.ROI_HEADS.NUM_CLASSES": 7}, "student has 6 classes and the teacher 8"),
         ("dkd_r101_r18", CASCADE, "one box predictor, but the student has CascadeROIHeads"),
-        ("pkd_r101_r50", WITHOUT_P2, r"the student's are p2 \(stride 4\), .* teacher's p3 \(stride 8\)"),
+        ("pkd_r101_r50", WITHOUT_P2, r"the student's have the strides {'p2': 4, .* teacher's {'p3': 8"),
         ("retinanet_bckd_r101_r50", ONE_SIZE, "differ in their anchors"),
         ("retinanet_bckd_r101_r50", {"TEACHER.MODEL.RETINANET.NUM_CLASSES": 7}, "5 classes and the teacher 7"),
         ("retinanet_bckd_r101_r50", {"DISTILL.METHODS": ["DKD"]}, "sigmoid"),
