@@ -162,23 +162,20 @@ def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
     """
     node = cfg.MODEL.TEACHER
     names = [""] * given or _as_list(node.NAME)
-    count = len(names)
-    if not count:
+    if not names:
         return []
-    columns = {
-        "WEIGHTS": ([] if given else _as_list(node.WEIGHTS)) or [""] * count,
-        "SHARES": list(node.SHARES) or [1.0] * count,
-    }
+    shares = list(node.SHARES) or [1.0] * len(names)
+    columns = {"NAME": names, "WEIGHTS": _as_list(node.WEIGHTS) if not given else [], "SHARES": shares}
+    columns["WEIGHTS"] = columns["WEIGHTS"] or [""] * len(names)
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         one_each = any(isinstance(value, list | tuple) for value in node[key])
-        columns[key] = list(node[key]) if one_each else [node[key]] * count
+        columns[key] = list(node[key]) if one_each else [node[key]] * len(names)
     for key, values in columns.items():
-        if len(values) != count:
-            raise ConfigError(f"MODEL.TEACHER.{key} has {len(values)} entries for {count} teachers: {values}")
-    shares = columns.pop("SHARES")
+        if len(values) != len(names):
+            raise ConfigError(f"MODEL.TEACHER.{key} has {len(values)} entries for {len(names)} teachers: {values}")
     if any(share <= 0 for share in shares):
         raise ConfigError(f"MODEL.TEACHER.SHARES must be positive, but is {shares}")
-    columns = {"NAME": names, **columns, "SHARE": [share / sum(shares) for share in shares]}
+    columns["SHARE"] = [share / sum(shares) for share in columns.pop("SHARES")]
     return [CfgNode(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
@@ -215,8 +212,8 @@ def validate(cfg: CfgNode) -> None:
     check_rules(cfg, _RULES)
     if not cfg.MODEL.STUDENT.NAME:
         raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
-    methods_needing_teacher = [name for name, method in methods.items() if method.needs_teacher]
     teachers = teacher_nodes(cfg)
+    methods_needing_teacher = [name for name, method in methods.items() if method.needs_teacher]
     if methods_needing_teacher and not teachers:
         raise ConfigError(f"DISTILL.METHODS {methods_needing_teacher} need a teacher, but MODEL.TEACHER.NAME is empty")
     try:
@@ -235,13 +232,11 @@ def validate(cfg: CfgNode) -> None:
                 )
         if any(value <= 0 for value in node.PIXEL_STD):
             raise ConfigError(f"MODEL.{side}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
-    if solver.NESTEROV and solver.OPTIMIZER != "SGD":
-        raise ConfigError(f"SOLVER.NESTEROV is SGD's; {solver.OPTIMIZER} has no such momentum")
-    if solver.NESTEROV and not solver.MOMENTUM:
-        raise ConfigError("SOLVER.NESTEROV needs a momentum, but SOLVER.MOMENTUM is 0")
     if solver.OPTIMIZER == "DOT":
         if not 0 <= solver.DELTA < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {solver.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
         if not methods or solver.CLIP_GRAD_NORM or solver.AMP == "fp16" or solver.ACCUMULATE > 1:
             raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, no ACCUMULATE, no fp16")
+    elif solver.OPTIMIZER == "SGD" and solver.NESTEROV and not solver.MOMENTUM:
+        raise ConfigError("SOLVER.NESTEROV needs a momentum, but SOLVER.MOMENTUM is 0")
     resolve_device(cfg)
