@@ -137,10 +137,9 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     """Defaults, YAML file and ``KEY VALUE`` pairs (:func:`read_cfg`), checked by :func:`validate`."""
     cfg = read_cfg(get_cfg, config_file, opts)
     validate(cfg)
-    student, teacher = cfg.MODEL.STUDENT, cfg.MODEL.TEACHER
-    student.WEIGHTS = absolute_file(student.WEIGHTS)
-    several = not isinstance(teacher.WEIGHTS, str)
-    teacher.WEIGHTS = [*map(absolute_file, teacher.WEIGHTS)] if several else absolute_file(teacher.WEIGHTS)
+    for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER):
+        several = not isinstance(node.WEIGHTS, str)
+        node.WEIGHTS = [*map(absolute_file, node.WEIGHTS)] if several else absolute_file(node.WEIGHTS)
     if cfg.DATASETS.ROOT:
         cfg.DATASETS.ROOT = os.path.abspath(os.path.expanduser(cfg.DATASETS.ROOT))
     return cfg
@@ -154,19 +153,15 @@ def image_size(cfg: CfgNode) -> int:
 def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
     """One node of NAME, WEIGHTS, PIXEL_MEAN, PIXEL_STD and SHARE per teacher; shares sum to 1.
 
-    Args:
-        given: number of networks that take the place of those named, if any.
-
-    Raises:
-        ConfigError: lists of different length, or shares that are not positive.
+    With `given` networks in the place of those named, NAME and WEIGHTS are empty.
     """
     node = cfg.MODEL.TEACHER
     names = [""] * given or _as_list(node.NAME)
     if not names:
         return []
     shares = list(node.SHARES) or [1.0] * len(names)
-    columns = {"NAME": names, "WEIGHTS": _as_list(node.WEIGHTS) if not given else [], "SHARES": shares}
-    columns["WEIGHTS"] = columns["WEIGHTS"] or [""] * len(names)
+    weights = (not given and _as_list(node.WEIGHTS)) or [""] * len(names)
+    columns = {"NAME": names, "WEIGHTS": weights, "SHARES": shares}
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         one_each = any(isinstance(value, list | tuple) for value in node[key])
         columns[key] = list(node[key]) if one_each else [node[key]] * len(names)
@@ -203,11 +198,7 @@ def schedule_notes(cfg: CfgNode) -> list[str]:
 
 
 def validate(cfg: CfgNode) -> None:
-    """Check what can be checked before data and weights are touched.
-
-    Raises:
-        ConfigError: with the key, its value, and what would be right.
-    """
+    """Check what can be checked before data and weights are touched; a ConfigError says what would be right."""
     methods, solver = chosen_methods(cfg), cfg.SOLVER
     check_rules(cfg, _RULES)
     if not cfg.MODEL.STUDENT.NAME:
@@ -226,12 +217,13 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"SOLVER.{key} {solver[key]} is none of {names}{did_you_mean(solver[key], known)}")
     for side, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teachers)]:
         for key in ("PIXEL_MEAN", "PIXEL_STD"):
-            if not NUMBERS.predicate(node[key]) or len(node[key]) not in (0, 3):
+            values = node[key]
+            fits = NUMBERS.predicate(values) and len(values) in (0, 3)
+            if not fits or (key == "PIXEL_STD" and any(value <= 0 for value in values)):
+                kind = "numbers" if key == "PIXEL_MEAN" else "positive numbers"
                 raise ConfigError(
-                    f"MODEL.{side}.{key} takes 3 numbers in RGB order, or none for the data set's, but is {node[key]}"
+                    f"MODEL.{side}.{key} takes 3 {kind} in RGB order, or none for the data set's, but is {values}"
                 )
-        if any(value <= 0 for value in node.PIXEL_STD):
-            raise ConfigError(f"MODEL.{side}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
     if solver.OPTIMIZER == "DOT":
         if not 0 <= solver.DELTA < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {solver.DELTA} must be below MOMENTUM and 1 - MOMENTUM")

@@ -115,7 +115,6 @@ def build_distiller(
     """Student, teachers and the methods of ``cfg.DISTILL.METHODS``, on the device of ``cfg.MODEL.DEVICE``.
 
     Args:
-        cfg: from :func:`d2distill.classification.config.get_cfg`.
         student, teacher: networks to take instead of those that `cfg` names.
         num_samples: size of the training set, for methods that remember samples.
         labels: (num_samples,) class of each training sample, for methods that contrast classes.
@@ -134,8 +133,6 @@ def build_distiller(
     if any(method.needs_teacher for method in methods.values()):
         given = [] if teacher is None else list(teacher) if isinstance(teacher, Sequence | nn.ModuleList) else [teacher]
         nodes = teacher_nodes(cfg, len(given))
-        if not nodes:
-            raise ConfigError(f"DISTILL.METHODS {list(methods)} need a teacher, but MODEL.TEACHER.NAME is empty")
         teachers = given or [build_network(cfg, "MODEL.TEACHER", node, num_classes) for node in nodes]
         weights = [node.SHARE for node in nodes]
         norms = [Normalize.of(node, info) for node in nodes]
@@ -164,7 +161,8 @@ def _build_methods(
         node = cfg.DISTILL[name.upper()]
         number = node.get("TEACHER", 0)
         if method.needs_teacher and not 0 <= number < len(teachers):
-            raise ConfigError(f"DISTILL.{name.upper()}.TEACHER is {number}, but there are {len(teachers)} teachers")
+            key = f"DISTILL.{name.upper()}.TEACHER"
+            raise ConfigError(f"{name} needs teacher {number} ({key}), but MODEL.TEACHER.NAME names {len(teachers)}")
         if mixed and not method.takes_soft_target:
             able = ", ".join(other for other, kind in DISTILLERS if kind.takes_soft_target)
             raise ConfigError(

@@ -41,10 +41,8 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
     """A network with its weights, if any are named.
 
     Args:
-        cfg: the whole configuration.
         key: ``MODEL.STUDENT`` or ``MODEL.TEACHER``, for errors.
         node: NAME and WEIGHTS.
-        num_classes: of its classifier.
 
     Raises:
         ConfigError: unknown model name, or a network that does not take images of the configured size.

@@ -13,11 +13,7 @@ T = TypeVar("T")
 
 
 class NamedRegistry(Registry):
-    """A Registry whose names the caller chooses, and whose error for an unknown one proposes the nearest.
-
-    Args:
-        kind: what it holds, in words for errors ("data set").
-    """
+    """A Registry whose names the caller chooses; `kind` says in errors what it holds ("data set")."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
@@ -33,11 +29,7 @@ class NamedRegistry(Registry):
         return decorator
 
     def get(self, name: str) -> Any:
-        """What is registered under `name`.
-
-        Raises:
-            ValueError: unknown name.
-        """
+        """What is registered under `name`; the ValueError for an unknown one proposes the nearest."""
         if name not in self:
             names = self.names()
             raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}")

@@ -40,16 +40,7 @@ _MAY_CHANGE = (
 
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
-    """Networks, methods, optimizer, data and evaluation of a configuration, ready to run.
-
-    Args:
-        cfg: a checked configuration whose MODEL.NUM_CLASSES is set.
-        train_set, test_set: the two splits.
-
-    Raises:
-        ConfigError: a network or method that does not fit.
-        CheckpointError: weights that are missing or of another network.
-    """
+    """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
     solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
@@ -121,12 +112,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
-    """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0.
-
-    Raises:
-        FileNotFoundError, DataError: the data set is missing or incomplete.
-        ConfigError: MODEL.NUM_CLASSES is not that of the data, or an unknown augmentation.
-    """
+    """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0."""
     if cfg.INPUT.AUGMENTATION:
         try:
             build_augmentation(cfg.INPUT.AUGMENTATION)

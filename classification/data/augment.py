@@ -38,11 +38,7 @@ def _fit(image: ImageLike, size: int) -> ImageLike:
 def eval_transform(image: ImageLike, size: int) -> torch.Tensor:
     """The image as it is if size x size; else short side to size * 256/224 (bilinear, antialiased), center crop.
 
-    Args:
-        image: uint8 tensor (3, H, W) or RGB PIL image.
-
-    Returns:
-        uint8 (3, size, size).
+    A uint8 tensor (3, H, W) or an RGB PIL image to uint8 (3, size, size).
     """
     return _to_tensor(_fit(image, size))
 
@@ -51,8 +47,9 @@ def _flipped(image: ImageLike, params: Params) -> torch.Tensor:
     return _to_tensor(F.horizontal_flip(image) if params["flip"] else image)
 
 
+@AUGMENTATION_REGISTRY.register_as("none")
 class Augmentation:
-    """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them.
+    """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them. Here: none.
 
     Attributes:
         fits_first: :meth:`apply` first brings the image to size x size as :func:`eval_transform` does, so
@@ -63,21 +60,10 @@ class Augmentation:
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         """Numbers for one image of height x width pixels."""
-        raise NotImplementedError
-
-    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
-        """uint8 tensor (3, size, size): a pure function of its arguments; ``image`` is not changed."""
-        raise NotImplementedError
-
-
-@AUGMENTATION_REGISTRY.register_as("none")
-class NoAugmentation(Augmentation):
-    """The evaluation transform."""
-
-    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         return {}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        """uint8 tensor (3, size, size): a pure function of its arguments; ``image`` is not changed."""
         return eval_transform(image, size)
 
 
@@ -116,11 +102,8 @@ class RotateFlip(Augmentation):
     Numbers: ``angle`` in degrees, counter-clockwise; ``flip``.
     """
 
-    max_angle = 20.0
-
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        angle = float(rng.uniform(-self.max_angle, self.max_angle))
-        return {"angle": angle, "flip": bool(rng.random() < 0.5)}
+        return {"angle": float(rng.uniform(-20.0, 20.0)), "flip": bool(rng.random() < 0.5)}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         rotated = F.rotate(_fit(image, size), params["angle"], interpolation=InterpolationMode.NEAREST, fill=0)
@@ -135,27 +118,21 @@ class ResizedCropFlip(Augmentation):
     """
 
     fits_first = False
-    scale = (0.08, 1.0)
-    ratio = (3 / 4, 4 / 3)
-    attempts = 10
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         return self._draw_box(rng, height, width) | {"flip": bool(rng.random() < 0.5)}
 
     def _draw_box(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        for _ in range(self.attempts):
-            area = height * width * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            w = round(math.sqrt(area * ratio))
-            h = round(math.sqrt(area / ratio))
+        low, high = 3 / 4, 4 / 3
+        for _ in range(10):
+            area = height * width * rng.uniform(0.08, 1.0)
+            ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 top = int(rng.integers(height - h + 1))
-                left = int(rng.integers(width - w + 1))
-                return {"top": top, "left": left, "height": h, "width": w}
+                return {"top": top, "left": int(rng.integers(width - w + 1)), "height": h, "width": w}
         # No box fits in a very long or very small image: the largest centered one of an allowed ratio.
-        low, high = self.ratio
-        w = min(width, max(1, round(height * high)))
-        h = min(height, max(1, round(width / low)))
+        w, h = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
         return {"top": (height - h) // 2, "left": (width - w) // 2, "height": h, "width": w}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
@@ -165,11 +142,7 @@ class ResizedCropFlip(Augmentation):
 
 
 def build_augmentation(name: str) -> Augmentation:
-    """The recipe registered under ``name``.
-
-    Raises:
-        ValueError: unknown name; the message proposes the nearest ones.
-    """
+    """The recipe registered under ``name``; the ValueError for an unknown one proposes the nearest."""
     return AUGMENTATION_REGISTRY.get(name)()
 
 

@@ -13,6 +13,9 @@ from d2distill.classification.registry import NamedRegistry
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import DataError
 
+Array = np.ndarray | torch.Tensor
+Labels = Sequence[int] | Array
+
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -47,11 +50,10 @@ class ImageDataset:
         labels: (n,) int64 tensor.
 
     Raises:
-        DataError: no samples, labels that are not whole numbers in 0..num_classes-1, or a number of classes that
-            is not ``info.num_classes``.
+        DataError: no samples, or labels or classes that do not fit ``info``.
     """
 
-    def __init__(self, info: DatasetInfo, labels: Sequence[int] | np.ndarray | torch.Tensor, classes: Sequence[str]):
+    def __init__(self, info: DatasetInfo, labels: Labels, classes: Sequence[str]):
         self.info, self.classes, self.num_classes = info, list(classes), len(classes)
         if info.num_classes not in (None, self.num_classes):
             raise DataError(f"{info.name} has {info.num_classes} classes, but {self.num_classes} were found")
@@ -70,14 +72,7 @@ class ImageDataset:
         return len(self.labels)
 
     def load(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
-        """The image at ``index`` as stored, and its label.
-
-        Returns:
-            A uint8 RGB tensor (3, H, W) where the set is in memory, an RGB ``PIL.Image`` where it is files.
-
-        Raises:
-            DataError: the file cannot be decoded.
-        """
+        """The image at ``index`` as stored, a uint8 RGB tensor (3, H, W) or an RGB ``PIL.Image``, and its label."""
         raise NotImplementedError
 
 
@@ -86,18 +81,9 @@ class ArrayDataset(ImageDataset):
 
     Attributes:
         images: (n, 3, H, W) uint8 RGB tensor.
-
-    Raises:
-        DataError: as :class:`ImageDataset`, and for images of another type, shape or number than the labels'.
     """
 
-    def __init__(
-        self,
-        info: DatasetInfo,
-        images: np.ndarray | torch.Tensor,
-        labels: Sequence[int] | np.ndarray | torch.Tensor,
-        classes: Sequence[str],
-    ):
+    def __init__(self, info: DatasetInfo, images: Array, labels: Labels, classes: Sequence[str]):
         super().__init__(info, labels, classes)
         self.images = torch.as_tensor(images)
         n, shape = len(self.labels), tuple(self.images.shape)
@@ -114,9 +100,7 @@ class ArrayDataset(ImageDataset):
 class FileDataset(ImageDataset):
     """One image file per sample; ``paths`` are relative to ``folder``."""
 
-    def __init__(
-        self, info: DatasetInfo, folder: Path, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]
-    ):
+    def __init__(self, info: DatasetInfo, folder: Path, paths: Sequence[str], labels: Labels, classes: Sequence[str]):
         super().__init__(info, labels, classes)
         self.folder = folder
         # One array, not a million str objects: their reference counts would make every forked worker copy the list.
@@ -131,11 +115,7 @@ class FileDataset(ImageDataset):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file as 8-bit RGB.
-
-    Raises:
-        DataError: missing, truncated or not an image, or of a mode with no defined 8-bit range.
-    """
+    """Decode an image file as 8-bit RGB; a DataError says what is wrong with it."""
     try:
         with Image.open(path) as image:
             if image.mode in ("I", "F"):
@@ -166,11 +146,7 @@ def register_dataset(info: DatasetInfo) -> Callable[[DatasetBuilder], DatasetBui
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """Facts about a data set; reads no file.
-
-    Raises:
-        ValueError: unknown name; the message proposes the nearest ones.
-    """
+    """Facts about a data set; reads no file. ValueError for an unknown name."""
     return DATASET_REGISTRY.get(name)[0]
 
 
@@ -195,14 +171,10 @@ def build_dataset(name: str, root: str | os.PathLike = "", split: str = "train")
 
 
 def find_folder(info: DatasetInfo, root: str, folders: Sequence[str], missing: Callable[[Path], Sequence[str]]) -> Path:
-    """The first complete one of ``folders``.
-
-    Args:
-        folders: relative to ``root`` or absolute, in the order in which they are tried; "" is ``root`` itself.
-        missing: folder -> the paths in it that are needed and not there (empty when complete).
+    """The first of ``folders`` (relative to ``root`` or absolute) where ``missing(folder)`` lists no needed paths.
 
     Raises:
-        FileNotFoundError: none is complete. The message lists what is missing, how to get it, how to point to it.
+        FileNotFoundError: there is none. The message lists what is missing, how to get it, how to point to it.
     """
     looked_at = []
     for folder in (Path(root, folder) for folder in folders):

@@ -23,10 +23,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     of an epoch's last few takes the first of them, with a loss weight of 0.
 
     Args:
-        num_samples: size of the data set.
         batch_size: over all ranks.
-        epochs: to run in all.
-        seed: of the run.
         start: the first step (batch) to give, counted over all epochs.
     """
 

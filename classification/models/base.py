@@ -105,11 +105,7 @@ def stack(block: type, in_channels: int, out_channels: int, depth: int, stride: 
 
 
 def kaiming_init_(model: nn.Module) -> None:
-    """Convolutions from N(0, 2 / fan_out) (He et al., ICCV 2015) without bias; batch norms are 1 and 0 already.
-
-    The original code of the CIFAR ResNets, WRN, VGG and MobileNetV2 draws its convolutions so; the families that do
-    not call this function were published with PyTorch's default initialization.
-    """
+    """Convolutions from N(0, 2 / fan_out) (He et al., ICCV 2015), biases 0; other families keep PyTorch's defaults."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -118,6 +114,6 @@ def kaiming_init_(model: nn.Module) -> None:
 
 
 def small_init_(layer: nn.Linear) -> None:
-    """A classifier that begins near zero, as VGG's and MobileNetV2's do."""
+    """A classifier that begins near zero."""
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)

@@ -70,12 +70,6 @@ def _new(mixin: type, library_class: type) -> nn.Module:
     return subclass.__new__(subclass)
 
 
-def _adopt(model: nn.Module, mixin: type, classifiers: list[str]) -> nn.Module:
-    model.__class__ = _subclass(mixin, type(model))
-    model.classifiers = classifiers
-    return model
-
-
 @contextmanager
 def _hooked(model: nn.Module, hooks: list[tuple[nn.Module, Callable]]) -> Iterator[list[Tensor]]:
     """Forward hooks that live as long as the block; gives what enters the classifiers meanwhile, as (N, D)."""
@@ -194,9 +188,6 @@ def build_torchvision(name: str, num_classes: int, image_size: ImageSize = None)
     ``image_size`` goes to ViT (a side only) and MaxViT, which have a fixed one; the others ignore it. GoogLeNet and
     Inception-v3 are built without auxiliary heads, whose weights in a checkpoint are skipped; for torchvision's own
     weights of these two set the pixel mean and standard deviation to 127.5, as their ``transform_input`` would.
-
-    Raises:
-        ValueError: torchvision knows no such classifier.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -212,7 +203,9 @@ def build_torchvision(name: str, num_classes: int, image_size: ImageSize = None)
     if "aux_logits" in options:
         model.register_load_state_dict_pre_hook(_drop_auxiliary_heads)
     mixin = TorchvisionViT if isinstance(model, VisionTransformer) else TorchvisionModel
-    return _adopt(model, mixin, [last_classifier(model, num_classes)])
+    model.__class__ = _subclass(mixin, type(model))
+    model.classifiers = [last_classifier(model, num_classes)]
+    return model
 
 
 def _drop_auxiliary_heads(module: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
@@ -224,12 +217,7 @@ def _drop_auxiliary_heads(module: nn.Module, state_dict: dict[str, Tensor], *_) 
 
 
 class TimmModel(LibraryModel):
-    """timm's model with ``outputs``; ``feats`` are those of ``forward_intermediates``.
-
-    Attributes:
-        feat_indices: which of timm's maps; None for all.
-        stem_name: the module that makes the first entry of ``feats``, if that is none of timm's maps.
-    """
+    """timm's model with ``outputs``; ``feats`` are the stem, if timm's maps have none, and `feat_indices` of them."""
 
     feat_indices: list[int] | None
     stem_name: str | None
@@ -266,10 +254,6 @@ def build_timm(name: str, num_classes: int, image_size: ImageSize = None) -> nn.
     """``timm.create_model(name, num_classes=..., pretrained=False)`` with ``outputs``; 0 classes: no classifier.
 
     ``image_size`` becomes ``img_size`` for the models that take one (ViT, Swin ...); the others ignore it.
-
-    Raises:
-        ImportError: timm is not installed.
-        ValueError: timm knows no such model.
     """
     try:
         import timm
@@ -284,7 +268,8 @@ def build_timm(name: str, num_classes: int, image_size: ImageSize = None) -> nn.
         if "img_size" not in str(error):
             raise
         model = timm.create_model(name, num_classes=num_classes)
-    model = _adopt(model, TimmModel, _timm_classifiers(model, num_classes))
+    model.__class__ = _subclass(TimmModel, type(model))
+    model.classifiers = _timm_classifiers(model, num_classes) if num_classes else []
     infos = model.feature_info if isinstance(model.feature_info, list) else model.feature_info.info
     reductions = [info["reduction"] for info in infos]
     model.feat_indices = _levels(reductions)
@@ -307,8 +292,6 @@ def is_without_classes(name: str) -> bool:
 
 
 def _timm_classifiers(model: nn.Module, num_classes: int) -> list[str]:
-    if num_classes == 0:
-        return []
     heads = model.get_classifier()
     names = {module: name for name, module in model.named_modules()}
     heads = heads if isinstance(heads, tuple | list | nn.ModuleList) else [heads]

@@ -25,7 +25,6 @@ def build_model(
             first, then cifar, tiny_imagenet, imagenet), or a library's model: ``"timm:NAME"``, ``"torchvision:NAME"``.
         num_classes: width of the classifier. 0, for models of timm, is none: ``model(images)`` then gives the pooled
             vectors, and ``outputs`` no logits.
-        model_family: where bare names are looked up first.
         image_size: the side or (height, width) of the images, for library models with a fixed input size
             (vision transformers). Every other model takes any size and ignores it.
 
@@ -37,7 +36,6 @@ def build_model(
 
     Raises:
         ValueError: unknown name or family, or no classes for a model that needs some.
-        ImportError: a ``timm:`` name without timm installed.
     """
     library, _, library_name = name.partition(":")
     if num_classes < 1 and not (num_classes == 0 and library == "timm"):

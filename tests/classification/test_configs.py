@@ -103,7 +103,7 @@ def test_stages_of_mobilenetv1_as_published():
         (["SOLVER.STEPS", [20, 10]], r"SOLVER.STEPS is \[20, 10\], but must be a list of increasing numbers"),
         (["SEED", -1], "SEED is -1"),
         (["MODEL.STUDENT.PIXEL_MEAN", [1.0]], "takes 3 numbers"),
-        (["MODEL.TEACHER.NAME", "vgg8", "MODEL.TEACHER.PIXEL_STD", [1.0, 0.0, 1.0]], "must be positive"),
+        (["MODEL.TEACHER.NAME", "vgg8", "MODEL.TEACHER.PIXEL_STD", [1.0, 0.0, 1.0]], "takes 3 positive numbers"),
         (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.WEIGHTS", "a.pth"], "WEIGHTS has 1 entries for 2"),
         (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.SHARES", [1.0, 0.0]], "SHARES must be positive"),
         (["SOLVER.AMP", "fp8"], "SOLVER.AMP fp8"),

@@ -180,7 +180,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_networks_and_methods_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"MODEL.STUDENT.NAME: unknown model 'resnet9' \(did you mean"):
         build_distiller(make_cfg("MODEL.STUDENT.NAME", "resnet9"))
-    with pytest.raises(ConfigError, match="need a teacher"):
+    with pytest.raises(ConfigError, match=r"KD needs teacher 0 .*but MODEL.TEACHER.NAME names 0"):
         build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.NAME", ""))
     with pytest.raises(ConfigError, match="student has 100 classes and the teacher 10"):
         build_distiller(make_cfg(*KD_AND_DKD), teacher=build_model("vgg8", 10))

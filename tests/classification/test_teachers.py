@@ -122,7 +122,7 @@ def test_connectors_fit_the_one_that_is_looked_at(name):
 def test_a_teacher_that_is_not_there():
     name = ON_FEATURES[0]
     for number in (2, -1):
-        with pytest.raises(ConfigError, match=rf"TEACHER is {number}, but there are 2 teachers"):
+        with pytest.raises(ConfigError, match=rf"needs teacher {number} \(DISTILL\..*\.TEACHER\), but .* names 2"):
             build(name, key(name, "TEACHER"), number, teacher=TEACHERS)
     with pytest.raises(ConfigError, match="SHARES has 3 entries for 2 teachers"):
         build(name, "MODEL.TEACHER.SHARES", [1.0, 1.0, 1.0], teacher=TEACHERS)
