@@ -37,8 +37,7 @@ class AccuracyEvaluator(DatasetEvaluator):
     def evaluate(self) -> dict[str, float] | None:
         """``{"top1": ..., "top5": ...}`` in percent on the main process, None elsewhere.
 
-        Raises:
-            DivergedError: in all processes, where logits are not finite: an accuracy of them means nothing.
+        A DivergedError on all ranks where logits are not finite: an accuracy of them means nothing.
         """
         gathered = comm.all_gather((torch.as_tensor(self._counts).cpu(), self._total))
         total = sum(count for _, count in gathered)

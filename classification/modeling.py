@@ -127,17 +127,16 @@ def build_distiller(
     num_classes = cfg.MODEL.NUM_CLASSES or info.num_classes
     if num_classes is None:
         raise ConfigError(f"MODEL.NUM_CLASSES: data set {info.name} has no fixed number of classes; set it")
-    methods = chosen_methods(cfg)
     student = student or build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, num_classes)
     teachers, weights, norms = [], [], []
-    if any(method.needs_teacher for method in methods.values()):
+    if any(method.needs_teacher for method in chosen_methods(cfg).values()):
         given = [] if teacher is None else list(teacher) if isinstance(teacher, Sequence | nn.ModuleList) else [teacher]
         nodes = teacher_nodes(cfg, len(given))
         teachers = given or [build_network(cfg, "MODEL.TEACHER", node, num_classes) for node in nodes]
         weights = [node.SHARE for node in nodes]
         norms = [Normalize.of(node, info) for node in nodes]
     student_info, *teacher_infos = (network_info(network, image_size(cfg)) for network in (student, *teachers))
-    distillers = _build_methods(cfg, methods, student_info, teacher_infos, TrainingData(num_samples, labels))
+    distillers = _build_methods(cfg, student_info, teacher_infos, TrainingData(num_samples, labels))
     source = None
     if teachers:
         sources = [LiveTeacher(network, norm) for network, norm in zip(teachers, norms, strict=True)]
@@ -149,13 +148,9 @@ def build_distiller(
 
 
 def _build_methods(
-    cfg: CfgNode,
-    methods: Mapping[str, type[Distiller]],
-    student: NetworkInfo,
-    teachers: Sequence[NetworkInfo],
-    data: TrainingData,
+    cfg: CfgNode, student: NetworkInfo, teachers: Sequence[NetworkInfo], data: TrainingData
 ) -> dict[str, Distiller]:
-    distillers: dict[str, Distiller] = {}
+    methods, distillers = chosen_methods(cfg), {}
     mixed = [key for key in ("MIXUP", "CUTMIX") if cfg.INPUT[key]]
     for name, method in methods.items():
         node = cfg.DISTILL[name.upper()]

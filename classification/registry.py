@@ -1,15 +1,13 @@
 """fvcore's Registry for data sets, augmentations and models, which have names of their own."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from fvcore.common.registry import Registry
 
 from d2distill.common.errors import did_you_mean
 
 __all__ = ["NamedRegistry"]
-
-T = TypeVar("T")
 
 
 class NamedRegistry(Registry):
@@ -19,10 +17,10 @@ class NamedRegistry(Registry):
         super().__init__(kind)
         self.kind = kind
 
-    def register_as(self, name: str) -> Callable[[T], T]:
+    def register_as(self, name: str) -> Callable[[Any], Any]:
         """Decorator that registers what it decorates under `name`, which must not be taken."""
 
-        def decorator(obj: T) -> T:
+        def decorator(obj: Any) -> Any:
             self._do_register(name, obj)
             return obj
 

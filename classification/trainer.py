@@ -8,7 +8,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2distill.classification.config import PRECISIONS, image_size, schedule_notes
-from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
+from d2distill.classification.data import ImageDataset, build_dataset
+from d2distill.classification.data.augment import build_augmentation
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.evaluation import AccuracyEvaluator

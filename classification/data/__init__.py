@@ -1,12 +1,11 @@
 """Data sets and augmentation for image classification."""
 
 from . import arrays, folders  # noqa: F401  (importing them registers their data sets)
-from .augment import AUGMENTATION_REGISTRY, Augmentation, AugmentedDataset, build_augmentation, eval_transform
+from .augment import AUGMENTATION_REGISTRY, Augmentation, AugmentedDataset
 from .datasets import (
     DATASET_REGISTRY,
     ArrayDataset,
     DatasetInfo,
-    FileDataset,
     ImageDataset,
     build_dataset,
     dataset_info,
@@ -20,11 +19,8 @@ __all__ = [
     "Augmentation",
     "AugmentedDataset",
     "DatasetInfo",
-    "FileDataset",
     "ImageDataset",
-    "build_augmentation",
     "build_dataset",
     "dataset_info",
-    "eval_transform",
     "register_dataset",
 ]

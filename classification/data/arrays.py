@@ -143,11 +143,7 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     )
 )
 def build_digits(info: DatasetInfo, root: str, split: str) -> ArrayDataset:
-    """scikit-learn's 1,797 digits, enlarged from 8x8 to 32x32; ``root`` is not used.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-    """
+    """scikit-learn's 1,797 digits, enlarged from 8x8 to 32x32; ``root`` is not used."""
     images, labels, _ = load_digits_split(split)
     # Values 0..16. All products are multiples of 1/1024 below 2**24, so float32 is exact and so are the pixels.
     gray = torch.from_numpy(images).float()[:, None] * (255 / 16)

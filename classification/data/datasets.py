@@ -1,4 +1,4 @@
-"""Data sets: facts that are known before a file is read, labelled images, and a registry of builders."""
+"""Data sets: facts that are known before a file is read, labeled images, and a registry of builders."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class DatasetInfo:
 
 
 class ImageDataset:
-    """Labelled images, neither augmented nor normalized: position -> (image, label). Subclasses write :meth:`load`.
+    """Labeled images, neither augmented nor normalized: position -> (image, label). Subclasses write :meth:`load`.
 
     Attributes:
         info: the :class:`DatasetInfo` it was built from.
@@ -157,7 +157,7 @@ def build_dataset(name: str, root: str | os.PathLike = "", split: str = "train")
         name: a name in ``DATASET_REGISTRY``.
         root: folder that holds the data set's folder, or that folder itself. Empty: the environment variable
             ``DETECTRON2_DATASETS``, and without it ``./datasets``.
-        split: "train" or "val" (the labelled test images, for sets that call them so).
+        split: "train" or "val" (the labeled test images, for sets that call them so).
 
     Raises:
         ValueError: unknown name or split.

@@ -92,18 +92,12 @@ def build_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
 
 @register_dataset(replace(_IMAGENET, name="folder", num_classes=None, source=_OWN_IMAGES))
 def build_folder(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train, sorted.
-
-    Without ROOT/train they are those of ROOT/val: enough to evaluate.
-    """
+    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train (else val), sorted."""
     return _image_folder(info, _find(info, root, [""], split), split)
 
 
 def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
-    """Class by file of Tiny-ImageNet's validation images: val_annotations.txt has file, wnid and a box, by tabs.
-
-    `classes` are those of the training images; without any, every class is one.
-    """
+    """Class by file of Tiny-ImageNet's validation images: val_annotations.txt has file, wnid and a box, by tabs."""
     annotations = folder / "val_annotations.txt"
     wnids: dict[str, str] = {}
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
@@ -130,10 +124,7 @@ def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
     )
 )
 def build_tiny_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """Tiny-ImageNet from ROOT/tiny-imagenet-200, as published or with its validation images sorted by class.
-
-    Labels number the wnids of the training folder, or of the validation images where there is none, in sorted order.
-    """
+    """Tiny-ImageNet from ROOT/tiny-imagenet-200, as published or with its validation images sorted by class."""
     folder = _find(info, root, ["tiny-imagenet-200", ""], split)
     images = folder / "val" / "images"
     # Scripts that sort the images by class leave val_annotations.txt, and often an empty val/images, behind.

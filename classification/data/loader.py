@@ -48,10 +48,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             first_batch = 0
 
     def rank_loss_weight(self, step: int) -> float:
-        """Factor for this rank's mean loss, with which the average over the ranks is the mean over the whole batch.
-
-        It is 1 where all ranks have the same number of samples.
-        """
+        """Factor for this rank's mean loss, with which the average over the ranks is the mean over the whole batch."""
         first = step % self.epoch_length * self.batch_size
         size = min(self.batch_size, self.num_samples - first)
         own = len(range(comm.get_rank(), size, comm.get_world_size()))

@@ -1,8 +1,4 @@
-"""Every classifier that can be a student or a teacher, behind one function.
-
-``build_model(name, num_classes)`` gives a module; ``model(images)`` its logits, ``model.outputs(images)``
-everything a distillation method may look at (:class:`d2distill.common.outputs.Outputs`).
-"""
+"""Every classifier that can be a student or a teacher, behind one function: :func:`build_model`."""
 
 # Importing a family's file registers its models.
 from . import mobilenet, resnet, shufflenet, vgg, wrn  # noqa: F401

@@ -29,7 +29,7 @@ ImageSize = int | tuple[int, int] | None
 # Norms are left out as the map before one is the block's own; the rest makes no maps.
 _NOT_BLOCKS = (nn.BatchNorm2d, nn.LayerNorm, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten, nn.Linear, Permute)
 _HEADS = ("classifier", "fc", "head", "heads")
-# Learned, but no matrices: torchvision's own recipes do not let them decay (--transformer-embedding-decay 0).
+# torchvision's own recipes do not let them decay (--transformer-embedding-decay 0).
 _EMBEDDINGS = ("class_token", "pos_embedding", "relative_position_bias_table")
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
@@ -143,11 +143,11 @@ class TorchvisionModel(_Torchvision):
         levels = maps[:1]
         for x in maps[1:]:
             # Convolutions without padding lose a row or two (Inception); only a halved area is a new resolution.
-            if 2 * _area(x) > _area(levels[-1]):
+            if 2 * x.shape[2:].numel() > levels[-1].shape[2:].numel():
                 levels.pop()
             levels.append(x)
         # Where the first map is already a quarter's, the stem has an entry of its own.
-        patchify = _area(images) >= 12 * _area(maps[0]) and maps[0] is not levels[0]
+        patchify = images.shape[2:].numel() >= 12 * maps[0].shape[2:].numel() and maps[0] is not levels[0]
         return Outputs(logits, [maps[0], *levels] if patchify else levels, None, _merge(pooled))
 
 
@@ -165,10 +165,6 @@ class TorchvisionViT(_Torchvision):
         with _hooked(self, [(module, record) for module in chosen]) as pooled:
             logits = self.forward(images)
         return Outputs(logits, feats, None, _merge(pooled))
-
-
-def _area(x: Tensor) -> int:
-    return x.shape[2] * x.shape[3]
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""DistillModel: losses, warm-up, normalisation, and a teacher that nothing touches."""
+"""DistillModel: losses, warm-up, normalization, and a teacher that nothing touches."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_losses_are_named_weighted_and_warmed_up():
     assert torch.equal(first["loss_kd"], last["loss_kd"])
 
 
-def test_each_network_normalises_for_itself():
+def test_each_network_normalizes_for_itself():
     statistics = ("MODEL.TEACHER.PIXEL_MEAN", [127.5] * 3, "MODEL.TEACHER.PIXEL_STD", [127.5] * 3)
     model = build_distiller(make_cfg(*KD_AND_DKD, *statistics))
     seen = {}
