@@ -159,11 +159,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
-
-    Raises:
-        UserError, FileNotFoundError: something is missing or does not fit.
-    """
+    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks."""
     weights = cfg.MODEL.STUDENT.WEIGHTS
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
