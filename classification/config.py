@@ -137,10 +137,9 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     """Defaults, YAML file and ``KEY VALUE`` pairs (:func:`read_cfg`), checked by :func:`validate`."""
     cfg = read_cfg(get_cfg, config_file, opts)
     validate(cfg)
-    student, teacher = cfg.MODEL.STUDENT, cfg.MODEL.TEACHER
-    student.WEIGHTS = absolute_file(student.WEIGHTS)
-    several = not isinstance(teacher.WEIGHTS, str)
-    teacher.WEIGHTS = [*map(absolute_file, teacher.WEIGHTS)] if several else absolute_file(teacher.WEIGHTS)
+    for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER):
+        several = not isinstance(node.WEIGHTS, str)
+        node.WEIGHTS = [*map(absolute_file, node.WEIGHTS)] if several else absolute_file(node.WEIGHTS)
     if cfg.DATASETS.ROOT:
         cfg.DATASETS.ROOT = os.path.abspath(os.path.expanduser(cfg.DATASETS.ROOT))
     return cfg
@@ -154,31 +153,24 @@ def image_size(cfg: CfgNode) -> int:
 def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
     """One node of NAME, WEIGHTS, PIXEL_MEAN, PIXEL_STD and SHARE per teacher; shares sum to 1.
 
-    Args:
-        given: number of networks that take the place of those named, if any.
-
-    Raises:
-        ConfigError: lists of different length, or shares that are not positive.
+    With `given` networks in the place of those named, NAME and WEIGHTS are empty.
     """
     node = cfg.MODEL.TEACHER
     names = [""] * given or _as_list(node.NAME)
-    count = len(names)
-    if not count:
+    if not names:
         return []
-    columns = {
-        "WEIGHTS": ([] if given else _as_list(node.WEIGHTS)) or [""] * count,
-        "SHARES": list(node.SHARES) or [1.0] * count,
-    }
+    shares = list(node.SHARES) or [1.0] * len(names)
+    weights = (not given and _as_list(node.WEIGHTS)) or [""] * len(names)
+    columns = {"NAME": names, "WEIGHTS": weights, "SHARES": shares}
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         one_each = any(isinstance(value, list | tuple) for value in node[key])
-        columns[key] = list(node[key]) if one_each else [node[key]] * count
+        columns[key] = list(node[key]) if one_each else [node[key]] * len(names)
     for key, values in columns.items():
-        if len(values) != count:
-            raise ConfigError(f"MODEL.TEACHER.{key} has {len(values)} entries for {count} teachers: {values}")
-    shares = columns.pop("SHARES")
+        if len(values) != len(names):
+            raise ConfigError(f"MODEL.TEACHER.{key} has {len(values)} entries for {len(names)} teachers: {values}")
     if any(share <= 0 for share in shares):
         raise ConfigError(f"MODEL.TEACHER.SHARES must be positive, but is {shares}")
-    columns = {"NAME": names, **columns, "SHARE": [share / sum(shares) for share in shares]}
+    columns["SHARE"] = [share / sum(shares) for share in columns.pop("SHARES")]
     return [CfgNode(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
@@ -206,17 +198,13 @@ def schedule_notes(cfg: CfgNode) -> list[str]:
 
 
 def validate(cfg: CfgNode) -> None:
-    """Check what can be checked before data and weights are touched.
-
-    Raises:
-        ConfigError: with the key, its value, and what would be right.
-    """
+    """Check what can be checked before data and weights are touched; a ConfigError says what would be right."""
     methods, solver = chosen_methods(cfg), cfg.SOLVER
     check_rules(cfg, _RULES)
     if not cfg.MODEL.STUDENT.NAME:
         raise ConfigError("MODEL.STUDENT.NAME is empty: name the model to train, e.g. resnet8x4 or timm:resnet18")
-    methods_needing_teacher = [name for name, method in methods.items() if method.needs_teacher]
     teachers = teacher_nodes(cfg)
+    methods_needing_teacher = [name for name, method in methods.items() if method.needs_teacher]
     if methods_needing_teacher and not teachers:
         raise ConfigError(f"DISTILL.METHODS {methods_needing_teacher} need a teacher, but MODEL.TEACHER.NAME is empty")
     try:
@@ -229,19 +217,18 @@ def validate(cfg: CfgNode) -> None:
             raise ConfigError(f"SOLVER.{key} {solver[key]} is none of {names}{did_you_mean(solver[key], known)}")
     for side, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teachers)]:
         for key in ("PIXEL_MEAN", "PIXEL_STD"):
-            if not NUMBERS.predicate(node[key]) or len(node[key]) not in (0, 3):
+            values = node[key]
+            fits = NUMBERS.predicate(values) and len(values) in (0, 3)
+            if not fits or (key == "PIXEL_STD" and any(value <= 0 for value in values)):
+                kind = "numbers" if key == "PIXEL_MEAN" else "positive numbers"
                 raise ConfigError(
-                    f"MODEL.{side}.{key} takes 3 numbers in RGB order, or none for the data set's, but is {node[key]}"
+                    f"MODEL.{side}.{key} takes 3 {kind} in RGB order, or none for the data set's, but is {values}"
                 )
-        if any(value <= 0 for value in node.PIXEL_STD):
-            raise ConfigError(f"MODEL.{side}.PIXEL_STD must be positive, but is {list(node.PIXEL_STD)}")
-    if solver.NESTEROV and solver.OPTIMIZER != "SGD":
-        raise ConfigError(f"SOLVER.NESTEROV is SGD's; {solver.OPTIMIZER} has no such momentum")
-    if solver.NESTEROV and not solver.MOMENTUM:
-        raise ConfigError("SOLVER.NESTEROV needs a momentum, but SOLVER.MOMENTUM is 0")
     if solver.OPTIMIZER == "DOT":
         if not 0 <= solver.DELTA < min(solver.MOMENTUM, 1 - solver.MOMENTUM):
             raise ConfigError(f"SOLVER.DELTA {solver.DELTA} must be below MOMENTUM and 1 - MOMENTUM")
         if not methods or solver.CLIP_GRAD_NORM or solver.AMP == "fp16" or solver.ACCUMULATE > 1:
             raise ConfigError("SOLVER.OPTIMIZER DOT needs a method, no CLIP_GRAD_NORM, no ACCUMULATE, no fp16")
+    elif solver.OPTIMIZER == "SGD" and solver.NESTEROV and not solver.MOMENTUM:
+        raise ConfigError("SOLVER.NESTEROV needs a momentum, but SOLVER.MOMENTUM is 0")
     resolve_device(cfg)

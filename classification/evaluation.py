@@ -21,16 +21,15 @@ class AccuracyEvaluator(DatasetEvaluator):
     TOPK = (1, 5)
 
     def reset(self) -> None:
-        # Hits for each k, then images with a logit that is not finite.
-        self._counts: Tensor | float = 0.0
-        self._total = 0
+        self._total, self._counts = 0, 0.0
 
     def process(self, inputs: Mapping[str, Tensor], outputs: Tensor) -> None:
-        """`inputs` holds ``label`` (N,); `outputs` are logits (N, C)."""
+        """`inputs` has ``label`` (N,); `outputs` are logits (N, C)."""
         target = inputs["label"].to(outputs.device)
         ranked = outputs.topk(min(max(self.TOPK), outputs.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
         broken = ~outputs.isfinite().all(1)
+        # Hits for each k, then images with a logit that is not finite.
         counts = [*(hits[:, :k].any(1).sum() for k in self.TOPK), broken.sum()]
         self._counts = self._counts + torch.stack(counts).double()
         self._total += len(target)
@@ -38,8 +37,7 @@ class AccuracyEvaluator(DatasetEvaluator):
     def evaluate(self) -> dict[str, float] | None:
         """``{"top1": ..., "top5": ...}`` in percent on the main process, None elsewhere.
 
-        Raises:
-            DivergedError: in all processes, where logits are not finite: an accuracy of them means nothing.
+        A DivergedError on all ranks where logits are not finite: an accuracy of them means nothing.
         """
         gathered = comm.all_gather((torch.as_tensor(self._counts).cpu(), self._total))
         total = sum(count for _, count in gathered)

@@ -1,6 +1,7 @@
 """The student with its teachers and methods: what the trainer calls."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from d2distill.common.modules import captured_extras
 from d2distill.common.outputs import Batch, NetworkInfo, Progress, TrainingData
 from d2distill.common.teachers import LiveTeacher, TeacherEnsemble, TeacherSource, exclude_teacher_from_state_dict
 
-__all__ = ["DistillModel", "Predictor", "build_distiller"]
+__all__ = ["DistillModel", "build_distiller"]
 
 
 class DistillModel(nn.Module):
@@ -24,18 +25,13 @@ class DistillModel(nn.Module):
 
     Teachers are always in eval mode, never in a gradient and never in the state dict.
 
-    Args:
+    Attributes:
         student: a network with ``outputs()``.
-        teachers: networks with ``outputs()``; none for plain training and for methods that need none.
-        source: gives the teachers' outputs.
+        teacher: the one teacher, a ModuleList of several, or None for plain training and methods that need none.
+        teacher_source: gives the teachers' outputs.
         distillers: methods by lower-case name.
         student_norm, teacher_norms: each network's normalization.
         ce_weight: weight of the cross-entropy.
-
-    Attributes:
-        student, distillers: as given.
-        teacher: the one teacher, a ModuleList of several, or None.
-        teacher_source: as given.
     """
 
     def __init__(
@@ -44,18 +40,16 @@ class DistillModel(nn.Module):
         teachers: Sequence[nn.Module],
         source: TeacherSource | None,
         distillers: dict[str, Distiller],
-        student_norm: "Normalize",
-        teacher_norms: Sequence["Normalize"],
+        student_norm: Normalize,
+        teacher_norms: Sequence[Normalize],
         ce_weight: float,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.student_norm = student, student_norm
         self.teacher = (nn.ModuleList(teachers) if len(teachers) > 1 else teachers[0]) if teachers else None
         self.distillers = nn.ModuleDict(distillers)
-        self.student_norm = student_norm
         self.teacher_norms = nn.ModuleList(teacher_norms)
-        self.teacher_source = source
-        self.ce_weight = ce_weight
+        self.teacher_source, self.ce_weight = source, ce_weight
         self._student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
 
@@ -87,7 +81,7 @@ class DistillModel(nn.Module):
         images = self.student_norm(batch["image"])
         if not self.training:
             return self.deployed_student()(images)
-        step = _batch_info(batch, epoch, images.device)
+        step = _batch_info({name: part for name, part in batch.items() if name != "image"}, epoch, images.device)
         with captured_extras(self.student, self._student_needs) as captured:
             student = self.student.outputs(images)
         student.extras.update(captured)
@@ -102,38 +96,13 @@ class DistillModel(nn.Module):
         return losses
 
 
-class Predictor(nn.Module):
-    """A network with its normalization: logits of a loader's batch, as evaluation takes it.
-
-    Args:
-        network: takes normalized images.
-        norm: of it.
-    """
-
-    def __init__(self, network: nn.Module, norm: "Normalize") -> None:
-        super().__init__()
-        self.network, self.norm = network, norm
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.network(self.norm(batch["image"]))
-
-
-def _batch_info(batch: Mapping[str, Tensor], epoch: float, device: torch.device) -> Batch:
+def _batch_info(batch: Mapping[str, Any], epoch: float, device: torch.device) -> Batch:
     """What methods may know of a loader's batch, on the device of the images."""
-    given = {
-        name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
-        for name, part in batch.items()
-        if name != "image"
-    }
-    return Batch(
-        target=given.pop("label"),
-        soft_target=given.pop("soft_target", None),
-        index=given.pop("index", None),
-        key=given.pop("key", None),
-        progress=given.pop("progress", Progress(epoch=epoch)),
-        view=given.pop("view", 0),
-        extras=given,
-    )
+    given = {"progress": Progress(epoch=epoch)}
+    for name, part in batch.items():
+        given[name] = part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+    fields = {name: given.pop(name) for name in ("soft_target", "index", "key", "progress", "view") if name in given}
+    return Batch(target=given.pop("label"), extras=given, **fields)
 
 
 def build_distiller(
@@ -146,7 +115,6 @@ def build_distiller(
     """Student, teachers and the methods of ``cfg.DISTILL.METHODS``, on the device of ``cfg.MODEL.DEVICE``.
 
     Args:
-        cfg: from :func:`d2distill.classification.config.get_cfg`.
         student, teacher: networks to take instead of those that `cfg` names.
         num_samples: size of the training set, for methods that remember samples.
         labels: (num_samples,) class of each training sample, for methods that contrast classes.
@@ -159,25 +127,16 @@ def build_distiller(
     num_classes = cfg.MODEL.NUM_CLASSES or info.num_classes
     if num_classes is None:
         raise ConfigError(f"MODEL.NUM_CLASSES: data set {info.name} has no fixed number of classes; set it")
-    methods = chosen_methods(cfg)
     student = student or build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, num_classes)
     teachers, weights, norms = [], [], []
-    if any(method.needs_teacher for method in methods.values()):
+    if any(method.needs_teacher for method in chosen_methods(cfg).values()):
         given = [] if teacher is None else list(teacher) if isinstance(teacher, Sequence | nn.ModuleList) else [teacher]
         nodes = teacher_nodes(cfg, len(given))
-        if not nodes:
-            raise ConfigError(f"DISTILL.METHODS {list(methods)} need a teacher, but MODEL.TEACHER.NAME is empty")
         teachers = given or [build_network(cfg, "MODEL.TEACHER", node, num_classes) for node in nodes]
         weights = [node.SHARE for node in nodes]
         norms = [Normalize.of(node, info) for node in nodes]
-    size = image_size(cfg)
-    distillers = _build_methods(
-        cfg,
-        methods,
-        network_info(student, size) if methods else None,
-        [network_info(network, size) for network in teachers],
-        TrainingData(num_samples, labels),
-    )
+    student_info, *teacher_infos = (network_info(network, image_size(cfg)) for network in (student, *teachers))
+    distillers = _build_methods(cfg, student_info, teacher_infos, TrainingData(num_samples, labels))
     source = None
     if teachers:
         sources = [LiveTeacher(network, norm) for network, norm in zip(teachers, norms, strict=True)]
@@ -189,19 +148,16 @@ def build_distiller(
 
 
 def _build_methods(
-    cfg: CfgNode,
-    methods: Mapping[str, type[Distiller]],
-    student: NetworkInfo | None,
-    teachers: Sequence[NetworkInfo],
-    data: TrainingData,
+    cfg: CfgNode, student: NetworkInfo, teachers: Sequence[NetworkInfo], data: TrainingData
 ) -> dict[str, Distiller]:
-    distillers: dict[str, Distiller] = {}
+    methods, distillers = chosen_methods(cfg), {}
     mixed = [key for key in ("MIXUP", "CUTMIX") if cfg.INPUT[key]]
     for name, method in methods.items():
         node = cfg.DISTILL[name.upper()]
         number = node.get("TEACHER", 0)
         if method.needs_teacher and not 0 <= number < len(teachers):
-            raise ConfigError(f"DISTILL.{name.upper()}.TEACHER is {number}, but there are {len(teachers)} teachers")
+            key = f"DISTILL.{name.upper()}.TEACHER"
+            raise ConfigError(f"{name} needs teacher {number} ({key}), but MODEL.TEACHER.NAME names {len(teachers)}")
         if mixed and not method.takes_soft_target:
             able = ", ".join(other for other, kind in DISTILLERS if kind.takes_soft_target)
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Networks as a configuration names them: built, loaded, normalised, measured."""
+"""Networks as a configuration names them: built, loaded, normalized, measured."""
 
 import copy
 import logging
@@ -12,14 +12,12 @@ from d2distill.classification.data import DatasetInfo, dataset_info
 from d2distill.classification.models import build_model, is_without_classes
 from d2distill.common.config import CfgNode
 from d2distill.common.engine.weight_files import load_weights, read_weights
-from d2distill.common.errors import ConfigError
+from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.common.outputs import NetworkInfo
 
 __all__ = ["Normalize", "build_network", "model_stats", "network_info"]
 
 logger = logging.getLogger("detectron2.d2distill")
-#: What networks raise that cannot take images of a size: patches that do not divide it, maps that vanish.
-_SIZE_ERRORS = (ArithmeticError, AssertionError, IndexError, RuntimeError)
 
 
 class Normalize(nn.Module):
@@ -43,10 +41,8 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
     """A network with its weights, if any are named.
 
     Args:
-        cfg: the whole configuration.
         key: ``MODEL.STUDENT`` or ``MODEL.TEACHER``, for errors.
         node: NAME and WEIGHTS.
-        num_classes: of its classifier.
 
     Raises:
         ConfigError: unknown model name, or a network that does not take images of the configured size.
@@ -55,17 +51,23 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
     size, family = image_size(cfg), dataset_info(cfg.DATASETS.NAME).model_family
     try:
         network = build_model(node.NAME, num_classes, model_family=family, image_size=size)
-        if key == "MODEL.TEACHER" and is_without_classes(node.NAME) and not _has_classifier(network, node.WEIGHTS):
-            logger.info(f"{key}.NAME {node.NAME} has no classes: it is a teacher for methods on features only")
-            network = build_model(node.NAME, 0, model_family=family, image_size=size)
+        if key == "MODEL.TEACHER" and is_without_classes(node.NAME):
+            # One that was published without a classifier may have been trained with one.
+            names = read_weights(node.WEIGHTS) if node.WEIGHTS else ()
+            if not any(f"{name}.weight" in names for name in network.classifiers):
+                logger.info(f"{key}.NAME {node.NAME} has no classes: it is a teacher for methods on features only")
+                network = build_model(node.NAME, 0, model_family=family, image_size=size)
+        network_info(network, size)
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
+        # Patches that do not divide the size, maps that vanish.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{key}.NAME {node.NAME} does not take images of INPUT.SIZE {size} ({reason}): choose another size"
+        ) from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{key}.NAME: {error}") from error
-    except _SIZE_ERRORS as error:
-        raise _size_error(key, node.NAME, size, error) from error
-    try:
-        network_info(network, size)
-    except (*_SIZE_ERRORS, ValueError) as error:
-        raise _size_error(key, node.NAME, size, error) from error
     if node.WEIGHTS:
         load_weights(network, node.WEIGHTS, f"{key}.WEIGHTS")
     elif key == "MODEL.TEACHER":
@@ -73,22 +75,11 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
     return network
 
 
-def _has_classifier(network: nn.Module, source: str) -> bool:
-    """Whether weights have the network's classifier: one that was published without may have been trained with one."""
-    return bool(source) and any(f"{name}.weight" in read_weights(source) for name in network.classifiers)
-
-
-def _size_error(key: str, name: str, size: int, error: Exception) -> ConfigError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return ConfigError(f"{key}.NAME {name} does not take images of INPUT.SIZE {size} ({reason}): choose another size")
-
-
 @torch.no_grad()
 def network_info(network: nn.Module, size: int) -> NetworkInfo:
-    """What methods may know of a network, from one forward pass of one image. Network and generators stay as they are.
+    """What methods may know of a network, from one forward pass of an image of `size` x `size` pixels.
 
-    Args:
-        size: side of the images in pixels.
+    The network and the generators stay as they are.
     """
     was_training = network.training
     parameter = next(network.parameters())

@@ -3,16 +3,17 @@
 import logging
 from typing import Any
 
-from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2distill.classification.config import PRECISIONS, image_size, schedule_notes
-from d2distill.classification.data import ImageDataset, build_augmentation, build_dataset
+from d2distill.classification.data import ImageDataset, build_dataset
+from d2distill.classification.data.augment import build_augmentation
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.evaluation import AccuracyEvaluator
-from d2distill.classification.modeling import DistillModel, Predictor, build_distiller
+from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.common.config import CfgNode, chosen_methods, resolve_device
@@ -32,41 +33,15 @@ __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
 logger = logging.getLogger("detectron2.d2distill")
 #: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
 _MAY_CHANGE = (
-    "CUDNN_BENCHMARK",
-    "LOG_PERIOD",
-    "MODEL.DEVICE",
-    "MODEL.TEACHER.WEIGHTS",
-    "DISTILL.CE_WEIGHT",
-    "DISTILL.*.WEIGHT",
-    "DISTILL.*.WARMUP",
-    "SOLVER.EPOCHS",
-    "SOLVER.BASE_LR",
-    "SOLVER.LR_SCHEDULE",
-    "SOLVER.STEPS",
-    "SOLVER.GAMMA",
-    "SOLVER.WARMUP_EPOCHS",
-    "SOLVER.MOMENTUM",
-    "SOLVER.NESTEROV",
-    "SOLVER.DELTA",
-    "SOLVER.WEIGHT_DECAY",
-    "SOLVER.CLIP_GRAD_NORM",
-    "SOLVER.CHECKPOINT_*",
-    "DATALOADER.NUM_WORKERS",
-    "TEST.*",
-)
+    "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
+    "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR", "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA",
+    "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY",
+    "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS", "TEST.*",
+)  # fmt: skip
 
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
-    """Networks, methods, optimizer, data and evaluation of a configuration, ready to run.
-
-    Args:
-        cfg: a checked configuration whose MODEL.NUM_CLASSES is set.
-        train_set, test_set: the two splits.
-
-    Raises:
-        ConfigError: a network or method that does not fit.
-        CheckpointError: weights that are missing or of another network.
-    """
+    """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
     solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
@@ -75,7 +50,6 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=train_set.labels)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
     optimizer = build_optimizer(model, solver)
-    backward = _dot_backward(optimizer, model) if isinstance(optimizer, DOT) else None
     sampler = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
@@ -83,6 +57,11 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     def build_batches(start: int) -> Any:
         order = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
         return build_train_loader(train_set, order, size, augmentation, workers)
+
+    def dot_backward(losses: dict[str, Tensor]) -> None:
+        names = {f"loss_{name}" for name in model.distillers}
+        task = {name: loss for name, loss in losses.items() if name not in names}
+        optimizer.backward(task, {name: loss for name, loss in losses.items() if name in names})
 
     def split_batch(batch: dict[str, Tensor], step: int) -> list[tuple[dict[str, Any], float]]:
         # Each process takes the mean over its own samples; their average is the mean over the whole batch only
@@ -98,9 +77,14 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         if comm.get_world_size() > 1:
             # Running statistics differ between the processes after a step; the main one's are those that are saved.
             broadcast_buffers(network)
-        predictor = Predictor(network, model.student_norm)
-        return inference_on_dataset(predictor, interruptible(test_loader), AccuracyEvaluator()) or {}
+        with inference_context(network):
+            return inference_on_dataset(
+                lambda batch: network(model.student_norm(batch["image"])),
+                interruptible(test_loader),
+                AccuracyEvaluator(),
+            )
 
+    backward = dot_backward if isinstance(optimizer, DOT) else None
     teacher = None if model.teacher is None else weights_digest(model.teacher)
     task = Task(
         model=model,
@@ -128,23 +112,8 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     return Trainer(cfg, task)
 
 
-def _dot_backward(optimizer: DOT, model: DistillModel) -> Any:
-    names = {f"loss_{name}" for name in model.distillers}
-
-    def backward(losses: dict[str, Tensor]) -> None:
-        distill = {name: value for name, value in losses.items() if name in names}
-        optimizer.backward({name: losses[name] for name in losses if name not in names}, distill)
-
-    return backward
-
-
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
-    """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0.
-
-    Raises:
-        FileNotFoundError, DataError: the data set is missing or incomplete.
-        ConfigError: MODEL.NUM_CLASSES is not that of the data, or an unknown augmentation.
-    """
+    """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0."""
     if cfg.INPUT.AUGMENTATION:
         try:
             build_augmentation(cfg.INPUT.AUGMENTATION)
@@ -190,11 +159,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
-
-    Raises:
-        UserError, FileNotFoundError: something is missing or does not fit.
-    """
+    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks."""
     weights = cfg.MODEL.STUDENT.WEIGHTS
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")

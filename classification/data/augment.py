@@ -5,11 +5,11 @@ or on restarts. All pixel work is torchvision's: on PIL images in PIL, on tensor
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -35,24 +35,21 @@ def _fit(image: ImageLike, size: int) -> ImageLike:
     return F.center_crop(image, [size, size])
 
 
-def _flip_if(image: ImageLike, flip: bool) -> ImageLike:
-    return F.horizontal_flip(image) if flip else image
-
-
 def eval_transform(image: ImageLike, size: int) -> torch.Tensor:
     """The image as it is if size x size; else short side to size * 256/224 (bilinear, antialiased), center crop.
 
-    Args:
-        image: uint8 tensor (3, H, W) or RGB PIL image.
-
-    Returns:
-        uint8 (3, size, size).
+    A uint8 tensor (3, H, W) or an RGB PIL image to uint8 (3, size, size).
     """
     return _to_tensor(_fit(image, size))
 
 
+def _flipped(image: ImageLike, params: Params) -> torch.Tensor:
+    return _to_tensor(F.horizontal_flip(image) if params["flip"] else image)
+
+
+@AUGMENTATION_REGISTRY.register_as("none")
 class Augmentation:
-    """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them.
+    """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them. Here: none.
 
     Attributes:
         fits_first: :meth:`apply` first brings the image to size x size as :func:`eval_transform` does, so
@@ -63,21 +60,10 @@ class Augmentation:
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         """Numbers for one image of height x width pixels."""
-        raise NotImplementedError
-
-    def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
-        """uint8 tensor (3, size, size): a pure function of its arguments; ``image`` is not changed."""
-        raise NotImplementedError
-
-
-@AUGMENTATION_REGISTRY.register_as("none")
-class NoAugmentation(Augmentation):
-    """The evaluation transform."""
-
-    def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         return {}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
+        """uint8 tensor (3, size, size): a pure function of its arguments; ``image`` is not changed."""
         return eval_transform(image, size)
 
 
@@ -106,7 +92,7 @@ class CropFlip(Crop):
         return super().draw(rng, height, width) | {"flip": bool(rng.random() < 0.5)}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
-        return _flip_if(super().apply(image, params, size), params["flip"])
+        return _flipped(super().apply(image, params, size), params)
 
 
 @AUGMENTATION_REGISTRY.register_as("rotate_flip")
@@ -116,15 +102,12 @@ class RotateFlip(Augmentation):
     Numbers: ``angle`` in degrees, counter-clockwise; ``flip``.
     """
 
-    max_angle = 20.0
-
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        angle = float(rng.uniform(-self.max_angle, self.max_angle))
-        return {"angle": angle, "flip": bool(rng.random() < 0.5)}
+        return {"angle": float(rng.uniform(-20.0, 20.0)), "flip": bool(rng.random() < 0.5)}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         rotated = F.rotate(_fit(image, size), params["angle"], interpolation=InterpolationMode.NEAREST, fill=0)
-        return _to_tensor(_flip_if(rotated, params["flip"]))
+        return _flipped(rotated, params)
 
 
 @AUGMENTATION_REGISTRY.register_as("resized_crop_flip")
@@ -135,83 +118,53 @@ class ResizedCropFlip(Augmentation):
     """
 
     fits_first = False
-    scale = (0.08, 1.0)
-    ratio = (3 / 4, 4 / 3)
-    attempts = 10
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         return self._draw_box(rng, height, width) | {"flip": bool(rng.random() < 0.5)}
 
     def _draw_box(self, rng: np.random.Generator, height: int, width: int) -> Params:
-        for _ in range(self.attempts):
-            area = height * width * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            w = round(math.sqrt(area * ratio))
-            h = round(math.sqrt(area / ratio))
+        low, high = 3 / 4, 4 / 3
+        for _ in range(10):
+            area = height * width * rng.uniform(0.08, 1.0)
+            ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 top = int(rng.integers(height - h + 1))
-                left = int(rng.integers(width - w + 1))
-                return {"top": top, "left": left, "height": h, "width": w}
+                return {"top": top, "left": int(rng.integers(width - w + 1)), "height": h, "width": w}
         # No box fits in a very long or very small image: the largest centered one of an allowed ratio.
-        low, high = self.ratio
-        w = min(width, max(1, round(height * high)))
-        h = min(height, max(1, round(width / low)))
+        w, h = min(width, max(1, round(height * high))), min(height, max(1, round(width / low)))
         return {"top": (height - h) // 2, "left": (width - w) // 2, "height": h, "width": w}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         box = [params[key] for key in ("top", "left", "height", "width")]
         image = F.resized_crop(image, *box, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
-        return _to_tensor(_flip_if(image, params["flip"]))
-
-
-def augmentation_names() -> list[str]:
-    """Names of all registered recipes, sorted."""
-    return AUGMENTATION_REGISTRY.names()
+        return _flipped(image, params)
 
 
 def build_augmentation(name: str) -> Augmentation:
-    """The recipe registered under ``name``.
-
-    Raises:
-        ValueError: unknown name; the message proposes the nearest ones.
-    """
+    """The recipe registered under ``name``; the ValueError for an unknown one proposes the nearest."""
     return AUGMENTATION_REGISTRY.get(name)()
 
 
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of one sample in one epoch; all three numbers are 0 or more."""
-    return np.random.default_rng([seed, epoch, index])
-
-
-def load_sample(
-    dataset: ImageDataset,
-    index: int,
-    *,
-    epoch: int,
-    seed: int,
-    augmentation: str | Augmentation,
-    size: int,
-    train: bool,
-) -> dict[str, Any]:
-    """One sample as a network's input, a pure function of its arguments.
+class AugmentedDataset(Dataset):
+    """Samples by (epoch, index): ``image`` (3, size, size) uint8 RGB, ``label`` and ``index``.
 
     Args:
-        index: position in the data set.
-        epoch, seed: 0 or more; with ``index`` they fix the augmentation.
-        augmentation: a recipe or its name; not used when ``train`` is false.
-        size: side of the result in pixels.
-
-    Returns:
-        dict of ``image`` (3, size, size) uint8 RGB, ``label`` int and ``index`` int.
-
-    Raises:
-        UnreadableImageError: the image file cannot be decoded.
+        size: side of the images in pixels.
+        seed: of the run; with epoch and index, all 0 or more, it fixes the augmentation.
+        augmentation: name of a recipe; empty: the evaluation transform, and samples by index.
     """
-    index = int(index)
-    image, label = dataset.load(index)
-    if not train:
-        return {"image": eval_transform(image, size), "label": label, "index": index}
-    recipe = build_augmentation(augmentation) if isinstance(augmentation, str) else augmentation
-    height, width = (size, size) if recipe.fits_first else F.get_size(image)
-    params = recipe.draw(sample_rng(seed, epoch, index), height, width)
-    return {"image": recipe.apply(image, params, size), "label": label, "index": index}
+
+    def __init__(self, dataset: ImageDataset, size: int, seed: int = 0, augmentation: str = "") -> None:
+        self.dataset, self.size, self.seed = dataset, size, seed
+        self.recipe = build_augmentation(augmentation or "none")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, torch.Tensor | int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        image, label = self.dataset.load(index)
+        shape = (self.size, self.size) if self.recipe.fits_first else F.get_size(image)
+        params = self.recipe.draw(np.random.default_rng([self.seed, epoch, index]), *shape)
+        return {"image": self.recipe.apply(image, params, self.size), "label": label, "index": index}

@@ -1,4 +1,4 @@
-"""Data sets: facts that are known before a file is read, labelled images, and a registry of builders."""
+"""Data sets: facts that are known before a file is read, labeled images, and a registry of builders."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,13 +13,8 @@ from d2distill.classification.registry import NamedRegistry
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import DataError
 
-SPLITS = ("train", "val")
-IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
-
-
-class UnreadableImageError(DataError):
-    """An image file that cannot be decoded; the message names the file."""
+Array = np.ndarray | torch.Tensor
+Labels = Sequence[int] | Array
 
 
 @dataclass(frozen=True)
@@ -47,35 +42,29 @@ class DatasetInfo:
 
 
 class ImageDataset:
-    """Labelled images, neither augmented nor normalized: position -> (image, label).
+    """Labeled images, neither augmented nor normalized: position -> (image, label). Subclasses write :meth:`load`.
 
     Attributes:
-        info: the :class:`DatasetInfo` it was built from; ``name``, ``image_size``, ``pixel_mean`` and ``pixel_std``
-            are also attributes here.
+        info: the :class:`DatasetInfo` it was built from.
         classes: class names, in the order of the labels; ``num_classes`` is their number.
         labels: (n,) int64 tensor.
 
     Raises:
-        DataError: no samples, labels that are not whole numbers in 0..num_classes-1, or a number of classes that
-            is not ``info.num_classes``.
+        DataError: no samples, or labels or classes that do not fit ``info``.
     """
 
-    def __init__(self, info: DatasetInfo, labels: Sequence[int] | np.ndarray | torch.Tensor, classes: Sequence[str]):
-        self.info = info
-        self.name, self.image_size = info.name, info.image_size
-        self.pixel_mean, self.pixel_std = info.pixel_mean, info.pixel_std
-        self.classes = list(classes)
-        self.num_classes = len(self.classes)
+    def __init__(self, info: DatasetInfo, labels: Labels, classes: Sequence[str]):
+        self.info, self.classes, self.num_classes = info, list(classes), len(classes)
         if info.num_classes not in (None, self.num_classes):
             raise DataError(f"{info.name} has {info.num_classes} classes, but {self.num_classes} were found")
         values = np.asarray(labels)
         if not len(values):
             raise DataError(f"{info.name}: no images")
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise DataError(f"{info.name}: labels must be a flat list of whole numbers, got {values.dtype}")
-        if not 0 <= values.min() <= values.max() < self.num_classes:
+        whole = values.dtype.kind in "iu"
+        if not whole or not 0 <= values.min() <= values.max() < self.num_classes:
             raise DataError(
-                f"{info.name}: labels must lie in 0..{self.num_classes - 1}, found {values.min()}..{values.max()}"
+                f"{info.name}: labels must be whole numbers in 0..{self.num_classes - 1}, found {values.dtype} "
+                f"{values.min()}..{values.max()}"
             )
         self.labels = torch.from_numpy(values.astype(np.int64))
 
@@ -83,14 +72,7 @@ class ImageDataset:
         return len(self.labels)
 
     def load(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
-        """The image at ``index`` as stored, and its label.
-
-        Returns:
-            A uint8 RGB tensor (3, H, W) where the set is in memory, an RGB ``PIL.Image`` where it is files.
-
-        Raises:
-            UnreadableImageError: the file cannot be decoded.
-        """
+        """The image at ``index`` as stored, a uint8 RGB tensor (3, H, W) or an RGB ``PIL.Image``, and its label."""
         raise NotImplementedError
 
 
@@ -99,26 +81,16 @@ class ArrayDataset(ImageDataset):
 
     Attributes:
         images: (n, 3, H, W) uint8 RGB tensor.
-
-    Raises:
-        DataError: as :class:`ImageDataset`, and for images of another type, shape or number than the labels'.
     """
 
-    def __init__(
-        self,
-        info: DatasetInfo,
-        images: np.ndarray | torch.Tensor,
-        labels: Sequence[int] | np.ndarray | torch.Tensor,
-        classes: Sequence[str],
-    ):
+    def __init__(self, info: DatasetInfo, images: Array, labels: Labels, classes: Sequence[str]):
         super().__init__(info, labels, classes)
         self.images = torch.as_tensor(images)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        n, shape = len(self.labels), tuple(self.images.shape)
+        if self.images.dtype != torch.uint8 or len(shape) != 4 or shape[:2] != (n, 3):
             raise DataError(
-                f"{info.name}: images must be uint8 (n, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
+                f"{info.name}: images must be uint8 (n, 3, H, W) for n = {n} labels, got {self.images.dtype} {shape}"
             )
-        if len(self.images) != len(self.labels):
-            raise DataError(f"{info.name}: {len(self.images)} images but {len(self.labels)} labels")
 
     def load(self, index: int) -> tuple[torch.Tensor, int]:
         # A view would let a caller change the data set, and would drag all of it along to another process.
@@ -126,16 +98,9 @@ class ArrayDataset(ImageDataset):
 
 
 class FileDataset(ImageDataset):
-    """One image file per sample.
+    """One image file per sample; ``paths`` are relative to ``folder``."""
 
-    Args:
-        folder: what the paths are relative to.
-        paths: one relative path per sample.
-    """
-
-    def __init__(
-        self, info: DatasetInfo, folder: Path, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]
-    ):
+    def __init__(self, info: DatasetInfo, folder: Path, paths: Sequence[str], labels: Labels, classes: Sequence[str]):
         super().__init__(info, labels, classes)
         self.folder = folder
         # One array, not a million str objects: their reference counts would make every forked worker copy the list.
@@ -150,11 +115,7 @@ class FileDataset(ImageDataset):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file as 8-bit RGB.
-
-    Raises:
-        UnreadableImageError: missing, truncated or not an image, or of a mode with no defined 8-bit range.
-    """
+    """Decode an image file as 8-bit RGB; a DataError says what is wrong with it."""
     try:
         with Image.open(path) as image:
             if image.mode in ("I", "F"):
@@ -167,7 +128,7 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
-        raise UnreadableImageError(f"cannot read image {path}: {reason}; repair or replace the file") from error
+        raise DataError(f"cannot read image {path}: {reason}; repair or replace the file") from error
 
 
 DATASET_REGISTRY = NamedRegistry("data set")
@@ -184,17 +145,8 @@ def register_dataset(info: DatasetInfo) -> Callable[[DatasetBuilder], DatasetBui
     return decorator
 
 
-def dataset_names() -> list[str]:
-    """Names of all registered data sets, sorted."""
-    return DATASET_REGISTRY.names()
-
-
 def dataset_info(name: str) -> DatasetInfo:
-    """Facts about a data set; reads no file.
-
-    Raises:
-        ValueError: unknown name; the message proposes the nearest ones.
-    """
+    """Facts about a data set; reads no file. ValueError for an unknown name."""
     return DATASET_REGISTRY.get(name)[0]
 
 
@@ -202,10 +154,10 @@ def build_dataset(name: str, root: str | os.PathLike = "", split: str = "train")
     """Open a data set.
 
     Args:
-        name: a name of :func:`dataset_names`.
+        name: a name in ``DATASET_REGISTRY``.
         root: folder that holds the data set's folder, or that folder itself. Empty: the environment variable
             ``DETECTRON2_DATASETS``, and without it ``./datasets``.
-        split: "train" or "val" (the labelled test images, for sets that call them so).
+        split: "train" or "val" (the labeled test images, for sets that call them so).
 
     Raises:
         ValueError: unknown name or split.
@@ -213,28 +165,23 @@ def build_dataset(name: str, root: str | os.PathLike = "", split: str = "train")
         FileNotFoundError: the files are missing; the message says where they were looked for and how to get them.
     """
     info, builder = DATASET_REGISTRY.get(name)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, got {split!r}")
     return builder(info, str(data_path(root=root)), split)
 
 
 def find_folder(info: DatasetInfo, root: str, folders: Sequence[str], missing: Callable[[Path], Sequence[str]]) -> Path:
-    """The first complete one of ``folders``.
-
-    Args:
-        folders: relative to ``root`` or absolute, in the order in which they are tried; "" is ``root`` itself.
-        missing: folder -> the paths in it that are needed and not there (empty when complete).
+    """The first of ``folders`` (relative to ``root`` or absolute) where ``missing(folder)`` lists no needed paths.
 
     Raises:
-        FileNotFoundError: none is complete. The message lists what is missing, how to get it, how to point to it.
+        FileNotFoundError: there is none. The message lists what is missing, how to get it, how to point to it.
     """
     looked_at = []
-    for folder in folders:
-        candidate = Path(root, folder)
-        absent = missing(candidate)
+    for folder in (Path(root, folder) for folder in folders):
+        absent = missing(folder)
         if not absent:
-            return candidate
-        looked_at += [f"\n  {candidate / path}" for path in absent]
+            return folder
+        looked_at += [f"\n  {folder / path}" for path in absent]
     raise FileNotFoundError(
         f"data set {info.name!r} not found. Not there:{''.join(looked_at)}\n"
         f"To get it: {info.source.replace('ROOT', root)}\n"

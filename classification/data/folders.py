@@ -10,7 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 
 from d2distill.common.errors import DataError
 
-from .datasets import IMAGENET_MEAN, IMAGENET_STD, DatasetInfo, FileDataset, find_folder, register_dataset
+from .datasets import DatasetInfo, FileDataset, find_folder, register_dataset
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -25,42 +25,12 @@ def _is_image(path: str) -> bool:
     return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
 
 
-def class_folders(folder: Path, skip: str = "") -> list[str]:
-    """Names of the class folders but `skip`, sorted; hidden folders (.git, .ipynb_checkpoints) are none.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    names = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "." and path.name != skip
-    )
+def _class_folders(folder: Path, skip: str = "") -> list[str]:
+    """Names of the class folders but `skip`, sorted; hidden folders (.git, .ipynb_checkpoints) are none."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and p.name != skip)
     if not names:
         raise FileNotFoundError(f"{folder} has no class folders: images must be in {folder}/<class>/<image file>")
     return names
-
-
-def list_images(folder: Path, names: Sequence[str], classes: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Image files below ``folder/<name>`` at any depth, as paths relative to ``folder``, and labels.
-
-    Args:
-        names: class folders to read.
-        classes: all class names, in label order.
-
-    Raises:
-        DataError: a folder that is not among the classes.
-        FileNotFoundError: a class folder without images.
-    """
-    index = {name: label for label, name in enumerate(classes)}
-    if unknown := [name for name in names if name not in index]:
-        raise DataError(f"{folder} has class folders that the training images do not have: {_some(unknown)}")
-    samples = make_dataset(folder, {name: index[name] for name in names}, is_valid_file=_is_image, allow_empty=True)
-    present = {label for _, label in samples}
-    if empty := [name for name in names if index[name] not in present]:
-        raise FileNotFoundError(
-            f"{folder} has class folders without images ({'/'.join(IMG_EXTENSIONS)}): {_some(empty)}"
-        )
-    prefix = len(str(folder)) + 1
-    return [path[prefix:] for path, _ in samples], [label for _, label in samples]
 
 
 def _find(info: DatasetInfo, root: str, folders: Sequence[str], split: str) -> Path:
@@ -72,78 +42,72 @@ def _find(info: DatasetInfo, root: str, folders: Sequence[str], split: str) -> P
 
 def _train_classes(folder: Path) -> list[str]:
     """The class folders of the training images; none where there are no training images."""
-    return class_folders(folder / "train") if (folder / "train").is_dir() else []
+    return _class_folders(folder / "train") if (folder / "train").is_dir() else []
 
 
 def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: str = "") -> FileDataset:
-    names = class_folders(folder / split, skip)
+    """Image files below FOLDER/SPLIT/<class> at any depth."""
+    names = _class_folders(folder / split, skip)
     classes = _train_classes(folder) or names
+    folder = folder / split
+    index = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in names if name not in index]:
+        raise DataError(f"{folder} has class folders that the training images do not have: {_some(unknown)}")
+    samples = make_dataset(folder, {name: index[name] for name in names}, is_valid_file=_is_image, allow_empty=True)
+    present = {label for _, label in samples}
+    if empty := [name for name in names if index[name] not in present]:
+        raise FileNotFoundError(
+            f"{folder} has class folders without images ({'/'.join(IMG_EXTENSIONS)}): {_some(empty)}"
+        )
     if split == "train" and info.num_classes not in (None, len(classes)):
         logger.warning(
-            f"{folder / split} has {len(classes)} class folders, but {info.name} as published has {info.num_classes}: "
+            f"{folder} has {len(classes)} class folders, but {info.name} as published has {info.num_classes}: "
             f"networks get {len(classes)} classes, and a checkpoint trained on all of them does not fit"
         )
-    info = replace(info, num_classes=len(classes))
-    return FileDataset(info, folder / split, *list_images(folder / split, names, classes), classes)
+    prefix = len(str(folder)) + 1
+    paths, labels = [path[prefix:] for path, _ in samples], [label for _, label in samples]
+    return FileDataset(replace(info, num_classes=len(classes)), folder, paths, labels, classes)
 
 
-@register_dataset(
-    DatasetInfo(
-        name="imagenet",
-        num_classes=1000,
-        image_size=224,
-        pixel_mean=IMAGENET_MEAN,
-        pixel_std=IMAGENET_STD,
-        model_family="imagenet",
-        augmentation="resized_crop_flip",
-        source="ask for the ILSVRC2012 archives (train, val, devkit) at https://www.image-net.org/download.php, put "
-        'them into ROOT/imagenet and unpack them: python -c "import torchvision; '
-        "[torchvision.datasets.ImageNet('ROOT/imagenet', split) for split in ('train', 'val')]\"",
-    )
+_IMAGENET = DatasetInfo(
+    name="imagenet",
+    num_classes=1000,
+    image_size=224,
+    pixel_mean=(0.485 * 255, 0.456 * 255, 0.406 * 255),
+    pixel_std=(0.229 * 255, 0.224 * 255, 0.225 * 255),
+    model_family="imagenet",
+    augmentation="resized_crop_flip",
+    source="ask for the ILSVRC2012 archives (train, val, devkit) at https://www.image-net.org/download.php, put "
+    'them into ROOT/imagenet and unpack them: python -c "import torchvision; '
+    "[torchvision.datasets.ImageNet('ROOT/imagenet', split) for split in ('train', 'val')]\"",
 )
+_OWN_IMAGES = "put your images into ROOT/train/<class>/ and ROOT/val/<class>/."
+
+
+@register_dataset(_IMAGENET)
 def build_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
     """ImageNet-1k from ROOT/imagenet/{train,val}/<wnid>/; to evaluate, val alone does."""
     return _image_folder(info, _find(info, root, ["imagenet", ""], split), split)
 
 
-@register_dataset(
-    DatasetInfo(
-        name="folder",
-        num_classes=None,
-        image_size=224,
-        pixel_mean=IMAGENET_MEAN,
-        pixel_std=IMAGENET_STD,
-        model_family="imagenet",
-        augmentation="resized_crop_flip",
-        source="put your images into ROOT/train/<class>/ and ROOT/val/<class>/.",
-    )
-)
+@register_dataset(replace(_IMAGENET, name="folder", num_classes=None, source=_OWN_IMAGES))
 def build_folder(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train, sorted.
-
-    Without ROOT/train they are those of ROOT/val: enough to evaluate.
-    """
+    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train (else val), sorted."""
     return _image_folder(info, _find(info, root, [""], split), split)
 
 
 def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
-    """Class by file of Tiny-ImageNet's validation images: val_annotations.txt has file, wnid and a box, by tabs.
-
-    `classes` are those of the training images; without any, every class is one.
-    """
+    """Class by file of Tiny-ImageNet's validation images: val_annotations.txt has file, wnid and a box, by tabs."""
     annotations = folder / "val_annotations.txt"
     wnids: dict[str, str] = {}
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
-        file, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
+        file, wnid, *_ = f"{line}\t".split("\t")
         if not wnid or (classes and wnid not in classes):
             raise DataError(f"{annotations}, line {number}: class {wnid!r} is not among the training classes")
         wnids[os.path.join("images", file)] = wnid
     present = {os.path.join("images", name) for name in os.listdir(folder / "images") if _is_image(name)}
-    if absent := sorted(wnids.keys() - present):
-        raise FileNotFoundError(f"{annotations} names files that are not there: {_some(absent)}")
-    if extra := sorted(present - wnids.keys()):
-        raise DataError(f"{annotations} has no class for {_some(extra)}")
+    if different := sorted(wnids.keys() ^ present):
+        raise DataError(f"{annotations} does not name the files that are there: {_some(different)}")
     return wnids
 
 
@@ -160,18 +124,12 @@ def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
     )
 )
 def build_tiny_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """Tiny-ImageNet from ROOT/tiny-imagenet-200, as published or with its validation images sorted by class.
-
-    Labels number the wnids of the training folder, or of the validation images where there is none, in sorted order.
-    """
+    """Tiny-ImageNet from ROOT/tiny-imagenet-200, as published or with its validation images sorted by class."""
     folder = _find(info, root, ["tiny-imagenet-200", ""], split)
     images = folder / "val" / "images"
     # Scripts that sort the images by class leave val_annotations.txt, and often an empty val/images, behind.
-    original = (
-        (folder / "val" / "val_annotations.txt").is_file()
-        and images.is_dir()
-        and any(map(_is_image, os.listdir(images)))
-    )
+    original = (folder / "val" / "val_annotations.txt").is_file() and images.is_dir()
+    original = original and any(map(_is_image, os.listdir(images)))
     if split == "train" or not original:
         return _image_folder(info, folder, split, skip="images")
     classes = _train_classes(folder)

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from d2distill.classification.data.augment import load_sample
+from d2distill.classification.data.augment import AugmentedDataset
 from d2distill.classification.data.datasets import ImageDataset
 from d2distill.common.engine.loading import WorkerLoader
 
-__all__ = ["AugmentedDataset", "EpochBatchSampler", "FixedSubset", "build_test_loader", "build_train_loader"]
+__all__ = ["EpochBatchSampler", "FixedSubset", "build_test_loader", "build_train_loader"]
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -23,19 +23,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     of an epoch's last few takes the first of them, with a loss weight of 0.
 
     Args:
-        num_samples: size of the data set.
         batch_size: over all ranks.
-        epochs: to run in all.
-        seed: of the run.
         start: the first step (batch) to give, counted over all epochs.
     """
 
     def __init__(self, num_samples: int, batch_size: int, epochs: int, seed: int, start: int = 0) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.seed = seed
-        self.start = start
+        self.num_samples, self.batch_size, self.epochs = num_samples, batch_size, epochs
+        self.seed, self.start = seed, start
         self.epoch_length = -(-num_samples // batch_size)
 
     def __len__(self) -> int:
@@ -54,10 +48,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             first_batch = 0
 
     def rank_loss_weight(self, step: int) -> float:
-        """Factor for this rank's mean loss, with which the average over the ranks is the mean over the whole batch.
-
-        It is 1 where all ranks have the same number of samples.
-        """
+        """Factor for this rank's mean loss, with which the average over the ranks is the mean over the whole batch."""
         first = step % self.epoch_length * self.batch_size
         size = min(self.batch_size, self.num_samples - first)
         own = len(range(comm.get_rank(), size, comm.get_world_size()))
@@ -74,23 +65,6 @@ class FixedSubset(ImageDataset):
 
     def load(self, index: int):
         return self.dataset.load(int(self.positions[index]))
-
-
-class AugmentedDataset(Dataset):
-    """Samples by (epoch, index), augmented if an augmentation is named: image (3, S, S) uint8, label, index."""
-
-    def __init__(self, dataset: ImageDataset, size: int, seed: int = 0, augmentation: str = "") -> None:
-        self.dataset, self.size, self.seed, self.augmentation = dataset, size, seed, augmentation
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, torch.Tensor | int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        recipe, train = self.augmentation, bool(self.augmentation)
-        return load_sample(
-            self.dataset, index, epoch=epoch, seed=self.seed, augmentation=recipe, size=self.size, train=train
-        )
 
 
 def build_train_loader(

@@ -17,16 +17,10 @@ def build_soft_targets(cfg: CfgNode, num_classes: int) -> Callable[[dict[str, Te
 
     Mixup and cutmix are torchvision's, one of the two in each step where both are set. They draw from torch's generator
     which the trainer seeds by (seed, step). Student and teacher see the same mixed images. The ``label`` stays: with
-    label smoothing alone, methods that need the one class of an image have it.
-
-    Returns:
-        A function from batch to batch; None where no setting asks for one.
+    label smoothing alone, methods that need the one class of an image have it. None where no setting asks for one.
     """
-    mixes: list[Callable] = []
-    if cfg.INPUT.MIXUP:
-        mixes.append(v2.MixUp(alpha=cfg.INPUT.MIXUP, num_classes=num_classes))
-    if cfg.INPUT.CUTMIX:
-        mixes.append(v2.CutMix(alpha=cfg.INPUT.CUTMIX, num_classes=num_classes))
+    kinds = ((v2.MixUp, cfg.INPUT.MIXUP), (v2.CutMix, cfg.INPUT.CUTMIX))
+    mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in kinds if alpha]
     smoothing = cfg.SOLVER.LABEL_SMOOTHING
     if not mixes and not smoothing:
         return None

@@ -1,23 +1,9 @@
-"""Every classifier that can be a student or a teacher, behind one function.
-
-``build_model(name, num_classes)`` gives a module; ``model(images)`` its logits, ``model.outputs(images)``
-everything a distillation method may look at (:class:`d2distill.common.outputs.Outputs`).
-"""
+"""Every classifier that can be a student or a teacher, behind one function: :func:`build_model`."""
 
 # Importing a family's file registers its models.
-from . import (  # noqa: F401
-    mobilenetv1,
-    mobilenetv2,
-    resnet_cifar,
-    resnet_imagenet,
-    resnet_wide_stem,
-    shufflev1,
-    shufflev2,
-    vgg,
-    wrn,
-)
+from . import mobilenet, resnet, shufflenet, vgg, wrn  # noqa: F401
 from .base import FeatureClassifier
-from .library_timm import is_without_classes
+from .library import is_without_classes
 from .registry import build_model, model_names, register
 
 __all__ = ["FeatureClassifier", "build_model", "is_without_classes", "model_names", "register"]

@@ -11,9 +11,12 @@ class FeatureClassifier(nn.Module):
 
     Attributes:
         classifier_name: path of the last layer, which turns ``pooled`` into logits.
+        bn_before_relu: the last batch norm of each of ``feats[1:]``, or None where a family has no such layer. OFD
+            takes its margins from them (Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019).
     """
 
     classifier_name = "fc"
+    bn_before_relu: list[nn.BatchNorm2d] | None = None
 
     def outputs(self, images: Tensor) -> Outputs:
         """Logits, stage maps, pre-activations and pooled vector of normalized images (N, 3, H, W)."""
@@ -28,13 +31,47 @@ class FeatureClassifier(nn.Module):
         """The last layer as a module from ``pooled`` to logits; its parameters are the network's own."""
         return on_vectors(self.get_submodule(self.classifier_name))
 
-    @property
-    def bn_before_relu(self) -> list[nn.BatchNorm2d] | None:
-        """The last batch norm of each of ``feats[1:]``, or None where a family has no such layer.
 
-        OFD takes its margins from them (Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019).
-        """
-        return None
+class SplitBlock(nn.Module):
+    """A block that hands out the tensor before its last ReLU, which works on a copy. Subclasses write ``preact``."""
+
+    def before_and_after_relu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        preact = self.preact(x)
+        return preact, F.relu(preact)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.preact(x))
+
+
+class StagedClassifier(FeatureClassifier):
+    """``conv1``, ``bn1``, ReLU, stages ``layer1``, ``layer2`` ... of :class:`SplitBlock`, pool, linear layer."""
+
+    @property
+    def stages(self) -> list[nn.Sequential]:
+        return [stage for name, stage in self.named_children() if name.startswith("layer")]
+
+    def run_stages(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The stages' maps after and before their last ReLU."""
+        feats, preacts = [], []
+        for stage in self.stages:
+            *body, last = stage
+            for block in body:
+                x = block(x)
+            preact, x = last.before_and_after_relu(x)
+            preacts.append(preact)
+            feats.append(x)
+        return feats, preacts
+
+    def head(self, x: Tensor) -> Tensor:
+        """What lies between the last stage and the pool."""
+        return x
+
+    def outputs(self, images: Tensor) -> Outputs:
+        stem = F.relu(self.bn1(self.conv1(images)))
+        feats, preacts = self.run_stages(stem)
+        pooled = global_pool(self.head(feats[-1]))
+        logits = self.get_submodule(self.classifier_name)(pooled)
+        return Outputs(logits, [stem, *feats], [stem, *preacts], pooled)
 
 
 def on_vectors(layer: nn.Module) -> nn.Module:
@@ -45,18 +82,8 @@ def on_vectors(layer: nn.Module) -> nn.Module:
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """Average over all positions, (N, C, H, W) to (N, C).
-
-    The original networks pool with a kernel that covers the whole map at their own image size; a global pool gives
-    the same there and takes other sizes too.
-    """
+    """(N, C, H, W) to (N, C). The original networks' kernels cover the map at one image size; this takes any size."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave the channels of ``groups`` groups (Zhang et al., ShuffleNet, CVPR 2018). Keeps the shape."""
-    n, c, h, w = x.shape
-    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
 def conv_bn_act(
@@ -71,14 +98,22 @@ def conv_bn_act(
     ]
 
 
-def kaiming_init_(model: nn.Module) -> None:
-    """Convolutions from N(0, 2 / fan_out) (He et al., ICCV 2015) without bias; batch norms are 1 and 0 already.
+def stack(block: type, in_channels: int, out_channels: int, depth: int, stride: int, *more: int) -> nn.Sequential:
+    """A stage of ``block(in_channels, out_channels, stride, *more)``; only the first one has the stride."""
+    first = block(in_channels, out_channels, stride, *more)
+    return nn.Sequential(first, *(block(out_channels, out_channels, 1, *more) for _ in range(depth - 1)))
 
-    The original code of the CIFAR ResNets, WRN, VGG and MobileNetV2 draws its convolutions so; the families that do
-    not call this function were published with PyTorch's default initialization.
-    """
+
+def kaiming_init_(model: nn.Module) -> None:
+    """Convolutions from N(0, 2 / fan_out) (He et al., ICCV 2015), biases 0; other families keep PyTorch's defaults."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def small_init_(layer: nn.Linear) -> None:
+    """A classifier that begins near zero."""
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)

@@ -5,21 +5,14 @@ from torch import nn
 from d2distill.classification.registry import NamedRegistry
 from d2distill.common.errors import did_you_mean
 
-from .library_timm import build_timm
-from .library_torchvision import build_torchvision
+from .library import build_timm, build_torchvision
 
 MODEL_REGISTRY = NamedRegistry("model")
 _LIBRARIES = {"timm": build_timm, "torchvision": build_torchvision}
-# Where a bare name is looked up after its data set's family.
-_FAMILIES = ("cifar", "tiny_imagenet", "imagenet")
-
 #: ``register("family/model")`` makes ``builder(num_classes) -> model`` known under that name.
 register = MODEL_REGISTRY.register_as
-
-
-def model_names() -> list[str]:
-    """The qualified names, such as ``"cifar/resnet56"``, sorted. Models of timm and torchvision are not listed."""
-    return MODEL_REGISTRY.names()
+#: The qualified names, such as ``"cifar/resnet56"``, sorted. Models of timm and torchvision are not listed.
+model_names = MODEL_REGISTRY.names
 
 
 def build_model(
@@ -32,7 +25,6 @@ def build_model(
             first, then cifar, tiny_imagenet, imagenet), or a library's model: ``"timm:NAME"``, ``"torchvision:NAME"``.
         num_classes: width of the classifier. 0, for models of timm, is none: ``model(images)`` then gives the pooled
             vectors, and ``outputs`` no logits.
-        model_family: where bare names are looked up first.
         image_size: the side or (height, width) of the images, for library models with a fixed input size
             (vision transformers). Every other model takes any size and ignores it.
 
@@ -44,7 +36,6 @@ def build_model(
 
     Raises:
         ValueError: unknown name or family, or no classes for a model that needs some.
-        ImportError: a ``timm:`` name without timm installed.
     """
     library, _, library_name = name.partition(":")
     if num_classes < 1 and not (num_classes == 0 and library == "timm"):
@@ -54,9 +45,9 @@ def build_model(
     families = {known.split("/")[0] for known in model_names()}
     if model_family not in families:
         raise ValueError(f"unknown model family {model_family!r}, should be one of {', '.join(sorted(families))}")
-    for candidate in (name, f"{model_family}/{name}", *(f"{family}/{name}" for family in _FAMILIES)):
-        if candidate in MODEL_REGISTRY:
-            return MODEL_REGISTRY.get(candidate)(num_classes)
+    for prefix in ("", f"{model_family}/", "cifar/", "tiny_imagenet/", "imagenet/"):
+        if prefix + name in MODEL_REGISTRY:
+            return MODEL_REGISTRY.get(prefix + name)(num_classes)
     known = [*model_names(), *(known.split("/")[-1] for known in model_names())]
     raise ValueError(
         f"unknown model {name!r}{did_you_mean(name, known)}; model_names() lists those of this package, "

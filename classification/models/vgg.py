@@ -7,39 +7,31 @@ from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
-from .base import FeatureClassifier, global_pool, kaiming_init_
+from .base import FeatureClassifier, conv_bn_act, global_pool, kaiming_init_, small_init_
 from .registry import register
-
-_WIDTHS = (64, 128, 256, 512, 512)
-
-
-def _block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
-    """``depth`` convolutions with batch norm and ReLU; the last ReLU is left to the network."""
-    layers: list[nn.Module] = []
-    for i in range(depth):
-        conv = nn.Conv2d(in_channels if i == 0 else out_channels, out_channels, 3, padding=1)
-        layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
 
 
 class VGG(FeatureClassifier):
-    """Five blocks of 3x3 convolutions. Maps of 32x32 images have sides 32, 16, 8, 4, 4; of 64x64: 64, 32, 16, 8, 4.
+    """Five blocks of `depths` 3x3 convolutions.
 
-    Args:
-        num_classes: width of the classifier.
-        depths: convolutions per block.
+    Maps of 32x32 images have sides 32, 16, 8, 4, 4; of 64x64: 64, 32, 16, 8, 4.
     """
 
     classifier_name = "classifier"
 
     def __init__(self, num_classes: int, depths: tuple[int, int, int, int, int]):
         super().__init__()
-        for i, depth in enumerate(depths):
-            setattr(self, f"block{i}", _block(3 if i == 0 else _WIDTHS[i - 1], _WIDTHS[i], depth))
-        self.classifier = nn.Linear(_WIDTHS[-1], num_classes)
+        channels = 3
+        for i, (depth, width) in enumerate(zip(depths, (64, 128, 256, 512, 512), strict=True)):
+            layers: list[nn.Module] = []
+            for _ in range(depth):
+                layers += conv_bn_act(channels, width, 3, bias=True)
+                channels = width
+            # The last ReLU is left to `outputs`.
+            setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))
+        self.classifier = nn.Linear(channels, num_classes)
         kaiming_init_(self)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        small_init_(self.classifier)
 
     @property
     def _blocks(self) -> list[nn.Sequential]:
@@ -61,11 +53,11 @@ class VGG(FeatureClassifier):
         return [block[-1] for block in self._blocks[1:]]
 
 
-for _depth, _depths in {
-    8: (1, 1, 1, 1, 1),
-    11: (1, 1, 2, 2, 2),
-    13: (2, 2, 2, 2, 2),
-    16: (2, 2, 3, 3, 3),
-    19: (2, 2, 4, 4, 4),
-}.items():
+for _depth, _depths in (
+    (8, (1, 1, 1, 1, 1)),
+    (11, (1, 1, 2, 2, 2)),
+    (13, (2, 2, 2, 2, 2)),
+    (16, (2, 2, 3, 3, 3)),
+    (19, (2, 2, 4, 4, 4)),
+):
     register(f"cifar/vgg{_depth}")(partial(VGG, depths=_depths))

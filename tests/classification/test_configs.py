@@ -14,7 +14,7 @@ from d2distill.classification.models import build_model
 from d2distill.classification.networks import network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.classification.trainer import load_datasets, train
-from d2distill.common.config import chosen_methods, resolve_device
+from d2distill.common.config import chosen_methods
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError
 from tests.goldens.fill import array
@@ -103,13 +103,12 @@ def test_stages_of_mobilenetv1_as_published():
         (["SOLVER.STEPS", [20, 10]], r"SOLVER.STEPS is \[20, 10\], but must be a list of increasing numbers"),
         (["SEED", -1], "SEED is -1"),
         (["MODEL.STUDENT.PIXEL_MEAN", [1.0]], "takes 3 numbers"),
-        (["MODEL.TEACHER.NAME", "vgg8", "MODEL.TEACHER.PIXEL_STD", [1.0, 0.0, 1.0]], "must be positive"),
+        (["MODEL.TEACHER.NAME", "vgg8", "MODEL.TEACHER.PIXEL_STD", [1.0, 0.0, 1.0]], "takes 3 positive numbers"),
         (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.WEIGHTS", "a.pth"], "WEIGHTS has 1 entries for 2"),
         (["MODEL.TEACHER.NAME", ["vgg8", "vgg13"], "MODEL.TEACHER.SHARES", [1.0, 0.0]], "SHARES must be positive"),
         (["SOLVER.AMP", "fp8"], "SOLVER.AMP fp8"),
         (["SOLVER.OPTIMIZER", "DOT"], "DOT needs a method"),
         (["SOLVER.OPTIMIZER", "DOT", "SOLVER.DELTA", 0.2], "SOLVER.DELTA"),
-        (["SOLVER.OPTIMIZER", "AdamW", "SOLVER.NESTEROV", True], "NESTEROV is SGD's; AdamW has no"),
         (["MODEL.DEVICE", "cuda:99"], "GPU"),
         (["MODEL.DEVICE", "quantum"], "MODEL.DEVICE quantum"),
         (["DISTILL.METHODS", [1]], "DISTILL.METHODS is .* a list of names"),
@@ -214,10 +213,6 @@ def test_what_a_short_run_never_reaches(opts, notes):
     assert len(found) == len(notes) and all(re.search(*pair) for pair in zip(notes, found, strict=True))
 
 
-def test_device_auto():
-    assert resolve_device(get_cfg()).type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.mark.parametrize(
     ("settings", "factors"),
     [
@@ -249,7 +244,7 @@ def test_learning_rates(settings, factors):
         ("AdamW", {}, {"weight_decay": 0.3}),
     ],
 )
-def test_optimisers_take_their_settings(name, settings, expected):
+def test_optimizers_take_their_settings(name, settings, expected):
     solver = get_cfg().SOLVER
     for key, value in {"OPTIMIZER": name, "BASE_LR": 0.02, "WEIGHT_DECAY": 0.3, **settings}.items():
         solver[key] = value

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2distill.classification.data import build_dataset, load_sample, sample_rng
+from d2distill.classification.data import AugmentedDataset, build_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.common.engine.loading import WorkerLoader
@@ -76,7 +76,7 @@ def test_weighted_means_of_the_ranks_average_to_the_mean_over_the_batch(monkeypa
 
 def test_order_and_augmentation_are_drawn_apart():
     order = [index for _, index in next(iter(EpochBatchSampler(40, 40, 1, seed=5)))]
-    assert not np.array_equal(order, sample_rng(5, 1, 0).permutation(40))
+    assert not np.array_equal(order, np.random.default_rng([5, 1, 0]).permutation(40))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_batches_are_the_same_whatever_the_workers_and_the_start(digits, workers
     for a, b in zip(whole[4:], tail, strict=True):
         assert b["image"].dtype == torch.uint8 and b["image"].shape[1:] == (3, 32, 32)
         assert all(torch.equal(a[key], b[key]) for key in ("image", "label", "index"))
-        sample = load_sample(digits, b["index"][0], epoch=2, seed=1, augmentation="crop", size=32, train=True)
+        sample = AugmentedDataset(digits, 32, 1, "crop")[2, int(b["index"][0])]
         assert torch.equal(b["image"][0], sample["image"]) and b["label"][0] == sample["label"]
 
 

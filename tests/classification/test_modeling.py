@@ -1,4 +1,4 @@
-"""DistillModel: losses, warm-up, normalisation, and a teacher that nothing touches."""
+"""DistillModel: losses, warm-up, normalization, and a teacher that nothing touches."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_losses_are_named_weighted_and_warmed_up():
     assert torch.equal(first["loss_kd"], last["loss_kd"])
 
 
-def test_each_network_normalises_for_itself():
+def test_each_network_normalizes_for_itself():
     statistics = ("MODEL.TEACHER.PIXEL_MEAN", [127.5] * 3, "MODEL.TEACHER.PIXEL_STD", [127.5] * 3)
     model = build_distiller(make_cfg(*KD_AND_DKD, *statistics))
     seen = {}
@@ -181,7 +181,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_networks_and_methods_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"MODEL.STUDENT.NAME: unknown model 'resnet9' \(did you mean"):
         build_distiller(make_cfg("MODEL.STUDENT.NAME", "resnet9"))
-    with pytest.raises(ConfigError, match="need a teacher"):
+    with pytest.raises(ConfigError, match=r"KD needs teacher 0 .*but MODEL.TEACHER.NAME names 0"):
         build_distiller(make_cfg(*KD_AND_DKD, "MODEL.TEACHER.NAME", ""))
     with pytest.raises(ConfigError, match="student has 100 classes and the teacher 10"):
         build_distiller(make_cfg(*KD_AND_DKD), teacher=build_model("vgg8", 10))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from d2distill.classification.models import build_model, model_names, register
-from d2distill.classification.models.base import channel_shuffle
 from d2distill.classification.models.registry import MODEL_REGISTRY
+from d2distill.classification.models.shufflenet import channel_shuffle
 from tests.goldens.fill import array, fill_by_name
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path, monkeypatc
         trainer.gather_finite_means()
 
 
-def test_synchronised_batch_norms():
+def test_synchronized_batch_norms():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
     names = list(network.state_dict())
     assert synchronize_batch_norms(network) and list(network.state_dict()) == names

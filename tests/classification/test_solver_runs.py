@@ -1,4 +1,4 @@
-"""Short runs with every optimiser, schedule and precision; each goes on from a checkpoint as if never stopped."""
+"""Short runs with every optimizer, schedule and precision; each resumes from a checkpoint as if never stopped."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Several teachers at once, and the switch that standardises logits, for every registered method."""
+"""Several teachers at once, and the switch that standardizes logits, for every registered method."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_connectors_fit_the_one_that_is_looked_at(name):
 def test_a_teacher_that_is_not_there():
     name = ON_FEATURES[0]
     for number in (2, -1):
-        with pytest.raises(ConfigError, match=rf"TEACHER is {number}, but there are 2 teachers"):
+        with pytest.raises(ConfigError, match=rf"needs teacher {number} \(DISTILL\..*\.TEACHER\), but .* names 2"):
             build(name, key(name, "TEACHER"), number, teacher=TEACHERS)
     with pytest.raises(ConfigError, match="SHARES has 3 entries for 2 teachers"):
         build(name, "MODEL.TEACHER.SHARES", [1.0, 1.0, 1.0], teacher=TEACHERS)
@@ -131,8 +131,8 @@ def test_a_teacher_that_is_not_there():
 
 
 @pytest.mark.parametrize("name", STANDARDIZED)
-def test_standardised_logits(name):
-    """The switch is the method on logits that are standardised already."""
+def test_standardized_logits(name):
+    """The switch is the method on logits that are standardized already."""
     student, teacher = (array(seed, 6, CLASSES, scale=5.0) + 3 for seed in (1, 2))
     batch = make_batch(6)
 
@@ -141,15 +141,15 @@ def test_standardised_logits(name):
         outputs = [Outputs(prepare(logits)) for logits in (student, teacher)]
         return distiller(*outputs, Batch(batch["label"]))
 
-    standardised = loss(True, lambda logits: logits)
-    assert torch.equal(standardised, loss(False, standardize_logits))
-    assert not torch.isclose(standardised, loss(False, lambda logits: logits), rtol=1e-3)
+    standardized = loss(True, lambda logits: logits)
+    assert torch.equal(standardized, loss(False, standardize_logits))
+    assert not torch.isclose(standardized, loss(False, lambda logits: logits), rtol=1e-3)
     # The students' means and deviations do not count.
-    torch.testing.assert_close(loss(True, lambda logits: 7 * logits - 2), standardised, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss(True, lambda logits: 7 * logits - 2), standardized, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", STANDARDIZED)
-def test_several_teachers_are_standardised_each(name):
+def test_several_teachers_are_standardized_each(name):
     """So that none counts more because its logits are larger."""
     student, *teachers = (array(seed, 6, CLASSES, scale=5.0) for seed in (1, 2, 3))
     batch = make_batch(6)

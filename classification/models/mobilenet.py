@@ -1,25 +1,52 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018) for CIFAR and Tiny-ImageNet.
+"""MobileNetV1 (Howard et al., 2017) for ImageNet, and MobileNetV2 (Sandler et al., CVPR 2018) for small images."""
 
-Their stages end in linear projections, so there are no ``preacts``.
-"""
-
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2distill.common.outputs import Outputs
 
-from .base import FeatureClassifier, conv_bn_act, global_pool, kaiming_init_
+from .base import FeatureClassifier, conv_bn_act, global_pool, kaiming_init_, small_init_, stack
 from .registry import register
 
-# Expansion, channels at full width, blocks, stride of the first block.
-_SETTINGS = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 1),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
+# Output channels and stride of the depthwise separable blocks, model.1 to model.13.
+_V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+# Channels at full width, blocks, stride of the first block, expansion.
+_V2_STAGES = ((16, 1, 1, 1), (24, 2, 1, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6), (160, 3, 2, 6), (320, 1, 1, 6))
+
+
+@register("imagenet/MobileNetV1")
+class MobileNetV1(FeatureClassifier):
+    """``feats`` are the last blocks of four resolutions. There is no stem entry, so methods that take
+    ``feats[1:]`` do without the first of them; published results were made so."""
+
+    feat_blocks = (3, 5, 11, 13)
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        channels = 32
+        self.model = nn.Sequential(nn.Sequential(*conv_bn_act(3, channels, 3, stride=2)))
+        for out_channels, stride in _V1_BLOCKS:
+            depthwise = conv_bn_act(channels, channels, 3, stride=stride, groups=channels)
+            self.model.append(nn.Sequential(*depthwise, *conv_bn_act(channels, out_channels)))
+            channels = out_channels
+        self.fc = nn.Linear(channels, num_classes)
+
+    def outputs(self, images: Tensor) -> Outputs:
+        x, feats, preacts = images, [], []
+        for i, block in enumerate(self.model):
+            if i not in self.feat_blocks:
+                x = block(x)
+                continue
+            preacts.append(block[:-1](x))
+            # Not the block's own ReLU: that one works in place and would overwrite the pre-activation.
+            x = F.relu(preacts[-1])
+            feats.append(x)
+        pooled = global_pool(x)
+        return Outputs(self.fc(pooled), feats, preacts, pooled)
+
+    @property
+    def bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        return [self.model[i][-2] for i in self.feat_blocks[1:]]
 
 
 class InvertedResidual(nn.Module):
@@ -45,41 +72,29 @@ class InvertedResidual(nn.Module):
         return x + out if self.add_input else out
 
 
-def _stage(block: type, in_channels: int, out_channels: int, depth: int, stride: int, expansion: int) -> nn.Sequential:
-    first = block(in_channels, out_channels, stride, expansion)
-    return nn.Sequential(first, *(block(out_channels, out_channels, 1, expansion) for _ in range(depth - 1)))
-
-
 @register("cifar/MobileNetV2")
 class MobileNetV2(FeatureClassifier):
-    """Half as wide as the paper's, with ReLU in place of ReLU6.
-
-    Args:
-        num_classes: width of the classifier.
-        width: factor of all channels but the last layer's 1280.
-    """
+    """Half as wide as the paper's, with ReLU in place of ReLU6. Stages end linearly, so there are no ``preacts``."""
 
     classifier_name = "classifier"
     feat_stages = (1, 2, 4, 6)
 
-    def __init__(self, num_classes: int, width: float = 0.5):
+    def __init__(self, num_classes: int):
         super().__init__()
-        channels = int(32 * width)
+        channels = 16
         self.conv1 = nn.Sequential(*conv_bn_act(3, channels, 3, stride=2))
         self.blocks = nn.Sequential()
-        for expansion, full_channels, depth, stride in _SETTINGS:
-            out_channels = int(full_channels * width)
-            self.blocks.append(_stage(InvertedResidual, channels, out_channels, depth, stride, expansion))
-            channels = out_channels
+        for full_channels, *stage in _V2_STAGES:
+            self.blocks.append(stack(InvertedResidual, channels, full_channels // 2, *stage))
+            channels = full_channels // 2
         self.conv2 = nn.Sequential(*conv_bn_act(channels, 1280))
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         kaiming_init_(self)
-        nn.init.normal_(self.classifier[0].weight, std=0.01)
-        nn.init.zeros_(self.classifier[0].bias)
+        small_init_(self.classifier[0])
 
     def outputs(self, images: Tensor) -> Outputs:
-        x = self.conv1(images)
-        feats = [x]
+        feats = [self.conv1(images)]
+        x = feats[0]
         for i, stage in enumerate(self.blocks):
             x = stage(x)
             if i in self.feat_stages:
@@ -99,13 +114,7 @@ class LinearBottleneck(InvertedResidual):
 
 @register("tiny_imagenet/MobileNetV2")
 class TinyMobileNetV2(FeatureClassifier):
-    """Biased convolutions, a 1x1 stem, a 1x1 classifier.
-
-    ``feats`` are the stem, stages 2-4 and the last 1x1 convolution's map.
-
-    Args:
-        num_classes: width of the classifier.
-    """
+    """Biased convolutions, 1x1 stem and classifier. ``feats``: stem, stages 2-4, the last 1x1 convolution's map."""
 
     classifier_name = "conv2"
 
@@ -115,11 +124,11 @@ class TinyMobileNetV2(FeatureClassifier):
         # Padding a 1x1 convolution is odd (64x64 images become 66x66 maps), but published weights were trained so.
         self.pre = nn.Sequential(*conv_bn_act(3, 32, padding=1, **settings))
         self.stage1 = block(32, 16, 1, 1)
-        self.stage2 = _stage(block, 16, 24, 2, 2, 6)
-        self.stage3 = _stage(block, 24, 32, 3, 2, 6)
-        self.stage4 = _stage(block, 32, 64, 4, 2, 6)
-        self.stage5 = _stage(block, 64, 96, 3, 1, 6)
-        self.stage6 = _stage(block, 96, 160, 3, 1, 6)
+        self.stage2 = stack(block, 16, 24, 2, 2, 6)
+        self.stage3 = stack(block, 24, 32, 3, 2, 6)
+        self.stage4 = stack(block, 32, 64, 4, 2, 6)
+        self.stage5 = stack(block, 64, 96, 3, 1, 6)
+        self.stage6 = stack(block, 96, 160, 3, 1, 6)
         self.stage7 = block(160, 320, 1, 6)
         self.conv1 = nn.Sequential(*conv_bn_act(320, 1280, **settings))
         self.conv2 = nn.Conv2d(1280, num_classes, 1)
