@@ -17,15 +17,7 @@ from d2distill.common.distillers import DISTILLERS, Distiller
 from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.rules import LIST_OF_STR, check_rules
 
-__all__ = [
-    "CfgNode",
-    "CheckedMerge",
-    "add_distill_defaults",
-    "chosen_methods",
-    "import_extensions",
-    "read_cfg",
-    "resolve_device",
-]
+__all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "read_cfg", "resolve_device"]
 
 
 def add_distill_defaults(cfg: _CfgNode) -> None:
@@ -74,15 +66,12 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
         get_cfg: the defaults, with nodes of :class:`CheckedMerge`.
 
     Raises:
-        ConfigError: unknown keys (named with the nearest known ones), values of another type, or a file that is no YAML
-            of settings or would run code.
+        ConfigError: an unknown key (named with the nearest known ones), a value of another type, or a faulty file.
         FileNotFoundError: no such file.
     """
     opts = list(opts or [])
     cfg, given = get_cfg(), {}
     if config_file:
-        if os.path.isdir(config_file):
-            raise ConfigError(f"--config-file {config_file} is a folder: name a YAML file in it")
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
         given = cfg.load_yaml_with_base(config_file)
@@ -109,36 +98,25 @@ def import_extensions(names: Iterable[str]) -> None:
         ConfigError: there is no such module or file, or it fails.
     """
     for name in names:
+        # A file has its path as its name, so that a second config of the same process does not run it again.
         path = os.path.realpath(name)
+        module_name = f"imported_by_config_{path}"
         try:
             if not name.endswith(".py"):
                 importlib.import_module(name)
-            elif os.path.isfile(path):
-                _import_file(path)
-            else:
-                raise FileNotFoundError("no such file beside the config file or in the working directory")
+            elif module_name not in sys.modules:
+                spec = importlib.util.spec_from_file_location(module_name, path)
+                sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
         except Exception as error:
+            sys.modules.pop(module_name, None)
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
             where = f"{name}, line {lines[-1]}" if lines else name
             raise ConfigError(f"IMPORTS: {where}: {type(error).__name__}: {error}") from error
 
 
-def _import_file(path: str) -> None:
-    # Under the file's own path, so that a second config of the same process does not run it again.
-    module_name = f"imported_by_config_{path}"
-    if module_name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-
-
 def resolve_device(cfg: _CfgNode) -> torch.device:
-    """The device of MODEL.DEVICE.
+    """The device of MODEL.DEVICE; "auto" is the GPU if there is one.
 
     Raises:
         ConfigError: no such device here.
@@ -148,13 +126,10 @@ def resolve_device(cfg: _CfgNode) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            torch.zeros(1, device=device)  # other devices need another build of torch
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ConfigError(f"MODEL.DEVICE {name}: {reason}; use cpu, cuda or auto") from None
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE {name}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"MODEL.DEVICE is {name}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
+            f"MODEL.DEVICE is {device}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
         )
     return device

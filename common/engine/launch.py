@@ -3,9 +3,9 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -29,9 +29,6 @@ def join_job() -> Iterator[None]:
     A user error inside is printed by the first rank that has it. The others, where it occurs too or where communication
     then fails, exit silently with the same code 2: one line in all. torchrun adds its own report and exits with 1; no
     worker can prevent that.
-
-    Raises:
-        ConfigError: more processes on a node than GPUs, or contradicting SLURM variables.
     """
     job = Job.from_environ()
     if job is None:
@@ -99,11 +96,11 @@ def forward_sigterm(number: int, frame: FrameType | None) -> None:
 def init_distributed(job: Job, store: dist.Store) -> None:
     """Initialize torch.distributed and Detectron2's `comm` for this process of a job."""
     gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(job.device_index(torch.cuda.device_count()))
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=job.rank, world_size=job.world_size)
     # Detectron2's own function takes nodes in order and of one size only.
     nodes = comm.all_gather(job.node)
+    if gpu:
+        torch.cuda.set_device(job.device_index(torch.cuda.device_count(), nodes.count(job.node)))
     for node in sorted(set(nodes)):
         group = dist.new_group([rank for rank, other in enumerate(nodes) if other == node])
         if node == job.node:
@@ -122,18 +119,13 @@ def _one_error(store: dist.Store) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mine = int(user_message(error) is not None)
+        mine = user_message(error) is not None
         try:
-            earlier = store.add("d2distill_user_errors", mine) - mine
-            if earlier:
-                # The end of this process may be the end of all.
-                store.wait(["d2distill_reported"], timedelta(seconds=10))
+            earlier = store.add("d2distill_user_errors", int(mine)) > mine
         except dist.DistError:
-            earlier = 1  # the rank that hosts the store has ended, and printed why
-        if earlier and not mine and not debugging():
-            raise SystemExit(2) from None  # a consequence of the other's end
-        try:
-            exit_with_error(error, silent=bool(earlier))
-        finally:
-            if mine and not earlier:
-                store.set("d2distill_reported", "")
+            earlier = True  # the rank that hosts the store has ended, and printed why
+        if earlier:
+            time.sleep(1)  # the end of this process may be the end of all: the first one prints before
+            if not mine and not debugging():
+                raise SystemExit(2) from None  # a consequence of the other's end
+        exit_with_error(error, silent=earlier)

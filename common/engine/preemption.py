@@ -13,21 +13,11 @@ from detectron2.utils import comm
 
 from d2distill.common.errors import UserError
 
-__all__ = ["EvaluationInterrupted", "InterruptibleLoader", "Preemption"]
+__all__ = ["PREEMPTED", "InterruptibleLoader", "Preemption"]
 
 logger = logging.getLogger("detectron2.d2distill")
-
-
-class EvaluationInterrupted(Exception):
-    """All processes left an evaluation.
-
-    Attributes:
-        error: of one of them; None if the job was asked to stop.
-    """
-
-    def __init__(self, error: UserError | None = None) -> None:
-        super().__init__("SIGTERM" if error is None else str(error))
-        self.error = error
+#: 128 + SIGTERM: what a shell reports for a process that ended on that signal.
+PREEMPTED = 143
 
 
 class Preemption:
@@ -65,21 +55,21 @@ class Preemption:
 
 
 class InterruptibleLoader:
-    """Batches of an evaluation that ends early when the job is asked to stop, or when a batch raises a user error.
+    """Batches of an evaluation that ends early when the job is asked to stop: a scheduler does not wait for all of it.
 
-    A scheduler does not wait for a whole evaluation.
+    The resumed run starts with this evaluation, since a checkpoint is saved before.
 
     Args:
         batches: with a length.
         preemption: checked before every batch.
 
     Raises:
-        EvaluationInterrupted: in all processes, after their last batch, if one was asked to stop or had an error.
+        SystemExit: in all processes, after their last batch, if one was asked to stop.
+        UserError: in all processes, if a batch of one raises it.
     """
 
     def __init__(self, batches: Iterable[Any], preemption: Preemption) -> None:
-        self.batches = batches
-        self.preemption = preemption
+        self.batches, self.preemption = batches, preemption
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -94,6 +84,8 @@ class InterruptibleLoader:
         except UserError as own:
             error = own
         asked, errors = zip(*comm.all_gather((self.preemption.requested, error)), strict=True)
-        errors = [error for error in errors if error is not None]
-        if any(asked) or errors:
-            raise EvaluationInterrupted(None if any(asked) else errors[0])
+        if any(asked):
+            logger.warning("SIGTERM in an evaluation; `--resume` starts with it")
+            raise SystemExit(PREEMPTED)
+        for error in filter(None, errors):
+            raise error

@@ -51,6 +51,7 @@ def test_batches_are_shared_out_evenly(monkeypatch):
 
 def test_what_the_main_process_cannot_do_ends_the_others_as_well(monkeypatch):
     error, done = OutputError("disk full"), []
+    assert run_on_main_process(lambda: 5) == 5
 
     def fail():
         done.append(comm.get_rank())
@@ -59,7 +60,7 @@ def test_what_the_main_process_cannot_do_ends_the_others_as_well(monkeypatch):
     with pytest.raises(OutputError, match="disk full"):
         run_on_main_process(fail)
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
-    monkeypatch.setattr(comm, "all_gather", lambda own: [error, own])
+    monkeypatch.setattr(comm, "all_gather", lambda own: [(None, error), own])
     with pytest.raises(OutputError, match="disk full"):
         run_on_main_process(fail)
     assert done == [0]
