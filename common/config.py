@@ -1,6 +1,5 @@
 """The DISTILL node, made of every registered method's own defaults, and how a configuration is read."""
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -21,18 +20,14 @@ __all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", 
 
 
 def add_distill_defaults(cfg: _CfgNode) -> None:
-    """Add the node DISTILL to `cfg`: METHODS, CE_WEIGHT, and one node per registered method.
-
-    Raises:
-        ConfigError: two methods whose names differ in case alone, and would share their settings.
-    """
+    """Add the node DISTILL to `cfg`: METHODS, CE_WEIGHT, and one node per registered method."""
     node = type(cfg)()
     # Any number of registered methods at once; an empty list is plain training.
     node.METHODS = []
     # Weight of the task's own cross-entropy (classification).
     node.CE_WEIGHT = 1.0
     for name, method in DISTILLERS:
-        if name.upper() in node:
+        if name.upper() in node:  # names that differ in case alone would share their settings
             raise ConfigError(f"method {name} ({method.__module__}): DISTILL.{name.upper()} is taken; rename the class")
         node[name.upper()] = type(cfg)({**method.common_defaults(), **method.defaults()})
     cfg.DISTILL = node
@@ -92,11 +87,7 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
 
 
 def import_extensions(names: Iterable[str]) -> None:
-    """Import what a configuration's IMPORTS names, modules or files, each once in a process.
-
-    Raises:
-        ConfigError: there is no such module or file, or it fails.
-    """
+    """Import what a configuration's IMPORTS names, modules or files, each once in a process."""
     for name in names:
         # A file has its path as its name, so that a second config of the same process does not run it again.
         path = os.path.realpath(name)
@@ -116,11 +107,7 @@ def import_extensions(names: Iterable[str]) -> None:
 
 
 def resolve_device(cfg: _CfgNode) -> torch.device:
-    """The device of MODEL.DEVICE; "auto" is the GPU if there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
+    """The device of MODEL.DEVICE; "auto" is the GPU if there is one. A ConfigError, if it is not here."""
     name = cfg.MODEL.DEVICE
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

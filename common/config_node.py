@@ -2,7 +2,7 @@
 
 import os
 from ast import literal_eval
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -17,8 +17,7 @@ __all__ = ["CfgNode", "CheckedMerge", "absolute_file", "coerce", "load_yaml", "o
 class CheckedMerge:
     """Mix-in for fvcore's and Detectron2's CfgNode: strict merging, and YAML that runs no code.
 
-    A value takes the type of its setting, however it is written (:func:`coerce`). An unknown key, a value of another
-    type and a faulty file are each a :class:`ConfigError`.
+    A value takes the type of its setting, however it is written (:func:`coerce`). What is wrong is a ConfigError.
     """
 
     #: Keys that take a string or a list of strings.
@@ -93,16 +92,9 @@ _TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", 
 
 
 def coerce(name: str, value: Any, current: Any, listable: bool = False) -> Any:
-    """`value` in the type that the setting `name` has: that of its `current` value.
-
-    Args:
-        listable: whether it takes a list as well as text.
-
-    Raises:
-        ConfigError: it cannot be read as that type.
-    """
+    """`value` in the type of the setting's `current` value; of a `listable` one a list or text."""
     if current is None:  # a setting of Detectron2 that takes any type
-        return _python(value)
+        return _read(value)
     if listable:
         types = (list, tuple, str)
     else:
@@ -127,29 +119,20 @@ def parse_as(value: Any, types: tuple[type, ...]) -> Any:
     Text is read as Python writes the type, then as YAML does, then as it is.
     """
     for kind in types:
-        readings = [value]
-        if isinstance(value, str):
-            # YAML's numbers are not all Python's: to it 010 is 8, and 1:30 is 90.
-            readings = [_python(value), value] if kind in (int, float) else [_python(value), _yaml(value), value]
-        for reading in readings:
+        # YAML's numbers are not all Python's: to it 010 is 8, and 1:30 is 90.
+        by_yaml = value if kind in (int, float) else _read(value, yaml.safe_load)
+        for reading in (_read(value), by_yaml, value):
             # Not isinstance, to which True is an int.
             if type(reading) is kind or (kind is dict and isinstance(reading, dict)):
                 return reading
     return None
 
 
-def _python(value: Any) -> Any:
+def _read(value: Any, reader: Callable[[str], Any] = literal_eval) -> Any:
     try:
-        return literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError, TypeError):
+        return reader(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, TypeError, yaml.YAMLError):
         return value
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return text
 
 
 def _shown(value: Any) -> str:
@@ -159,13 +142,8 @@ def _shown(value: Any) -> str:
 def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a YAML file over those of its ``_BASE_`` files.
 
-    Files that it names in IMPORTS and TEACHER.CONFIG_FILE become absolute here, where their folder is known.
-
-    Args:
-        above: the files that led here by their ``_BASE_``, outermost first.
-
-    Raises:
-        ConfigError: it cannot be read, is not settings, would run code, or is its own ``_BASE_``.
+    Files that it names in IMPORTS and TEACHER.CONFIG_FILE become absolute here, where their folder is known. `above`
+    are the files that led here by their ``_BASE_``, outermost first.
     """
     where = f"{filename} (_BASE_ of {above[-1]})" if above else filename
     if os.path.realpath(filename) in map(os.path.realpath, above):

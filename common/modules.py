@@ -44,20 +44,17 @@ def captured_extras(network: nn.Module, needs: Iterable[str]) -> Iterator[dict[s
     A submodule that is called several times gives a list.
 
     Raises:
-        ValueError: the network has no such submodule, or did not call it.
+        AttributeError: the network has no such submodule.
+        ValueError: it did not call it.
     """
-    names = [need.removeprefix(MODULE_PREFIX) for need in needs if need.startswith(MODULE_PREFIX)]
-    known = dict(network.named_modules())
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{type(network).__name__} has no submodule {name}")
+    names = [need for need in needs if need.startswith(MODULE_PREFIX)]
     extras: dict[str, Tensor | list[Tensor]] = {}
-    with capture_calls({name: known[name] for name in names}) as calls:
+    with capture_calls({name: network.get_submodule(name.removeprefix(MODULE_PREFIX)) for name in names}) as calls:
         yield extras
     for name, made in calls.items():
         if not made:
             raise ValueError(f"{type(network).__name__} did not call its submodule {name}")
-        extras[MODULE_PREFIX + name] = made[0].output if len(made) == 1 else [call.output for call in made]
+        extras[name] = made[0].output if len(made) == 1 else [call.output for call in made]
 
 
 def shared_copy(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from d2distill.common.errors import MissingDependencyError
+
 __all__ = ["NUM_VAL", "load_digits_split", "split_indices"]
 
 NUM_VAL = 500
@@ -27,14 +29,12 @@ def load_digits_split(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         Images (n, 8, 8), whole numbers 0 (paper) to 16 (ink) as float64; labels (n,); positions among all 1,797 (n,).
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        MissingDependencyError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            "the data set 'digits' comes with scikit-learn: pip install scikit-learn (or d2distill[digits])"
-        ) from error
+        raise MissingDependencyError("the data set 'digits' comes with scikit-learn: pip install it") from error
     data = load_digits()
     index = split_indices(data.target, split)
     return data.images[index], data.target[index], index

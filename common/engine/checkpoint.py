@@ -55,11 +55,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
 
 
 def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
-    """See that the floating tensors among the values are finite. Their device is waited for once.
-
-    Raises:
-        DivergedError: one holds an infinity or NaN.
-    """
+    """Raise a DivergedError where a floating tensor among the values is not finite. Waits for their device once."""
     finite = {n: t.isfinite().all() for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
     if finite:
         device = next(iter(finite.values())).device
@@ -70,11 +66,7 @@ def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
 
 
 def save_student(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write a network alone, as ``{"model": state_dict}``: the form in which such checkpoints are published.
-
-    Raises:
-        DivergedError: its weights are not finite.
-    """
+    """Write a finite network alone, as ``{"model": state_dict}``, the form in which checkpoints are published."""
     assert_finite_tensors(state_dict)
     write_atomically(path, lambda file: torch.save({"model": state_dict}, file))
 
@@ -108,23 +100,19 @@ class RunCheckpointer:
         return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Read the latest valid checkpoint, which the main process chooses for all; all call it.
+        """The latest valid checkpoint and what it holds, None if there is none. The main process chooses it for all.
 
-        A damaged one is skipped with a warning.
-
-        Returns:
-            The file and what it holds, or None if there is no checkpoint.
+        A damaged one is skipped with a warning. All call it.
 
         Raises:
-            CheckpointError: in all processes, where every checkpoint is damaged, the file is not of such a run, or a
-                process cannot read the one that the main process chose.
+            CheckpointError: in all processes, where none can be read, or one process cannot read the chosen one.
         """
         path = run_on_main_process(self._latest_valid)
         if path is None:
             return None
         data = error = None
         try:
-            data = _read(path)
+            data = self._read(path)
         except CheckpointError as own:
             error = f"rank {comm.get_rank()} cannot follow: {own}. OUTPUT_DIR must be one folder for all nodes"
         if errors := [text for text in comm.all_gather(error) if text]:
@@ -134,30 +122,31 @@ class RunCheckpointer:
     def _latest_valid(self) -> Path | None:
         for stale in self.save_dir.glob("*.tmp"):
             stale.unlink(missing_ok=True)  # of a save that was killed
-        files = self.files()
-        for path in files:
+        errors = []
+        for path in self.files():
             try:
-                data = _read(path)
+                self._read(path)
+                return path
             except CheckpointError as error:
                 logger.warning(f"{error}; trying the checkpoint before it")
-                continue
-            needed = ("model", *self.checkpointables, "settings", "run_identity")
-            if absent := [key for key in needed if key not in data]:
-                raise CheckpointError(
-                    f"{path} is no checkpoint of such a run: it has no '{absent[0]}'. Move it out of the folder, or "
-                    "choose another OUTPUT_DIR"
-                )
-            return path
-        if files:
-            raise CheckpointError(f"none of the {len(files)} checkpoints in {self.save_dir} can be read")
+                errors.append(error)
+        if errors:
+            raise CheckpointError(f"none of the {len(errors)} checkpoints in {self.save_dir} can be read: {errors[0]}")
         return None
 
-    def restore(self, path: Path, data: dict[str, Any]) -> None:
-        """Load what :meth:`latest` read into the model and the checkpointables.
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            data = read_torch(path)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{path} is damaged: {reason}") from error
+        for key in ("model", *self.checkpointables, "settings", "run_identity"):
+            if key not in data:
+                raise CheckpointError(f"{path} is no checkpoint of such a run: it has no '{key}'")
+        return data
 
-        Raises:
-            CheckpointError: it is of another model.
-        """
+    def restore(self, path: Path, data: dict[str, Any]) -> None:
+        """Load what :meth:`latest` read into the model and the checkpointables."""
         logger.info(f"Resuming from {path}")
         differing = compare_states(self.model.state_dict(), data["model"])
         if any(differing):
@@ -165,11 +154,3 @@ class RunCheckpointer:
         self.model.load_state_dict(data["model"])
         for key, item in self.checkpointables.items():
             item.load_state_dict(data[key])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_torch(path)
-    except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged: {reason}") from error

@@ -23,11 +23,12 @@ __all__ = ["CommandParser", "debugging", "exit_with_error", "find_config", "run_
 class CommandParser(argparse.ArgumentParser):
     """Flags and ``KEY VALUE`` settings in any order; a mistyped flag is an error that names the nearest known one."""
 
+    takes_settings = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.add_argument("--version", action="version", version=f"d2distill {__version__}")
-        self.takes_settings = False
 
     def add_settings(self) -> None:
         """Take ``KEY VALUE`` pairs, as ``opts``."""
@@ -83,14 +84,11 @@ def user_errors() -> Iterator[None]:
 
 
 def exit_with_error(error: Exception, silent: bool = False) -> NoReturn:
-    """Exit with code 2 after a user error, which is printed in one line unless `silent`; raise any other error.
-
-    With ``--debug`` on the command line the traceback is printed before, in every process.
-    """
+    """Exit with code 2 after a user error, printed in one line unless `silent`; raise any other error."""
     message = user_message(error)
     if message is None:
         raise error
-    if debugging():
+    if debugging():  # in every process
         traceback.print_exception(error)
     if debugging() or not silent:
         print(f"error: {message}", file=sys.stderr)

@@ -73,15 +73,10 @@ class EvaluationHook(HookBase):
     """
 
     def __init__(
-        self,
-        evaluate: Callable[[], Mapping[str, float]],
-        period: int,
-        best: Mapping[str, str],
-        on_best: Callable[[str], None],
+        self, evaluate: Callable[[], Mapping[str, float]], period: int, best: Mapping[str, str], on_best: Callable
     ) -> None:
         self._evaluate, self._period, self._deciding, self._on_best = evaluate, period, best, on_best
-        self.last: dict[str, float] = {}
-        self.best: dict[str, float] = {}
+        self.last, self.best = {}, {}
 
     def summary(self) -> dict[str, float]:
         """The last value of each metric, and the best under ``best_<metric>``."""
@@ -117,18 +112,17 @@ class WriterHook(HookBase):
     Args:
         output_dir: of the log.
         periods: in steps; 0 is none. That of the evaluations is among them: a line has what belongs to one step.
-        max_iter: of the training.
         epoch_length: in steps; 0 where there are no epochs.
     """
 
-    def __init__(self, output_dir: str, periods: list[int], max_iter: int, epoch_length: int = 0) -> None:
-        self._output_dir, self._max_iter, self._epoch_length = output_dir, max_iter, epoch_length
+    def __init__(self, output_dir: str, periods: list[int], epoch_length: int = 0) -> None:
+        self._output_dir, self._epoch_length = output_dir, epoch_length
         self._periods = [period for period in (*periods, epoch_length) if period]
 
     def before_train(self) -> None:
         # The line of the last step before a restart is written anew.
-        first = max(self.trainer.start_iter - 1, 0)
-        self._writers = build_writers(self._output_dir, first, self._max_iter) if comm.is_main_process() else []
+        start, end = max(self.trainer.start_iter - 1, 0), self.trainer.max_iter
+        self._writers = build_writers(self._output_dir, start, end) if comm.is_main_process() else []
 
     def after_step(self) -> None:
         done, length = self.trainer.iter + 1, self._epoch_length

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -49,11 +48,7 @@ def join_job() -> Iterator[None]:
 
 
 def processes_to_start(num_gpus: int, num_machines: int = 1) -> int:
-    """How many processes :func:`launch` has to start here; 0 if this one is enough, or is one of a job.
-
-    Raises:
-        ConfigError: more GPUs are asked for than exist.
-    """
+    """How many processes :func:`launch` has to start here; 0 if this one is enough, or is one of a job."""
     if dist.is_initialized():
         return 0
     found = torch.cuda.device_count()
@@ -87,7 +82,7 @@ def launch(
         raise SystemExit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code) from None
 
 
-def forward_sigterm(number: int, frame: FrameType | None) -> None:
+def forward_sigterm(*_: Any) -> None:
     """Signal handler: the child processes save and exit, and this one waits for them."""
     for child in multiprocessing.active_children():
         child.terminate()

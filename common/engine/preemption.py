@@ -4,11 +4,8 @@ import logging
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from detectron2.utils import comm
 
 from d2distill.common.errors import UserError
@@ -26,32 +23,20 @@ class Preemption:
     def __init__(self) -> None:
         self.requested = False
         self._previous: Any = None
-        self._group: dist.ProcessGroup | None = None
 
     def install(self) -> None:
-        """Record SIGTERM from now on. All processes call it."""
-        if comm.get_world_size() > 1:
-            # On the CPU, so that no GPU waits for it.
-            self._group = dist.new_group(backend="gloo")
-        # Python allows handlers in the main thread only.
+        """Record SIGTERM from now on, where Python allows handlers: in the main thread."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            self._previous = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "requested", True))
 
     def remove(self) -> None:
         """Restore the handler from before."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
     def requested_on_any_rank(self) -> bool:
-        """Whether any process of the job was asked to stop. All call it."""
-        if comm.get_world_size() == 1:
-            return self.requested
-        flag = torch.tensor([int(self.requested)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        """Whether any process of the job was asked to stop. All call it; no GPU waits for it."""
+        return any(comm.all_gather(self.requested))
 
 
 class InterruptibleLoader:

@@ -31,9 +31,7 @@ def prepare_run(cfg: CfgNode, resume: bool) -> None:
     check_processes(cfg)
     run_on_main_process(lambda: _make_folder(cfg.OUTPUT_DIR))
     if not resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
-        raise ConfigError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
-        )
+        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another")
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
@@ -76,5 +74,4 @@ def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
     if content.get("steps") != steps:
         return None
     # A metric that is not defined on the data is null there.
-    metrics = {name: value for name, value in content.items() if name not in _FACTS}
-    return {name: float("nan") if value is None else value for name, value in metrics.items()}
+    return {n: float("nan") if value is None else value for n, value in content.items() if n not in _FACTS}

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Trainer(TrainerBase):
             hooks.LRScheduler(task.optimizer, task.lr_scheduler),
             self.ema,
             self.evaluation,
-            WriterHook(cfg.OUTPUT_DIR, [cfg.LOG_PERIOD, task.eval_period], task.max_iter, task.epoch_length),
+            WriterHook(cfg.OUTPUT_DIR, [cfg.LOG_PERIOD, task.eval_period], task.epoch_length),
         ]
         self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
 
@@ -180,10 +181,7 @@ class Trainer(TrainerBase):
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the deployed student, and under ``ema_<metric>`` of its average; empty on other ranks."""
-
-        def interruptible(batches: Any) -> InterruptibleLoader:
-            return InterruptibleLoader(batches, self.preemption)
-
+        interruptible = partial(InterruptibleLoader, preemption=self.preemption)
         results = self.task.evaluate(self.task.deployed_student(), interruptible)
         if self.ema is not None:
             averaged = self.task.evaluate(self.ema.network, interruptible)
@@ -199,10 +197,6 @@ class Trainer(TrainerBase):
         """Load the latest valid checkpoint, if there is one, and return the step to continue from.
 
         Settings of ``task.may_change`` may be others than before, and apply from that step on; the log says which.
-
-        Raises:
-            CheckpointError: no checkpoint can be read, or it is of another run.
-            ConfigError: more steps are done than this run is to have.
         """
         found = self.checkpointer.latest()
         if found is None:
@@ -219,10 +213,10 @@ class Trainer(TrainerBase):
             )
         self.checkpointer.restore(path, saved)
         done, changed = self.iter + 1, config_diff(saved["settings"], self.settings)
-        if changed and done == self.max_iter:
-            logger.warning(f"--resume: all steps are done, so that these have no effect: {'; '.join(changed)}")
-        elif changed:
-            logger.warning(f"--resume: from step {done} on other settings apply than before: {'; '.join(changed)}")
+        if changed:
+            late = "all steps are done, so that these have no effect"
+            what = late if done == self.max_iter else f"from step {done} on other settings apply than before"
+            logger.warning(f"--resume: {what}: {'; '.join(changed)}")
         return done
 
     def _format_progress(self, steps: int) -> str:
@@ -266,8 +260,7 @@ class Trainer(TrainerBase):
         self.model_scalars.reset()
         for name in {name: None for means in gathered for name in means}:
             # They are means already: smoothing them once more would depend on when the run was restarted.
-            values = [means[name] for means in gathered if name in means]
-            self.storage.put_scalar(name, np.mean(values), smoothing_hint=False)
+            self.storage.put_scalar(name, np.mean([m[name] for m in gathered if name in m]), smoothing_hint=False)
 
     def gather_finite_means(self) -> list[dict[str, float]]:
         """Every process's means of the losses since the last log line.
@@ -315,10 +308,9 @@ class Trainer(TrainerBase):
         self.scaler.load_state_dict(state_dict["scaler"])
         self.seconds = state_dict["seconds"]
         states = state_dict["metrics"]  # one per process; their number may be another now
-        for metrics, state in zip(
-            (self.metrics, self.model_scalars), states[comm.get_rank() % len(states)], strict=True
-        ):
-            metrics.load_state_dict(state)
+        losses, scalars = states[comm.get_rank() % len(states)]
+        self.metrics.load_state_dict(losses)
+        self.model_scalars.load_state_dict(scalars)
 
 
 def _not_a_user_error(record: logging.LogRecord) -> bool:

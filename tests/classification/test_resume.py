@@ -290,6 +290,8 @@ def change_model(data):
 def test_a_checkpoint_of_something_else(finished, change, message):
     path = finished / f"model_{STEPS:07d}.pth"
     data = torch.load(path, weights_only=True)
+    for other in finished.glob("model_*.pth"):
+        other.unlink()
     change(data)
     torch.save(data, path)
     with pytest.raises(CheckpointError, match=f"{path} {message}") as error:

@@ -79,7 +79,7 @@ def test_a_line_at_multiples_at_ends_of_epochs_and_after_the_last_step(epoch_len
         epoch = hook.trainer.storage.latest().get("epoch", (None,))[0]
         lines.append((hook.trainer.iter + 1, epoch))
 
-    hook = WriterHook("", [4], 10, epoch_length)
+    hook = WriterHook("", [4], epoch_length)
     hook._writers = [SimpleNamespace(write=write)]
     after_each_step(hook, 10, log_metrics=lambda: None)
     assert lines == [(step, step / epoch_length if epoch_length else None) for step in expected]
