@@ -31,19 +31,6 @@ def test_every_method_has_its_node(cfg):
         assert ("STANDARDIZE" in node) == (issubclass(method, LogitDistiller) and not method.takes_sigmoid)
 
 
-def test_published_defaults(cfg):
-    assert cfg.DISTILL.METHODS == [] and cfg.DISTILL.CE_WEIGHT == 1.0
-    assert cfg.DISTILL.KD == {"WEIGHT": 0.9, "WARMUP": 0, "STANDARDIZE": False, "T": 4.0}
-    assert cfg.DISTILL.DKD == {
-        "WEIGHT": 1.0,
-        "WARMUP": 20,
-        "STANDARDIZE": False,
-        "ALPHA": 1.0,
-        "BETA": 8.0,
-        "T": 4.0,
-    }
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [

@@ -29,9 +29,7 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch, device):
         ("cuda:3", 1, 1, 4),
         ("cuda:0", 2, 1, 1),
         ("cuda", 2, 2, 4),
-        ("auto", 2, 2, 4),
         ("auto", 2, 2, 0),
-        ("cpu", 2, 2, 4),
     ],
 )
 def test_a_gpu_for_each_process(monkeypatch, device, processes, here, gpus):
