@@ -95,13 +95,8 @@ def coerce(name: str, value: Any, current: Any, listable: bool = False) -> Any:
     """`value` in the type of the setting's `current` value; of a `listable` one a list or text."""
     if current is None:  # a setting of Detectron2 that takes any type
         return _read(value)
-    if listable:
-        types = (list, tuple, str)
-    else:
-        types = {list: (list, tuple), tuple: (list, tuple), float: (float, int)}.get(type(current), (type(current),))
-    found = parse_as(value, types)
-    if found is None and isinstance(value, dict):
-        raise ConfigError(f"config key {name} is a value ({current!r}), but was given keys below it: {list(value)}")
+    alike = {list: (list, tuple), tuple: (list, tuple), float: (float, int)}.get(type(current), (type(current),))
+    found = parse_as(value, (list, tuple, str) if listable else alike)
     if found is None:
         hint = "; put it in quotes" if isinstance(current, str) else f"; e.g. {current!r}"
         if isinstance(current, list | tuple):  # one value in place of a list is the usual mistake

@@ -42,8 +42,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
         if not isinstance(cause, OSError):
             raise
         raise OutputError(
-            f"{path} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another "
-            "folder"
+            f"{path} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another"
         ) from error
     finally:
         with suppress(OSError):

@@ -49,10 +49,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def find_config(name: str) -> str:
-    """The path of a config file; one that does not exist is looked for among the configs of this package.
-
-    So ``cls/digits_r8.yaml`` and ``configs/cls/digits_r8.yaml`` are found from any folder.
-    """
+    """The path of a config file; ``[configs/]cls/digits_r8.yaml`` of this package is found from any folder."""
     packaged = Path(configs.__file__).parent / name.removeprefix("configs/")
     return str(packaged) if not Path(name).exists() and packaged.is_file() else name
 

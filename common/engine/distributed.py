@@ -36,11 +36,7 @@ def run_on_main_process(action: Callable[[], Any]) -> Any:
 
 
 def check_processes(cfg: CfgNode) -> None:
-    """Check, at the start of a training, that SOLVER.IMS_PER_BATCH and MODEL.DEVICE fit the processes of this job.
-
-    Raises:
-        ConfigError: the batch cannot be shared out evenly, or several processes would train on one numbered GPU.
-    """
+    """Check, at the start of a training, that SOLVER.IMS_PER_BATCH and MODEL.DEVICE fit the processes of this job."""
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")

@@ -23,11 +23,7 @@ logger = logging.getLogger("detectron2.d2distill")
 class CheckpointHook(HookBase):
     """Saves at multiples of each of `periods` and after the last step; on SIGTERM it saves and exits with 143.
 
-    Args:
-        checkpointer: knows the trainer as a checkpointable.
-        periods: in steps.
-        preemption: what knows of SIGTERM; it is installed for the training.
-        facts: of the run, to keep in the file.
+    `facts` of the run are kept in the file; `preemption` is installed for the training.
     """
 
     def __init__(
@@ -107,12 +103,9 @@ class EvaluationHook(HookBase):
 
 
 class WriterHook(HookBase):
-    """Detectron2's PeriodicWriter with several periods, that writes a line only for what is complete.
+    """Detectron2's PeriodicWriter with several `periods` in steps (0 is none), and a line at the end of each epoch.
 
-    Args:
-        output_dir: of the log.
-        periods: in steps; 0 is none. That of the evaluations is among them: a line has what belongs to one step.
-        epoch_length: in steps; 0 where there are no epochs.
+    The period of the evaluations is among them: a line has what belongs to one step.
     """
 
     def __init__(self, output_dir: str, periods: list[int], epoch_length: int = 0) -> None:

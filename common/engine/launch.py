@@ -68,11 +68,7 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
 ) -> None:
-    """Run ``main(*arguments)`` in processes that Detectron2 starts, one per GPU of this machine.
-
-    Raises:
-        SystemExit: of a process, with its exit code.
-    """
+    """Run ``main(*arguments)`` in processes that Detectron2 starts, one per GPU of this machine."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     signal.signal(signal.SIGTERM, forward_sigterm)
     try:

@@ -67,7 +67,7 @@ def test_whole_numbers_and_base_files(cfg, tmp_path):
     [
         (["SOLVER.EPOCHS"], "no value"),
         (["SOLVER", "3"], "SOLVER is a node with keys below it, but was given 3"),
-        (["SOLVER.EPOCHS.X", "3"], r"SOLVER\.EPOCHS is a value \(3\), but was given keys below it: \['X'\]"),
+        (["SOLVER.EPOCHS.X", "3"], r"SOLVER\.EPOCHS takes a whole number, but was given \{'X': '3'\}"),
         (["SOLVER.EPOCHS", "many"], r"^SOLVER\.EPOCHS takes a whole number, but was given many; e\.g\. 3$"),
         (["SOLVER.EPOCHS", "1.5"], "takes a whole number"),
         (["SOLVER.EPOCHS", "True"], "takes a whole number"),
