@@ -106,26 +106,26 @@ class RunCheckpointer:
         Raises:
             CheckpointError: in all processes, where none can be read, or one process cannot read the chosen one.
         """
-        path = run_on_main_process(self._latest_valid)
-        if path is None:
+        name = run_on_main_process(self._latest_valid)
+        if name is None:
             return None
-        data = error = None
+        path, data, error = self.save_dir / name, None, None
         try:
             data = self._read(path)
         except CheckpointError as own:
             error = f"rank {comm.get_rank()} cannot follow: {own}. OUTPUT_DIR must be one folder for all nodes"
         if errors := [text for text in comm.all_gather(error) if text]:
-            raise CheckpointError(f"the job resumes from {path.name}, but {errors[0]}")
+            raise CheckpointError(f"the job resumes from {name}, but {errors[0]}")
         return path, data
 
-    def _latest_valid(self) -> Path | None:
+    def _latest_valid(self) -> str | None:
         for stale in self.save_dir.glob("*.tmp"):
             stale.unlink(missing_ok=True)  # of a save that was killed
         errors = []
         for path in self.files():
             try:
                 self._read(path)
-                return path
+                return path.name
             except CheckpointError as error:
                 logger.warning(f"{error}; trying the checkpoint before it")
                 errors.append(error)
