@@ -11,8 +11,6 @@ from fvcore.common.config import CfgNode as _CfgNode
 
 from d2distill.common.errors import ConfigError, did_you_mean
 
-__all__ = ["CfgNode", "CheckedMerge", "absolute_file", "coerce", "load_yaml", "overlay", "parse_as"]
-
 
 class CheckedMerge:
     """Mix-in for fvcore's and Detectron2's CfgNode: strict merging, and YAML that runs no code.

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["MODULE_PREFIX", "ModuleCall", "capture_calls", "captured_extras", "shared_copy"]
-
 #: How a method names the output of a submodule among its needs: ``module:layer3.0.conv1``.
 MODULE_PREFIX = "module:"
 

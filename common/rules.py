@@ -9,8 +9,6 @@ from fvcore.common.config import CfgNode
 
 from d2distill.common.errors import ConfigError
 
-__all__ = ["BELOW_ONE", "INCREASING", "LIST_OF_STR", "NUMBERS", "STR_OR_LIST", "Rule", "at_least", "check_rules"]
-
 
 class Rule(NamedTuple):
     """A test of a value. The error reads: KEY is VALUE, but must be `description`."""

@@ -8,8 +8,6 @@ from typing import Any
 from d2distill.common.engine.cli import CommandParser, find_config, user_errors
 from d2distill.common.errors import CheckpointError, require_detectron2
 
-__all__ = ["train_cls", "train_det"]
-
 _EXAMPLES = """
   %(prog)s --config-file {example}
   %(prog)s --config-file FILE --resume                     # continue the run in OUTPUT_DIR

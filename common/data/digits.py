@@ -4,8 +4,6 @@ import numpy as np
 
 from d2distill.common.errors import MissingDependencyError
 
-__all__ = ["load_digits_split"]
-
 
 def load_digits_split(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The digits of "train" (1,297) or "val" (500), in the order of all 1,797.

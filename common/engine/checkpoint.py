@@ -16,8 +16,6 @@ from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.weight_files import compare_states, read_torch
 from d2distill.common.errors import CheckpointError, DivergedError, OutputError
 
-__all__ = ["RunCheckpointer", "assert_finite_tensors", "save_student", "write_atomically"]
-
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
 

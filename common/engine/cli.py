@@ -17,8 +17,6 @@ from typing import Any, NoReturn
 from d2distill import __version__, configs
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
 
-__all__ = ["CommandParser", "debugging", "exit_with_error", "find_config", "run_cli", "user_errors", "user_message"]
-
 
 class CommandParser(argparse.ArgumentParser):
     """Flags and ``KEY VALUE`` settings in any order; a mistyped flag is an error that names the nearest known one."""

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from d2distill.common.config import resolve_device
 from d2distill.common.errors import ConfigError, UserError
 
-__all__ = ["broadcast_buffers", "check_processes", "run_on_main_process", "synchronize_batch_norms", "wrap_student"]
-
 
 def run_on_main_process(action: Callable[[], Any]) -> Any:
     """Do something in the main process alone, while the others wait, and return its result in all. All call it.

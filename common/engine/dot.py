@@ -8,8 +8,6 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor
 
-__all__ = ["DOT"]
-
 
 class DOT(torch.optim.Optimizer):
     """Distillation-Oriented Trainer: SGD with a momentum buffer for each of two gradients.

@@ -15,8 +15,6 @@ from d2distill.common.engine.preemption import PREEMPTED, Preemption
 from d2distill.common.engine.writers import build_writers
 from d2distill.common.errors import OutputError
 
-__all__ = ["CheckpointHook", "EvaluationHook", "WriterHook"]
-
 logger = logging.getLogger("detectron2.d2distill")
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from d2distill.common.errors import ConfigError
 
-__all__ = ["Job"]
-
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

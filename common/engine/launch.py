@@ -18,8 +18,6 @@ from d2distill.common.engine.cli import debugging, exit_with_error, user_errors,
 from d2distill.common.engine.job import Job
 from d2distill.common.errors import ConfigError
 
-__all__ = ["join_job", "launch", "processes_to_start"]
-
 
 @contextmanager
 def join_job() -> Iterator[None]:

@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from d2distill.common.errors import UserError
 
-__all__ = ["WorkerLoader"]
-
 #: A scheduler, and Ctrl-C, signal every process of a job; only the main process acts on them.
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 

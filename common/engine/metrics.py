@@ -5,8 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["MeanMetrics"]
-
 
 class MeanMetrics:
     """Running means of 0-d tensors, each over the steps that had it. No value leaves the device before `compute()`.

@@ -10,8 +10,6 @@ from detectron2.utils import comm
 
 from d2distill.common.errors import UserError
 
-__all__ = ["PREEMPTED", "InterruptibleLoader", "Preemption"]
-
 logger = logging.getLogger("detectron2.d2distill")
 #: 128 + SIGTERM: what a shell reports for a process that ended on that signal.
 PREEMPTED = 143

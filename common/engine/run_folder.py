@@ -16,8 +16,6 @@ from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
 from d2distill.common.errors import ConfigError
 
-__all__ = ["RESULTS", "prepare_run", "read_results", "start_logs", "write_run_folder", "write_text"]
-
 RESULTS = "results.json"
 #: Facts of the run in results.json, which are no metrics.
 _FACTS = ("parameters", "flops", "seconds", "steps")

@@ -14,8 +14,6 @@ import numpy as np
 
 from d2distill.common.errors import DataError, UserError
 
-__all__ = ["load_arrays"]
-
 
 class _DType:
     """Stand-in for numpy.dtype: numbers and booleans only."""

@@ -8,8 +8,6 @@ from detectron2.solver import LRMultiplier
 from fvcore.common.config import CfgNode
 from torch.optim import Optimizer
 
-__all__ = ["apply_new_hyperparams", "config_diff", "flat_settings", "param_group_hparams"]
-
 #: Which folder it is, and where files are: another value changes nothing in a run that continues.
 _OF_NO_EFFECT = ("OUTPUT_DIR", "IMPORTS", "DATASETS.ROOT", "*MODEL.WEIGHTS", "MODEL.STUDENT.WEIGHTS")
 

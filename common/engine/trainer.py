@@ -32,8 +32,6 @@ from d2distill.common.engine.settings import apply_new_hyperparams, config_diff,
 from d2distill.common.engine.task import Task
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
 
-__all__ = ["Trainer"]
-
 logger = logging.getLogger("detectron2.d2distill")
 
 

@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import CheckpointError
 
-__all__ = [
-    "LIBRARIES", "Mismatch", "compare_states", "load_weights", "read_content", "read_torch", "read_weights",
-    "state_dict_of", "weights_digest",
-]  # fmt: skip
-
 #: Prefixes of sources that are no files: ``torchvision:WEIGHTS`` and ``timm:NAME``.
 LIBRARIES = ("torchvision", "timm")
 

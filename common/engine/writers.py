@@ -7,8 +7,6 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 
 from d2distill.common.engine.checkpoint import write_atomically
 
-__all__ = ["build_writers", "drop_lines_from", "read_metrics"]
-
 METRICS = "metrics.json"
 
 
