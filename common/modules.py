@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+__all__ = ["MODULE_PREFIX", "ModuleCall", "capture_calls", "captured_extras", "shared_copy"]
+
 #: How a method names the output of a submodule among its needs: ``module:layer3.0.conv1``.
 MODULE_PREFIX = "module:"
 
@@ -45,14 +47,14 @@ def captured_extras(network: nn.Module, needs: Iterable[str]) -> Iterator[dict[s
         AttributeError: the network has no such submodule.
         ValueError: it did not call it.
     """
-    names = [need for need in needs if need.startswith(MODULE_PREFIX)]
+    named = {need: need.removeprefix(MODULE_PREFIX) for need in needs if need.startswith(MODULE_PREFIX)}
     extras: dict[str, Tensor | list[Tensor]] = {}
-    with capture_calls({name: network.get_submodule(name.removeprefix(MODULE_PREFIX)) for name in names}) as calls:
+    with capture_calls({need: network.get_submodule(name) for need, name in named.items()}) as calls:
         yield extras
-    for name, made in calls.items():
+    for need, made in calls.items():
         if not made:
-            raise ValueError(f"{type(network).__name__} did not call its submodule {name}")
-        extras[name] = made[0].output if len(made) == 1 else [call.output for call in made]
+            raise ValueError(f"{type(network).__name__} did not call its submodule {named[need]}")
+        extras[need] = made[0].output if len(made) == 1 else [call.output for call in made]
 
 
 def shared_copy(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:

@@ -11,10 +11,11 @@ from d2distill.classification.config import get_cfg
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
 from d2distill.classification.networks import build_network, model_stats
-from d2distill.common.distillers import kd_loss
+from d2distill.common.distillers import DISTILLERS, Distiller, kd_loss
 from d2distill.common.engine.checkpoint import save_student
 from d2distill.common.engine.weight_files import read_weights
 from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.common.modules import captured_extras
 from d2distill.common.outputs import Outputs
 from tests.goldens.fill import array, fill_by_name
 
@@ -223,3 +224,35 @@ def test_cost():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False))
     assert model_stats(network, 5) == {"parameters": 108, "flops": 972}
     assert all(module.training for module in network.modules())  # a copy was looked at
+
+
+def test_a_method_may_name_submodules():
+    """Of both networks; one that is called twice gives a list. One that is not there, or not called, is an error."""
+    student, teacher, seen = build_model("resnet8", 100), build_model("resnet8", 100), {}
+    shared = nn.ReLU()
+    teacher.layer1[0].conv1.register_forward_hook(lambda module, args, output: shared(output))
+    teacher.layer1[0].conv2.register_forward_hook(lambda module, args, output: shared(output))
+    teacher.shared, student.shared = shared, nn.Identity()
+
+    class Looking(Distiller):
+        needs = ("module:layer1.0.conv1",)
+
+        def forward(self, student, teacher, batch):
+            seen.update(student=student.extras, teacher=teacher.extras)
+            return student.extras["module:layer1.0.conv1"].sum()
+
+    DISTILLERS.register(Looking)
+    try:
+        model = build_distiller(make_cfg("DISTILL.METHODS", ["Looking"]), student, teacher)
+        model.teacher_source.needs.add("module:shared")
+        model(make_batch())["loss_looking"].backward()
+        assert seen["student"]["module:layer1.0.conv1"].shape == (4, 16, 32, 32) and student.conv1.weight.grad.any()
+        assert [output.shape[1] for output in seen["teacher"]["module:shared"]] == [16, 16]
+        model.teacher_source.needs.add("module:layer9")
+        with pytest.raises(AttributeError, match="layer9"):
+            model(make_batch())
+    finally:
+        DISTILLERS._obj_map.pop("Looking")
+    message = "CifarResNet did not call its submodule shared"
+    with pytest.raises(ValueError, match=message), captured_extras(student, ["module:shared"]):
+        student(torch.zeros(1, 3, 32, 32))
