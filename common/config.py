@@ -1,6 +1,5 @@
 """The DISTILL node, made of every registered method's own defaults, and how a configuration is read."""
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -17,30 +16,18 @@ from d2distill.common.distillers import DISTILLERS, Distiller
 from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.rules import LIST_OF_STR, check_rules
 
-__all__ = [
-    "CfgNode",
-    "CheckedMerge",
-    "add_distill_defaults",
-    "chosen_methods",
-    "import_extensions",
-    "read_cfg",
-    "resolve_device",
-]
+__all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "read_cfg", "resolve_device"]
 
 
 def add_distill_defaults(cfg: _CfgNode) -> None:
-    """Add the node DISTILL to `cfg`: METHODS, CE_WEIGHT, and one node per registered method.
-
-    Raises:
-        ConfigError: two methods whose names differ in case alone, and would share their settings.
-    """
+    """Add the node DISTILL to `cfg`: METHODS, CE_WEIGHT, and one node per registered method."""
     node = type(cfg)()
     # Any number of registered methods at once; an empty list is plain training.
     node.METHODS = []
     # Weight of the task's own cross-entropy (classification).
     node.CE_WEIGHT = 1.0
     for name, method in DISTILLERS:
-        if name.upper() in node:
+        if name.upper() in node:  # names that differ in case alone would share their settings
             raise ConfigError(f"method {name} ({method.__module__}): DISTILL.{name.upper()} is taken; rename the class")
         node[name.upper()] = type(cfg)({**method.common_defaults(), **method.defaults()})
     cfg.DISTILL = node
@@ -74,15 +61,12 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
         get_cfg: the defaults, with nodes of :class:`CheckedMerge`.
 
     Raises:
-        ConfigError: unknown keys (named with the nearest known ones), values of another type, or a file that is no YAML
-            of settings or would run code.
+        ConfigError: an unknown key (named with the nearest known ones), a value of another type, or a faulty file.
         FileNotFoundError: no such file.
     """
     opts = list(opts or [])
     cfg, given = get_cfg(), {}
     if config_file:
-        if os.path.isdir(config_file):
-            raise ConfigError(f"--config-file {config_file} is a folder: name a YAML file in it")
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
         given = cfg.load_yaml_with_base(config_file)
@@ -103,58 +87,36 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
 
 
 def import_extensions(names: Iterable[str]) -> None:
-    """Import what a configuration's IMPORTS names, modules or files, each once in a process.
-
-    Raises:
-        ConfigError: there is no such module or file, or it fails.
-    """
+    """Import what a configuration's IMPORTS names, modules or files, each once in a process."""
     for name in names:
+        # A file has its path as its name, so that a second config of the same process does not run it again.
         path = os.path.realpath(name)
+        module_name = f"imported_by_config_{path}"
         try:
             if not name.endswith(".py"):
                 importlib.import_module(name)
-            elif os.path.isfile(path):
-                _import_file(path)
-            else:
-                raise FileNotFoundError("no such file beside the config file or in the working directory")
+            elif module_name not in sys.modules:
+                spec = importlib.util.spec_from_file_location(module_name, path)
+                sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
         except Exception as error:
+            sys.modules.pop(module_name, None)
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
             where = f"{name}, line {lines[-1]}" if lines else name
             raise ConfigError(f"IMPORTS: {where}: {type(error).__name__}: {error}") from error
 
 
-def _import_file(path: str) -> None:
-    # Under the file's own path, so that a second config of the same process does not run it again.
-    module_name = f"imported_by_config_{path}"
-    if module_name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-
-
 def resolve_device(cfg: _CfgNode) -> torch.device:
-    """The device of MODEL.DEVICE.
-
-    Raises:
-        ConfigError: no such device here.
-    """
+    """The device of MODEL.DEVICE; "auto" is the GPU if there is one. A ConfigError, if it is not here."""
     name = cfg.MODEL.DEVICE
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            torch.zeros(1, device=device)  # other devices need another build of torch
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ConfigError(f"MODEL.DEVICE {name}: {reason}; use cpu, cuda or auto") from None
+    except RuntimeError as error:
+        raise ConfigError(f"MODEL.DEVICE {name}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"MODEL.DEVICE is {name}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
+            f"MODEL.DEVICE is {device}, but this machine has {torch.cuda.device_count()} GPUs; use cpu or auto"
         )
     return device

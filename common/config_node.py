@@ -2,7 +2,7 @@
 
 import os
 from ast import literal_eval
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -11,14 +11,11 @@ from fvcore.common.config import CfgNode as _CfgNode
 
 from d2distill.common.errors import ConfigError, did_you_mean
 
-__all__ = ["CfgNode", "CheckedMerge", "absolute_file", "coerce", "load_yaml", "overlay", "parse_as"]
-
 
 class CheckedMerge:
     """Mix-in for fvcore's and Detectron2's CfgNode: strict merging, and YAML that runs no code.
 
-    A value takes the type of its setting, however it is written (:func:`coerce`). An unknown key, a value of another
-    type and a faulty file are each a :class:`ConfigError`.
+    A value takes the type of its setting, however it is written (:func:`coerce`). What is wrong is a ConfigError.
     """
 
     #: Keys that take a string or a list of strings.
@@ -79,44 +76,31 @@ def _unknown_key(name: str, value: Any, root: _CfgNode) -> ConfigError:
     while isinstance(value, dict) and len(value) == 1:
         ((key, value),) = value.items()
         name = f"{name}.{key}"
-    known = [key for key, is_node in _all_keys(root) if is_node == isinstance(value, dict)]
-    return ConfigError(f"unknown config key {name}{did_you_mean(name, known)}")
+    return ConfigError(f"unknown config key {name}{did_you_mean(name, _all_keys(root))}")
 
 
-def _all_keys(node: _CfgNode, prefix: str = "") -> list[tuple[str, bool]]:
-    """Full names of all keys, and whether each is a node."""
-    keys = []
+def _all_keys(node: _CfgNode, prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
-        keys.append((prefix + key, isinstance(value, _CfgNode)))
+        yield prefix + key
         if isinstance(value, _CfgNode):
-            keys += _all_keys(value, f"{prefix}{key}.")
-    return keys
+            yield from _all_keys(value, f"{prefix}{key}.")
 
 
 _TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 def coerce(name: str, value: Any, current: Any, listable: bool = False) -> Any:
-    """`value` in the type that the setting `name` has: that of its `current` value.
-
-    Args:
-        listable: whether it takes a list as well as text.
-
-    Raises:
-        ConfigError: it cannot be read as that type.
-    """
+    """`value` in the type of the setting's `current` value; of a `listable` one a list or text."""
     if current is None:  # a setting of Detectron2 that takes any type
-        return _python(value)
-    if listable:
-        types = (list, tuple, str)
-    else:
-        types = {list: (list, tuple), tuple: (list, tuple), float: (float, int)}.get(type(current), (type(current),))
-    found = parse_as(value, types)
-    if found is None and isinstance(value, dict):
-        raise ConfigError(f"config key {name} is a value ({current!r}), but was given keys below it: {list(value)}")
+        return _read(value)
+    alike = {list: (list, tuple), tuple: (list, tuple), float: (float, int)}.get(type(current), (type(current),))
+    found = parse_as(value, (list, tuple, str) if listable else alike)
     if found is None:
+        hint = "; put it in quotes" if isinstance(current, str) else f"; e.g. {current!r}"
+        if isinstance(current, list | tuple):  # one value in place of a list is the usual mistake
+            hint = f"; write [{str(value).strip('[](), ')}], or [] for none"
         wanted = _TYPE_NAMES.get(type(current), "a list") + " or a list" * listable
-        raise ConfigError(f"{name} takes {wanted}, but was given {_shown(value)}{_suggest_fix(value, current)}")
+        raise ConfigError(f"{name} takes {wanted}, but was given {_shown(value)}{hint}")
     if isinstance(current, tuple) and current and isinstance(current[0], tuple):
         return tuple(map(tuple, found))  # YAML has no tuples
     return found if listable else type(current)(found)
@@ -128,73 +112,40 @@ def parse_as(value: Any, types: tuple[type, ...]) -> Any:
     Text is read as Python writes the type, then as YAML does, then as it is.
     """
     for kind in types:
-        readings = [value]
-        if isinstance(value, str):
-            # YAML's numbers are not all Python's: to it 010 is 8, and 1:30 is 90.
-            readings = [_python(value), value] if kind in (int, float) else [_python(value), _yaml(value), value]
-        for reading in readings:
+        # YAML's numbers are not all Python's: to it 010 is 8, and 1:30 is 90.
+        by_yaml = value if kind in (int, float) else _read(value, yaml.safe_load)
+        for reading in (_read(value), by_yaml, value):
             # Not isinstance, to which True is an int.
             if type(reading) is kind or (kind is dict and isinstance(reading, dict)):
                 return reading
     return None
 
 
-def _python(value: Any) -> Any:
+def _read(value: Any, reader: Callable[[str], Any] = literal_eval) -> Any:
     try:
-        return literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError, TypeError):
+        return reader(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError, TypeError, yaml.YAMLError):
         return value
-
-
-def _yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return text
 
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else value if isinstance(value, str) and value else repr(value)
 
 
-def _suggest_fix(value: Any, current: Any) -> str:
-    if isinstance(current, list | tuple):
-        # One value in place of a list is the usual mistake.
-        return "; an empty one is []" if value in (None, "", "None") else f"; write [{str(value).strip('[](), ')}]"
-    if isinstance(current, str):
-        return {type(None): "; empty text is ''", list: "", tuple: ""}.get(type(value), "; put it in quotes")
-    return f"; e.g. {current!r}"
-
-
 def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a YAML file over those of its ``_BASE_`` files.
 
-    Files that it names in IMPORTS and TEACHER.CONFIG_FILE become absolute here, where their folder is known.
-
-    Args:
-        above: the files that led here by their ``_BASE_``, outermost first.
-
-    Raises:
-        ConfigError: not YAML, not settings, a key that is there twice, YAML that would run code, or a ``_BASE_`` that
-            is missing or leads back to itself.
-        FileNotFoundError: no such file.
+    Files that it names in IMPORTS and TEACHER.CONFIG_FILE become absolute here, where their folder is known. `above`
+    are the files that led here by their ``_BASE_``, outermost first.
     """
-    where, chain = f"{filename} (_BASE_ of {above[-1]})" if above else filename, (*above, filename)
+    where = f"{filename} (_BASE_ of {above[-1]})" if above else filename
     if os.path.realpath(filename) in map(os.path.realpath, above):
-        raise ConfigError(f"{where}: _BASE_ goes round in a circle: {' -> '.join(chain)}")
+        raise ConfigError(f"{where}: _BASE_ goes round in a circle: {' -> '.join((*above, filename))}")
     try:
         with open(filename, encoding="utf-8") as file:
-            settings = yaml.load(file, _Loader)
-    except OSError as error:
-        if not above and isinstance(error, FileNotFoundError):
-            raise
-        raise ConfigError(f"{where}: {error.strerror}; _BASE_ is relative to the file that names it") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not text in UTF-8 (byte {error.start}): is it a YAML file?") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}{_explain(error)}") from error
-    if settings is None:
-        return {}
+            settings = yaml.load(file, _Loader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: settings are lines of `KEY: value`, but this is a {type(settings).__name__}")
     folder, teacher = os.path.dirname(filename), settings.get("TEACHER")
@@ -204,7 +155,7 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         teacher["CONFIG_FILE"] = absolute_file(teacher["CONFIG_FILE"], folder)
     bases, merged = settings.pop(BASE_KEY, None) or [], {}
     for base in [bases] if isinstance(bases, str) else bases:
-        overlay(merged, load_yaml(os.path.join(folder, os.path.expanduser(base)), chain))
+        overlay(merged, load_yaml(os.path.join(folder, os.path.expanduser(base)), (*above, filename)))
     overlay(merged, settings)
     return merged
 
@@ -234,21 +185,8 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                problem = f"{name} is there twice, first in line {lines[name]}: keep one"
+            first = lines.setdefault(str(key.value), key.start_mark)
+            if first is not key.start_mark:
+                problem = f"{key.value} is there twice, first in line {first.line + 1}"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-            lines[name] = line
         return node
-
-
-def _explain(error: yaml.YAMLError) -> str:
-    """Where in the file, and what: the end of the sentence that begins with the file."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or problem is None:
-        return f" is not YAML: {' '.join(str(error).split())}"
-    place = f", line {mark.line + 1}: "
-    if isinstance(error, yaml.constructor.ConstructorError):
-        return f"{place}{'YAML that would run code: ' * ('python/' in problem)}{problem}"
-    start = f" {error.context} of line {error.context_mark.line + 1}," if error.context_mark else ""
-    return f"{place}this is not YAML:{start} {problem} (spaces indent, keys of one node alike; brackets are closed)"

@@ -5,16 +5,9 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 
 __all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DivergedError",
-    "MissingDependencyError",
-    "OutputError",
-    "UserError",
-    "did_you_mean",
-    "require_detectron2",
-]
+    "CheckpointError", "ConfigError", "DataError", "DivergedError", "MissingDependencyError", "OutputError",
+    "UserError", "did_you_mean", "require_detectron2",
+]  # fmt: skip
 
 
 class UserError(Exception):
@@ -59,11 +52,7 @@ class MissingDependencyError(UserError, ImportError):
 
 
 def require_detectron2() -> None:
-    """Check that Detectron2 is installed.
-
-    Raises:
-        MissingDependencyError: with the command that installs it.
-    """
+    """Raise a MissingDependencyError with the command that installs Detectron2, where it is not."""
     if find_spec("detectron2") is None:
         raise MissingDependencyError(
             "Detectron2 is not installed: `python -m d2distill.tools.setup_env --detectron2` installs it, or see "

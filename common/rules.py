@@ -9,8 +9,6 @@ from fvcore.common.config import CfgNode
 
 from d2distill.common.errors import ConfigError
 
-__all__ = ["BELOW_ONE", "INCREASING", "LIST_OF_STR", "NUMBERS", "STR_OR_LIST", "Rule", "at_least", "check_rules"]
-
 
 class Rule(NamedTuple):
     """A test of a value. The error reads: KEY is VALUE, but must be `description`."""
@@ -28,13 +26,12 @@ def _all(values: Any, *types: type) -> bool:
     return isinstance(values, list | tuple) and all(type(value) in types for value in values)
 
 
-def _increasing(values: Any) -> bool:
-    return _all(values, int, float) and list(values) == sorted(set(values)) and all(value >= 1 for value in values)
-
-
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 NUMBERS = Rule("a list of numbers", lambda value: _all(value, int, float))
-INCREASING = Rule("a list of increasing numbers from 1 on", _increasing)
+INCREASING = Rule(
+    "a list of increasing numbers from 1 on",
+    lambda value: NUMBERS.predicate(value) and list(value) == sorted(set(value)) and min(value, default=1) >= 1,
+)
 LIST_OF_STR = Rule("a list of names", lambda value: _all(value, str))
 STR_OR_LIST = Rule("a name, or a list of names", lambda value: isinstance(value, str) or _all(value, str))
 

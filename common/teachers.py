@@ -36,11 +36,7 @@ class TeacherSource(ABC):
 
     @abstractmethod
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
-        """
-        Args:
-            inputs: the images as the task's loader gives them, not normalized.
-            batch: what else is known of them.
-        """
+        """`inputs` are the images as the task's loader gives them, not normalized, and `batch` what else is known."""
 
 
 class LiveTeacher(TeacherSource):

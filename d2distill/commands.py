@@ -8,8 +8,6 @@ from typing import Any
 from d2distill.common.engine.cli import CommandParser, find_config, user_errors
 from d2distill.common.errors import CheckpointError, require_detectron2
 
-__all__ = ["train_cls", "train_det"]
-
 _EXAMPLES = """
   %(prog)s --config-file {example}
   %(prog)s --config-file FILE --resume                     # continue the run in OUTPUT_DIR
@@ -49,10 +47,8 @@ def _main(task: str, network: str, weights_key: str, example: str) -> None:
                 weights = weights or _best_student(cfg.OUTPUT_DIR, weights_key)
                 cfg.merge_from_list([weights_key, weights])
                 main, arguments = _evaluate, (trainer.evaluate, cfg, weights)
-            processes = processes_to_start(args.num_gpus, args.num_machines)
-            if processes:
-                machine = (args.num_machines, args.machine_rank, args.dist_url)
-                launch(main, arguments, processes, *machine)
+            if processes := processes_to_start(args.num_gpus, args.num_machines):
+                launch(main, arguments, processes, args.num_machines, args.machine_rank, args.dist_url)
             else:
                 main(*arguments)
 

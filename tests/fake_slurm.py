@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Two tasks with the variables that srun sets, of the command that follows srun's options.
 RUN_TWO_TASKS = """
 while [[ $1 == --* ]]; do shift; done
-export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_STEP_TASKS_PER_NODE=2
+export SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_JOB_ID=$$ SLURM_STEP_ID=0
 export SLURM_NODEID=0 SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
 SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & second=$!

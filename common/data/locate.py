@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-__all__ = ["ROOT_VARIABLE", "data_path"]
-
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["accumulate"]
-
 #: Splits a step's batch: (batch, step) to the parts of it and what the mean loss of each counts in the step's.
 SplitBatch = Callable[[Any, int], list[tuple[Any, float]]]
 

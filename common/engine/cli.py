@@ -17,17 +17,16 @@ from typing import Any, NoReturn
 from d2distill import __version__, configs
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
 
-__all__ = ["CommandParser", "debugging", "exit_with_error", "find_config", "run_cli", "user_errors", "user_message"]
-
 
 class CommandParser(argparse.ArgumentParser):
     """Flags and ``KEY VALUE`` settings in any order; a mistyped flag is an error that names the nearest known one."""
+
+    takes_settings = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.add_argument("--version", action="version", version=f"d2distill {__version__}")
-        self.takes_settings = False
 
     def add_settings(self) -> None:
         """Take ``KEY VALUE`` pairs, as ``opts``."""
@@ -48,10 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def find_config(name: str) -> str:
-    """The path of a config file; one that does not exist is looked for among the configs of this package.
-
-    So ``cls/digits_r8.yaml`` and ``configs/cls/digits_r8.yaml`` are found from any folder.
-    """
+    """The path of a config file; ``[configs/]cls/digits_r8.yaml`` of this package is found from any folder."""
     packaged = Path(configs.__file__).parent / name.removeprefix("configs/")
     return str(packaged) if not Path(name).exists() and packaged.is_file() else name
 
@@ -83,14 +79,11 @@ def user_errors() -> Iterator[None]:
 
 
 def exit_with_error(error: Exception, silent: bool = False) -> NoReturn:
-    """Exit with code 2 after a user error, which is printed in one line unless `silent`; raise any other error.
-
-    With ``--debug`` on the command line the traceback is printed before, in every process.
-    """
+    """Exit with code 2 after a user error, printed in one line unless `silent`; raise any other error."""
     message = user_message(error)
     if message is None:
         raise error
-    if debugging():
+    if debugging():  # in every process
         traceback.print_exception(error)
     if debugging() or not silent:
         print(f"error: {message}", file=sys.stderr)

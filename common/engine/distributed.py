@@ -14,32 +14,27 @@ from torch.nn.parallel import DistributedDataParallel
 from d2distill.common.config import resolve_device
 from d2distill.common.errors import ConfigError, UserError
 
-__all__ = ["broadcast_buffers", "check_processes", "run_on_main_process", "synchronize_batch_norms", "wrap_student"]
 
-
-def run_on_main_process(action: Callable[[], Any]) -> None:
-    """Do something in the main process alone, while the others wait. All call it.
+def run_on_main_process(action: Callable[[], Any]) -> Any:
+    """Do something in the main process alone, while the others wait, and return its result in all. All call it.
 
     Raises:
-        UserError: in all processes, where the main one raises it: none goes on to wait for one that has ended.
+        UserError: in all processes, where the main one raises it: none waits for one that has ended.
     """
-    error = None
+    result = error = None
     if comm.is_main_process():
         try:
-            action()
+            result = action()
         except UserError as own:
             error = own
-    error = comm.all_gather(error)[0]
+    result, error = comm.all_gather((result, error))[0]
     if error is not None:
         raise error
+    return result
 
 
 def check_processes(cfg: CfgNode) -> None:
-    """Check, at the start of a training, that SOLVER.IMS_PER_BATCH and MODEL.DEVICE fit the processes of this job.
-
-    Raises:
-        ConfigError: the batch cannot be shared out evenly, or several processes would train on one numbered GPU.
-    """
+    """Check, at the start of a training, that SOLVER.IMS_PER_BATCH and MODEL.DEVICE fit the processes of this job."""
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")
@@ -82,11 +77,15 @@ def synchronize_batch_norms(network: nn.Module) -> bool:
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     if next(network.parameters()).is_cuda:
-        _convert(network)
+        try:  # torch's norm with timm's care for its own norms that hold an activation
+            from timm.layers import convert_sync_batchnorm as convert
+        except ImportError:
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        convert(network)
         return bool(norms)
     for norm in norms:
         if type(norm) not in (nn.BatchNorm2d, NaiveSyncBatchNorm):
-            raise ConfigError(f"MODEL.SYNC_BN: on CPUs the student's {type(norm).__name__} cannot be synchronised")
+            raise ConfigError(f"MODEL.SYNC_BN: on CPUs the student's {type(norm).__name__} cannot be synchronized")
         norm.__class__, norm._stats_mode = NaiveSyncBatchNorm, "N"
     return bool(norms)
 
@@ -95,12 +94,3 @@ def broadcast_buffers(network: nn.Module) -> None:
     """Give every process the main one's buffers."""
     for buffer in network.buffers():
         dist.broadcast(buffer, 0)
-
-
-def _convert(network: nn.Module) -> None:
-    try:
-        # torch's norm with timm's care for its own norms that hold an activation.
-        from timm.layers import convert_sync_batchnorm
-    except ImportError:
-        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
-    convert_sync_batchnorm(network)

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from detectron2.utils import comm
 from torch import Tensor
-
-__all__ = ["DOT"]
 
 
 class DOT(torch.optim.Optimizer):
@@ -38,8 +37,7 @@ class DOT(torch.optim.Optimizer):
     def backward(self, task: Mapping[str, Tensor], distill: Mapping[str, Tensor]) -> None:
         """Both gradients from one forward pass, averaged over the processes. The task's goes to ``p.grad``.
 
-        Takes the place of ``backward()`` on a model that is not wrapped by DistributedDataParallel, whose
-        reducer knows one gradient only.
+        The model is not wrapped by DistributedDataParallel, whose reducer knows one gradient only.
 
         Args:
             task, distill: the losses of the two kinds, by name.
@@ -59,37 +57,32 @@ class DOT(torch.optim.Optimizer):
             momentum, delta, decay = group["momentum"], group["delta"], group["weight_decay"]
             for p in group["params"]:
                 gradients = {"task": p.grad, "distill": self._distill.get(p)}
-                reached = [name for name, gradient in gradients.items() if gradient is not None]
-                for name in reached:
-                    factor = momentum
-                    if len(reached) == 2:
-                        factor += delta if name == "distill" else -delta
-                    gradient = gradients[name]
-                    if decay and (name == "task" or len(reached) == 1):
+                gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+                shift = {"task": -delta, "distill": delta} if len(gradients) == 2 else {}
+                for name, gradient in gradients.items():
+                    if decay and (name == "task" or len(gradients) == 1):
                         gradient = gradient.add(p, alpha=decay)
                     if name in self.state[p]:
-                        self.state[p][name].mul_(factor).add_(gradient)
+                        self.state[p][name].mul_(momentum + shift.get(name, 0)).add_(gradient)
                     else:
                         self.state[p][name] = gradient.clone(memory_format=torch.preserve_format)
-                if len(reached) == 2:
-                    p.add_(self.state[p]["task"] + self.state[p]["distill"], alpha=-group["lr"])
-                elif reached:
-                    p.add_(self.state[p][reached[0]], alpha=-group["lr"])
+                if gradients:
+                    p.add_(sum(self.state[p][name] for name in gradients), alpha=-group["lr"])
         self._distill = {}
 
 
 def _average_over_ranks(gradients: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
     """The means over all processes of lists of gradients, in one exchange per type of number."""
     result = [list(part) for part in gradients]
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if comm.get_world_size() == 1:
         return result
-    places = [(i, j) for i, part in enumerate(result) for j, gradient in enumerate(part) if gradient is not None]
-    for dtype in {result[i][j].dtype for i, j in places}:
-        chosen = [(i, j) for i, j in places if result[i][j].dtype == dtype]
+    places = [(part, j) for part in result for j, gradient in enumerate(part) if gradient is not None]
+    for dtype in dict.fromkeys(part[j].dtype for part, j in places):  # in the same order everywhere
+        chosen = [(part, j) for part, j in places if part[j].dtype == dtype]
         # Contiguous: autograd may give expanded views.
-        flat = torch.cat([result[i][j].reshape(-1) for i, j in chosen])
+        flat = torch.cat([part[j].reshape(-1) for part, j in chosen])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for (i, j), values in zip(chosen, flat.split([result[i][j].numel() for i, j in chosen]), strict=True):
-            result[i][j] = values.view(result[i][j].shape)
+        flat /= comm.get_world_size()
+        for (part, j), values in zip(chosen, flat.split([part[j].numel() for part, j in chosen]), strict=True):
+            part[j] = values.view(part[j].shape)
     return result

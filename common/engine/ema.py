@@ -7,8 +7,6 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["EMAHook"]
-
 
 class EMAHook(HookBase):
     """Keeps torch's AveragedModel of the deployed student up to date after every step.

@@ -2,34 +2,26 @@
 repeated when a run is resumed from it, so that the log then has neither more nor less than it would have."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils import comm
 
 from d2distill.common.engine.checkpoint import RunCheckpointer
 from d2distill.common.engine.distributed import run_on_main_process
-from d2distill.common.engine.preemption import Preemption
+from d2distill.common.engine.preemption import PREEMPTED, Preemption
 from d2distill.common.engine.writers import build_writers
 from d2distill.common.errors import OutputError
 
-__all__ = ["PREEMPTED", "CheckpointHook", "EvaluationHook", "WriterHook"]
-
 logger = logging.getLogger("detectron2.d2distill")
-#: 128 + SIGTERM: what a shell reports for a process that ended on that signal.
-PREEMPTED = 143
 
 
 class CheckpointHook(HookBase):
     """Saves at multiples of each of `periods` and after the last step; on SIGTERM it saves and exits with 143.
 
-    Args:
-        checkpointer: knows the trainer as a checkpointable.
-        periods: in steps.
-        preemption: what knows of SIGTERM; it is installed for the training.
-        facts: of the run, to keep in the file.
+    `facts` of the run are kept in the file; `preemption` is installed for the training.
     """
 
     def __init__(
@@ -50,12 +42,7 @@ class CheckpointHook(HookBase):
             raise SystemExit(PREEMPTED)
 
     def save(self) -> None:
-        """Save after the present step. All processes call it.
-
-        Raises:
-            DivergedError: in all of them, where losses, weights or the optimizer's state are not finite.
-            OutputError: in all of them, where the file cannot be written.
-        """
+        """Save after the present step, if all is finite. All processes call it."""
         self.trainer.gather_finite_means()
         self.trainer.collect_state()
         run_on_main_process(self._write)
@@ -80,15 +67,10 @@ class EvaluationHook(HookBase):
     """
 
     def __init__(
-        self,
-        evaluate: Callable[[], Mapping[str, float]],
-        period: int,
-        best: Mapping[str, str],
-        on_best: Callable[[str], None],
+        self, evaluate: Callable[[], Mapping[str, float]], period: int, best: Mapping[str, str], on_best: Callable
     ) -> None:
         self._evaluate, self._period, self._deciding, self._on_best = evaluate, period, best, on_best
-        self.last: dict[str, float] = {}
-        self.best: dict[str, float] = {}
+        self.last, self.best = {}, {}
 
     def summary(self) -> dict[str, float]:
         """The last value of each metric, and the best under ``best_<metric>``."""
@@ -97,15 +79,13 @@ class EvaluationHook(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self._period == 0 or done == self.trainer.max_iter:
-            results = dict(self._evaluate())
+            results = self._evaluate()
             run_on_main_process(lambda: self._record(results, done))
 
-    def _record(self, results: dict[str, float], done: int) -> None:
-        if not results:
-            return
-        before, self.last = self.best, results
+    def _record(self, results: Mapping[str, float], done: int) -> None:
+        before, self.last = self.best, dict(results)
         # NaN, of a metric that is not defined on this data, loses against any number.
-        self.best = {name: _larger(value, before.get(name, value)) for name, value in results.items()}
+        self.best = {name: np.fmax(value, before.get(name, value)).item() for name, value in results.items()}
         self.trainer.storage.put_scalars(**self.summary(), smoothing_hint=False)
         facts = ", ".join(f"{name} {value:.2f} (best {self.best[name]:.2f})" for name, value in results.items())
         logger.info(f"Evaluation after {done} steps: {facts}")
@@ -120,28 +100,20 @@ class EvaluationHook(HookBase):
         self.last, self.best = state["last"], state["best"]
 
 
-class WriterHook(PeriodicWriter):
-    """Detectron2's PeriodicWriter with several periods, that writes a line only for what is complete.
+class WriterHook(HookBase):
+    """Detectron2's PeriodicWriter with several `periods` in steps (0 is none), and a line at the end of each epoch.
 
-    Args:
-        output_dir: of the log.
-        periods: in steps; 0 is none. That of the evaluations is among them: a line has what belongs to one step.
-        max_iter: of the training.
-        epoch_length: in steps; 0 where there are no epochs.
+    The period of the evaluations is among them: a line has what belongs to one step.
     """
 
-    def __init__(self, output_dir: str, periods: list[int], max_iter: int, epoch_length: int = 0) -> None:
-        super().__init__([])
-        self._output_dir, self._max_iter, self._epoch_length = output_dir, max_iter, epoch_length
+    def __init__(self, output_dir: str, periods: list[int], epoch_length: int = 0) -> None:
+        self._output_dir, self._epoch_length = output_dir, epoch_length
         self._periods = [period for period in (*periods, epoch_length) if period]
 
     def before_train(self) -> None:
-        def build() -> None:
-            # The line of the last step before a restart is written anew.
-            first = max(self.trainer.start_iter - 1, 0)
-            self._writers = build_writers(self._output_dir, first, self._max_iter)
-
-        run_on_main_process(build)
+        # The line of the last step before a restart is written anew.
+        start, end = max(self.trainer.start_iter - 1, 0), self.trainer.max_iter
+        self._writers = build_writers(self._output_dir, start, end) if comm.is_main_process() else []
 
     def after_step(self) -> None:
         done, length = self.trainer.iter + 1, self._epoch_length
@@ -163,7 +135,3 @@ class WriterHook(PeriodicWriter):
         # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.
         for writer in self._writers:
             writer.close()
-
-
-def _larger(value: float, best: float) -> float:
-    return best if best >= value or math.isnan(value) else value

@@ -3,10 +3,9 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from d2distill.common.engine.cli import debugging, exit_with_error, user_errors,
 from d2distill.common.engine.job import Job
 from d2distill.common.errors import ConfigError
 
-__all__ = ["join_job", "launch", "processes_to_start"]
-
 
 @contextmanager
 def join_job() -> Iterator[None]:
@@ -29,9 +26,6 @@ def join_job() -> Iterator[None]:
     A user error inside is printed by the first rank that has it. The others, where it occurs too or where communication
     then fails, exit silently with the same code 2: one line in all. torchrun adds its own report and exits with 1; no
     worker can prevent that.
-
-    Raises:
-        ConfigError: more processes on a node than GPUs, or contradicting SLURM variables.
     """
     job = Job.from_environ()
     if job is None:
@@ -52,11 +46,7 @@ def join_job() -> Iterator[None]:
 
 
 def processes_to_start(num_gpus: int, num_machines: int = 1) -> int:
-    """How many processes :func:`launch` has to start here; 0 if this one is enough, or is one of a job.
-
-    Raises:
-        ConfigError: more GPUs are asked for than exist.
-    """
+    """How many processes :func:`launch` has to start here; 0 if this one is enough, or is one of a job."""
     if dist.is_initialized():
         return 0
     found = torch.cuda.device_count()
@@ -76,11 +66,7 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
 ) -> None:
-    """Run ``main(*arguments)`` in processes that Detectron2 starts, one per GPU of this machine.
-
-    Raises:
-        SystemExit: of a process, with its exit code.
-    """
+    """Run ``main(*arguments)`` in processes that Detectron2 starts, one per GPU of this machine."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     signal.signal(signal.SIGTERM, forward_sigterm)
     try:
@@ -90,7 +76,7 @@ def launch(
         raise SystemExit(error.exit_code if error.exit_code >= 0 else 128 - error.exit_code) from None
 
 
-def forward_sigterm(number: int, frame: FrameType | None) -> None:
+def forward_sigterm(*_: Any) -> None:
     """Signal handler: the child processes save and exit, and this one waits for them."""
     for child in multiprocessing.active_children():
         child.terminate()
@@ -99,11 +85,11 @@ def forward_sigterm(number: int, frame: FrameType | None) -> None:
 def init_distributed(job: Job, store: dist.Store) -> None:
     """Initialize torch.distributed and Detectron2's `comm` for this process of a job."""
     gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(job.device_index(torch.cuda.device_count()))
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=job.rank, world_size=job.world_size)
     # Detectron2's own function takes nodes in order and of one size only.
     nodes = comm.all_gather(job.node)
+    if gpu:
+        torch.cuda.set_device(job.device_index(torch.cuda.device_count(), nodes.count(job.node)))
     for node in sorted(set(nodes)):
         group = dist.new_group([rank for rank, other in enumerate(nodes) if other == node])
         if node == job.node:
@@ -122,18 +108,13 @@ def _one_error(store: dist.Store) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mine = int(user_message(error) is not None)
+        mine = user_message(error) is not None
         try:
-            earlier = store.add("d2distill_user_errors", mine) - mine
-            if earlier:
-                # The end of this process may be the end of all.
-                store.wait(["d2distill_reported"], timedelta(seconds=10))
+            earlier = store.add("d2distill_user_errors", int(mine)) > mine
         except dist.DistError:
-            earlier = 1  # the rank that hosts the store has ended, and printed why
-        if earlier and not mine and not debugging():
-            raise SystemExit(2) from None  # a consequence of the other's end
-        try:
-            exit_with_error(error, silent=bool(earlier))
-        finally:
-            if mine and not earlier:
-                store.set("d2distill_reported", "")
+            earlier = True  # the rank that hosts the store has ended, and printed why
+        if earlier:
+            time.sleep(1)  # the end of this process may be the end of all: the first one prints before
+            if not mine and not debugging():
+                raise SystemExit(2) from None  # a consequence of the other's end
+        exit_with_error(error, silent=earlier)

@@ -11,16 +11,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from d2distill.common.errors import UserError
 
-__all__ = ["WorkerLoader"]
-
 #: A scheduler, and Ctrl-C, signal every process of a job; only the main process acts on them.
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 class WorkerLoader(DataLoader):
-    """torch's DataLoader with workers that leave SIGTERM and SIGINT to the main process.
-
-    On SIGTERM the main process finishes its step, for which it needs its workers.
+    """torch's DataLoader with workers that leave SIGTERM and SIGINT to the main process, which still needs them.
 
     Iterating raises a :class:`UserError` of the data set unchanged, also from a worker; torch would put the text of its
     traceback into a new error.
@@ -33,18 +29,13 @@ class WorkerLoader(DataLoader):
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        num_workers: int,
-        collate_fn: Callable[[list], Any] = default_collate,
-        **options: Any,
+        self, dataset: Dataset, *, num_workers: int, collate_fn: Callable[[list], Any] = default_collate, **options: Any
     ) -> None:
         super().__init__(
-            _ErrorsAsSamples(dataset),
+            _BatchOrError(dataset, collate_fn),
             num_workers=min(num_workers, len(os.sched_getaffinity(0))),
             worker_init_fn=_answer_parent_only,
-            collate_fn=_BatchOrError(collate_fn),
+            collate_fn=_unchanged,
             # torch draws a seed for the workers, on which no result depends: not from the global generator.
             generator=torch.Generator(),
             **options,
@@ -59,31 +50,24 @@ class WorkerLoader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _ErrorsAsSamples(Dataset):
-    """A data set that returns its user errors in place of samples, so that they pass between processes."""
+class _BatchOrError(Dataset):
+    """Gives whole batches, and in place of one its user error, so that it passes between processes."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, collate: Callable[[list], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitems__(self, keys: list) -> Any:
         try:
-            return self.dataset[key]
+            return self.collate([self.dataset[key] for key in keys])
         except UserError as error:
             return error
 
 
-class _BatchOrError:
-    """A collate function that returns the first error among the samples, if there is one."""
-
-    def __init__(self, collate: Callable[[list], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list) -> Any:
-        error = next((sample for sample in samples if isinstance(sample, UserError)), None)
-        return self.collate(samples) if error is None else error
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:

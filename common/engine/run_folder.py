@@ -2,13 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
-from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
@@ -17,18 +14,7 @@ from fvcore.common.config import CfgNode
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
-from d2distill.common.engine.preemption import EvaluationInterrupted
-from d2distill.common.errors import ConfigError, UserError
-
-__all__ = [
-    "RESULTS",
-    "one_line_for_user_errors",
-    "prepare_run",
-    "read_results",
-    "start_logs",
-    "write_run_folder",
-    "write_text",
-]
+from d2distill.common.errors import ConfigError
 
 RESULTS = "results.json"
 #: Facts of the run in results.json, which are no metrics.
@@ -37,20 +23,13 @@ logger = logging.getLogger("detectron2.d2distill")
 
 
 def prepare_run(cfg: CfgNode, resume: bool) -> None:
-    """What comes before data and networks: own modules, checks of the run folder and the batch size.
-
-    Raises:
-        ConfigError: the folder holds another run or cannot be used, or a batch or device does not fit the number of
-            processes.
-    """
+    """What comes before data and networks: own modules, checks of the run folder, the batch size and the device."""
     # Processes that Detectron2 started have imported nothing yet.
     import_extensions(cfg.IMPORTS)
     check_processes(cfg)
     run_on_main_process(lambda: _make_folder(cfg.OUTPUT_DIR))
     if not resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
-        raise ConfigError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another folder"
-        )
+        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another")
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
@@ -62,17 +41,13 @@ def _make_folder(folder: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"OUTPUT_DIR {folder} cannot be used as a run folder: {error.strerror}; choose one that can be made and "
-            "written to"
+            f"OUTPUT_DIR {folder} cannot be used as a run folder: {error.strerror}; choose one that can be written to"
         ) from error
 
 
 def start_logs(output_dir: str | None) -> None:
-    """Send Detectron2's and our logs to the console and, in a run folder, to log.txt.
-
-    One process may start several runs, one by one.
-    """
-    setup_logger.cache_clear()
+    """Send Detectron2's and our logs to the console and, in a run folder, to log.txt."""
+    setup_logger.cache_clear()  # one process may start several runs, one by one
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
@@ -86,11 +61,7 @@ def write_run_folder(cfg: CfgNode) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        OutputError: the disk is full, or may not be written to.
-    """
+    """Write a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -101,20 +72,4 @@ def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
     if content.get("steps") != steps:
         return None
     # A metric that is not defined on the data is null there.
-    metrics = {name: value for name, value in content.items() if name not in _FACTS}
-    return {name: float("nan") if value is None else value for name, value in metrics.items()}
-
-
-@contextmanager
-def one_line_for_user_errors() -> Iterator[None]:
-    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return record.exc_info is None or not isinstance(record.exc_info[1], UserError | EvaluationInterrupted)
-
-    loop = logging.getLogger(TrainerBase.__module__)
-    loop.addFilter(keep)
-    try:
-        yield
-    finally:
-        loop.removeFilter(keep)
+    return {n: float("nan") if value is None else value for n, value in content.items() if n not in _FACTS}

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from detectron2.utils import comm
 
-__all__ = ["seed_step"]
-
 
 def seed_step(seed: int, step: int, rank: int | None = None) -> None:
     """Seed Python, numpy and torch by (seed, step, rank); without a rank, by this process's.

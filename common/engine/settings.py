@@ -8,8 +8,6 @@ from detectron2.solver import LRMultiplier
 from fvcore.common.config import CfgNode
 from torch.optim import Optimizer
 
-__all__ = ["apply_new_hyperparams", "config_diff", "flat_settings", "param_group_hparams", "what_makes_another_run"]
-
 #: Which folder it is, and where files are: another value changes nothing in a run that continues.
 _OF_NO_EFFECT = ("OUTPUT_DIR", "IMPORTS", "DATASETS.ROOT", "*MODEL.WEIGHTS", "MODEL.STUDENT.WEIGHTS")
 
@@ -25,8 +23,8 @@ def flat_settings(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def what_makes_another_run(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str]) -> list[str]:
-    """``"KEY was old, now new"`` for every difference that `may_change` (patterns of keys) does not name."""
+def config_diff(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str] = ()) -> list[str]:
+    """``"KEY was old, now new"`` for every setting that differs, makes a difference, and matches no pattern given."""
     patterns = [*may_change, *_OF_NO_EFFECT]
     methods = {name.upper() for name in now.get("DISTILL.METHODS", ())}
 
@@ -37,12 +35,6 @@ def what_makes_another_run(before: Mapping[str, Any], now: Mapping[str, Any], ma
 
     different = [key for key in now if key in before and before[key] != now[key] and counts(key)]
     return [f"{key} was {before[key]!r}, now {now[key]!r}" for key in different]
-
-
-def config_diff(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``"KEY old -> new"`` for what both have and that makes a difference to a run that continues."""
-    keys = [key for key in now if key in before and not any(fnmatchcase(key, pattern) for pattern in _OF_NO_EFFECT)]
-    return [f"{key} {before[key]!r} -> {now[key]!r}" for key in keys if before[key] != now[key]]
 
 
 def param_group_hparams(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -8,8 +8,6 @@ import torch
 from detectron2.solver import LRMultiplier
 from torch import Tensor, nn
 
-__all__ = ["Task"]
-
 #: Put around the batches of an evaluation, which ends early where the job is to stop.
 Interruptible = Callable[[Iterable[Any]], Iterable[Any]]
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,13 @@ from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
-from d2distill.common.engine.hooks import PREEMPTED, CheckpointHook, EvaluationHook, WriterHook
-from d2distill.common.engine.metrics import MeanMetrics, average_states
-from d2distill.common.engine.preemption import EvaluationInterrupted, InterruptibleLoader, Preemption
+from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
+from d2distill.common.engine.metrics import MeanMetrics
+from d2distill.common.engine.preemption import InterruptibleLoader, Preemption
 from d2distill.common.engine.seeding import seed_step
-from d2distill.common.engine.settings import (
-    apply_new_hyperparams,
-    config_diff,
-    flat_settings,
-    param_group_hparams,
-    what_makes_another_run,
-)
+from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
 from d2distill.common.engine.task import Task
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
-
-__all__ = ["Trainer"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -51,6 +45,7 @@ class Trainer(TrainerBase):
 
     def __init__(self, cfg: CfgNode, task: Task) -> None:
         super().__init__()
+        logging.getLogger(TrainerBase.__module__).addFilter(_not_a_user_error)
         self.cfg, self.task = cfg, task
         self.model, self.optimizer = task.wrapped, task.optimizer
         self.max_iter, self.epoch_length = task.max_iter, task.epoch_length
@@ -60,8 +55,8 @@ class Trainer(TrainerBase):
         self.split_batch = accumulate(task.split_batch, parts) if parts > 1 else task.split_batch
         self.metrics = MeanMetrics()
         # Of what the model itself puts into the event storage.
-        self.model_scalars = MeanMetrics(finite=False)
-        self._metric_states: list[dict[str, Any]] = []
+        self.model_scalars = MeanMetrics()
+        self._metric_states: list[list[dict[str, Any]]] = []
         self._batches: Iterator[Any] = iter(())
         # Over all restarts.
         self.seconds, self._started_at = 0.0, time.perf_counter()
@@ -82,7 +77,7 @@ class Trainer(TrainerBase):
             hooks.LRScheduler(task.optimizer, task.lr_scheduler),
             self.ema,
             self.evaluation,
-            WriterHook(cfg.OUTPUT_DIR, [cfg.LOG_PERIOD, task.eval_period], task.max_iter, task.epoch_length),
+            WriterHook(cfg.OUTPUT_DIR, [cfg.LOG_PERIOD, task.eval_period], task.epoch_length),
         ]
         self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
 
@@ -116,7 +111,6 @@ class Trainer(TrainerBase):
     run_step = train_step
 
     def _next_batch(self) -> Any:
-        self._metric_states = []
         start = time.perf_counter()
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
@@ -160,25 +154,16 @@ class Trainer(TrainerBase):
             run_on_main_process(lambda: run_folder.write_run_folder(self.cfg))
         self._started_at = time.perf_counter() - self.seconds
         try:
-            with run_folder.one_line_for_user_errors():
-                self.train(start, self.max_iter)
+            self.train(start, self.max_iter)
             student = self.task.deployed_student()
             results = {
                 **(self.evaluation.summary() if comm.is_main_process() else {}),
                 **self.task.evaluate_once(student),
             }
             run_on_main_process(lambda: self._finish(results))
-        except EvaluationInterrupted as stop:
-            if stop.error is None:
-                logger.warning(f"SIGTERM in the evaluation after step {self.iter + 1}; `--resume` starts with it")
-                raise SystemExit(PREEMPTED) from None
-            logger.error(f"{stop.error}; `--resume` starts with this evaluation")
-            raise stop.error from None
-        except DivergedError as error:
-            diverged = DivergedError(error.what, self._recovery_hint())
-            logger.error(diverged)
-            raise diverged from error
         except UserError as error:
+            if isinstance(error, DivergedError):
+                error.hint = self._recovery_hint()
             logger.error(error)
             raise
         return results
@@ -194,10 +179,7 @@ class Trainer(TrainerBase):
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the deployed student, and under ``ema_<metric>`` of its average; empty on other ranks."""
-
-        def interruptible(batches: Any) -> InterruptibleLoader:
-            return InterruptibleLoader(batches, self.preemption)
-
+        interruptible = partial(InterruptibleLoader, preemption=self.preemption)
         results = self.task.evaluate(self.task.deployed_student(), interruptible)
         if self.ema is not None:
             averaged = self.task.evaluate(self.ema.network, interruptible)
@@ -213,10 +195,6 @@ class Trainer(TrainerBase):
         """Load the latest valid checkpoint, if there is one, and return the step to continue from.
 
         Settings of ``task.may_change`` may be others than before, and apply from that step on; the log says which.
-
-        Raises:
-            CheckpointError: no checkpoint can be read, or it is of another run.
-            ConfigError: more steps are done than this run is to have.
         """
         found = self.checkpointer.latest()
         if found is None:
@@ -224,9 +202,8 @@ class Trainer(TrainerBase):
             return 0
         path, saved = found
         # Before anything is loaded, which may fail for the same reason and says less of it.
-        before = {**saved.get("settings", {}), **saved.get("run_identity", {})}
-        now = {**self.settings, **self.task.run_identity}
-        refused = what_makes_another_run(before, now, self.task.may_change)
+        before, now = {**saved["settings"], **saved["run_identity"]}, {**self.settings, **self.task.run_identity}
+        refused = config_diff(before, now, self.task.may_change)
         if refused:
             raise CheckpointError(
                 f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(refused)}. Set it as it was, or "
@@ -234,10 +211,10 @@ class Trainer(TrainerBase):
             )
         self.checkpointer.restore(path, saved)
         done, changed = self.iter + 1, config_diff(saved["settings"], self.settings)
-        if changed and done == self.max_iter:
-            logger.warning(f"--resume: all steps are done, so that these have no effect: {'; '.join(changed)}")
-        elif changed:
-            logger.warning(f"--resume: from step {done} on other settings apply than before: {'; '.join(changed)}")
+        if changed:
+            late = "all steps are done, so that these have no effect"
+            what = late if done == self.max_iter else f"from step {done} on other settings apply than before"
+            logger.warning(f"--resume: {what}: {'; '.join(changed)}")
         return done
 
     def _format_progress(self, steps: int) -> str:
@@ -281,8 +258,7 @@ class Trainer(TrainerBase):
         self.model_scalars.reset()
         for name in {name: None for means in gathered for name in means}:
             # They are means already: smoothing them once more would depend on when the run was restarted.
-            values = [means[name] for means in gathered if name in means]
-            self.storage.put_scalar(name, np.mean(values), smoothing_hint=False)
+            self.storage.put_scalar(name, np.mean([m[name] for m in gathered if name in m]), smoothing_hint=False)
 
     def gather_finite_means(self) -> list[dict[str, float]]:
         """Every process's means of the losses since the last log line.
@@ -290,22 +266,14 @@ class Trainer(TrainerBase):
         Raises:
             DivergedError: in all processes, where a mean of one of them is not finite.
         """
-        try:
-            own = self.metrics.compute()
-        except DivergedError as error:
-            own = error
-        gathered = comm.all_gather(own)
+        gathered = comm.all_gather(self.metrics.compute())
         for means in gathered:
-            if isinstance(means, DivergedError):
-                raise means
+            if not all(map(math.isfinite, means.values())):
+                raise DivergedError(f"a loss became infinite or NaN since the last log line: {means}.")
         return gathered
 
     def assert_state_finite(self) -> None:
-        """Check that this process's weights and its optimizer's state may be saved.
-
-        Raises:
-            DivergedError: they are not finite.
-        """
+        """Raise a DivergedError where this process's weights or its optimizer's state are not finite."""
         tensors = dict(self.task.model.state_dict())
         for index, state in enumerate(self.optimizer.state.values()):
             tensors.update({f"{name} of the optimizer's parameter {index}": value for name, value in state.items()})
@@ -313,20 +281,17 @@ class Trainer(TrainerBase):
 
     def collect_state(self) -> None:
         """Bring to the main process what differs between them. All call it before that one saves."""
-        self._metric_states = comm.gather(self._own_metrics())
+        self._metric_states = comm.gather([self.metrics.state_dict(), self.model_scalars.state_dict()])
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "metrics": self._metric_states or [self._own_metrics()],
+            "metrics": self._metric_states,
             "seconds": self.seconds,
             "hparams": self._hparams,
         }
-
-    def _own_metrics(self) -> list[dict[str, Any]]:
-        return [self.metrics.state_dict(), self.model_scalars.state_dict()]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         done = state_dict["iteration"] + 1
@@ -340,9 +305,12 @@ class Trainer(TrainerBase):
         apply_new_hyperparams(self.optimizer, self.task.lr_scheduler, state_dict["hparams"], self._hparams)
         self.scaler.load_state_dict(state_dict["scaler"])
         self.seconds = state_dict["seconds"]
-        states = state_dict["metrics"]
-        for metrics, own in zip((self.metrics, self.model_scalars), zip(*states, strict=True), strict=True):
-            # Of another number of processes the average is taken: it is what is logged.
-            metrics.load_state_dict(
-                own[comm.get_rank()] if len(own) == comm.get_world_size() else average_states(list(own))
-            )
+        states = state_dict["metrics"]  # one per process; their number may be another now
+        losses, scalars = states[comm.get_rank() % len(states)]
+        self.metrics.load_state_dict(losses)
+        self.model_scalars.load_state_dict(scalars)
+
+
+def _not_a_user_error(record: logging.LogRecord) -> bool:
+    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], UserError)

@@ -160,7 +160,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         "other": (build_model("vgg13", 100).state_dict(), "of another network than VGG"),
         "classes": (
             build_model("vgg8", 10).state_dict(),
-            r"has 10 classes, but the data set has 100: .*DISTILL\.METHODS \[\]",
+            r"of another number of classes than VGG here: 2 of another shape \(.* \(10, 512\) instead of \(100, 512\)",
         ),
         "nothing": ({"epoch": 3}, "holds no state dict"),
         "code": ({"model": {}, "x": torch.nn.Linear}, r"more than weights: a pickled .*Linear.* save .*state_dict\(\)"),
@@ -173,9 +173,8 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         (tmp_path / "text").write_text(start)
         with pytest.raises(CheckpointError, match="/text is no checkpoint: it does not begin"):
             read_weights(str(tmp_path / "text"))
-    for name, message in (("missing", "there is no checkpoint at .*/missing"), ("", f"{tmp_path} is a directory")):
-        with pytest.raises(CheckpointError, match=message):
-            read_weights(str(tmp_path / name))
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint at {tmp_path}/missing"):
+        read_weights(str(tmp_path / "missing"))
 
 
 def test_networks_and_methods_that_do_not_fit():

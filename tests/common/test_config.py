@@ -31,19 +31,6 @@ def test_every_method_has_its_node(cfg):
         assert ("STANDARDIZE" in node) == (issubclass(method, LogitDistiller) and not method.takes_sigmoid)
 
 
-def test_published_defaults(cfg):
-    assert cfg.DISTILL.METHODS == [] and cfg.DISTILL.CE_WEIGHT == 1.0
-    assert cfg.DISTILL.KD == {"WEIGHT": 0.9, "WARMUP": 0, "STANDARDIZE": False, "T": 4.0}
-    assert cfg.DISTILL.DKD == {
-        "WEIGHT": 1.0,
-        "WARMUP": 20,
-        "STANDARDIZE": False,
-        "ALPHA": 1.0,
-        "BETA": 8.0,
-        "T": 4.0,
-    }
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
@@ -80,17 +67,18 @@ def test_whole_numbers_and_base_files(cfg, tmp_path):
     [
         (["SOLVER.EPOCHS"], "no value"),
         (["SOLVER", "3"], "SOLVER is a node with keys below it, but was given 3"),
-        (["SOLVER.EPOCHS.X", "3"], r"SOLVER\.EPOCHS is a value \(3\), but was given keys below it: \['X'\]"),
+        (["SOLVER.EPOCHS.X", "3"], r"SOLVER\.EPOCHS takes a whole number, but was given \{'X': '3'\}"),
         (["SOLVER.EPOCHS", "many"], r"^SOLVER\.EPOCHS takes a whole number, but was given many; e\.g\. 3$"),
         (["SOLVER.EPOCHS", "1.5"], "takes a whole number"),
         (["SOLVER.EPOCHS", "True"], "takes a whole number"),
         (["SOLVER.BASE_LR", "[1]"], "takes a number"),
         (["SOLVER.NESTEROV", "1"], "takes True or False, but was given 1"),
         (["NAME", 5], "NAME takes text, but was given 5; put it in quotes"),
-        (["NAME", ["a"]], r"NAME takes text, but was given \['a'\]$"),
-        (["DISTILL.METHODS", "KD"], r"^DISTILL\.METHODS takes a list, but was given KD; write \[KD\]$"),
-        (["DISTILL.METHODS", "KD,DKD"], r"write \[KD,DKD\]$"),
-        (["DISTILL.METHODS", "None"], r"an empty one is \[\]$"),
+        (
+            ["DISTILL.METHODS", "KD"],
+            r"^DISTILL\.METHODS takes a list, but was given KD; write \[KD\], or \[\] ",
+        ),
+        (["DISTILL.METHODS", "KD,DKD"], r"write \[KD,DKD\]"),
     ],
 )
 def test_impossible_values(cfg, opts, message):
@@ -141,19 +129,18 @@ def test_an_empty_file_changes_nothing(cfg, tmp_path, text):
     [
         ("- a\n", ": settings are lines of `KEY: value`, but this is a list"),
         ("hello\n", ": .* is a str"),
-        ("SOLVER:\n  EPOCHS: 1\n BASE_LR: 3\n", ", line 3: this is not YAML: .* of line 1, .*spaces indent"),
-        ("SOLVER: {EPOCHS: 1\n", ", line 2: this is not YAML: .*'}'"),
-        (b"\xff\xfe\x00", " is not text in UTF-8"),
-        ("SOLVER:\n  EPOCHS: 1\n  EPOCHS: 1\n", ", line 3: EPOCHS is there twice, first in line 2: keep one"),
+        ("SOLVER:\n  EPOCHS: 1\n BASE_LR: 3\n", " cannot be read as YAML: .* line 3"),
+        ("SOLVER: {EPOCHS: 1\n", " cannot be read as YAML: .*'}'.* line 2"),
+        (b"\xff\xfe\x00", " cannot be read as YAML: 'utf-8'"),
+        ("SOLVER:\n  EPOCHS: 1\n  EPOCHS: 1\n", " cannot be read as YAML: EPOCHS is there twice, first in line 2"),
         ("SOLVER: {EPOCHS: }\n", r": SOLVER\.EPOCHS takes a whole number, but was given nothing"),
         ("SOLVER:\n", ": .*SOLVER is a node with keys below it, but was given nothing"),
         (
             "SOLVER.EPOCHS: 3\n",
             r": config key SOLVER\.EPOCHS: in a file its parts are nested, as SOLVER: \{EPOCHS: \.\.\.\}",
         ),
-        ("SOLVR: {EPOCHS: 3, BASE_LR: 1}\n", r": unknown config key SOLVR \(did you mean SOLVER\?"),
-        ("_BASE_: nope.yaml\n", r"nope\.yaml \(_BASE_ of .*c\.yaml\): No such file"),
-        ("_BASE_: .\n", r"\(_BASE_ of .*c\.yaml\): Is a directory"),
+        ("SOLVR: {EPOCHS: 3, BASE_LR: 1}\n", r": unknown config key SOLVR \(did you mean SOLVER"),
+        ("_BASE_: nope.yaml\n", r"nope\.yaml \(_BASE_ of .*c\.yaml\) cannot be .*No such file"),
         ("_BASE_: c.yaml\n", ": _BASE_ goes round in a circle: .*c.yaml -> .*c.yaml"),
     ],
 )
@@ -199,7 +186,7 @@ def test_rules(rule, right, wrong):
 
 def test_yaml_runs_no_code(cfg, tmp_path):
     (tmp_path / "c.yaml").write_text(f"NAME: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
-    with pytest.raises(ConfigError, match=r"c\.yaml, line 1: YAML that would run code: could not determine a"):
+    with pytest.raises(ConfigError, match=r"c\.yaml cannot be read as YAML: .*object/apply:os.mkdir.* line 1"):
         cfg.merge_from_file(str(tmp_path / "c.yaml"))
     assert not (tmp_path / "made").exists()
 

@@ -70,9 +70,6 @@ class Evil:
         (defaultdict(list), r"collections\.defaultdict"),
         (torch.zeros(2), r"torch\._utils\._rebuild_tensor_v2"),
         (np.array([Evil(os.mkdir, "pwned")], dtype=object), "mkdir|object is not a plain number"),
-        (np.dtype("f4"), "holds a DType"),
-        (OrderedDict, "holds a type"),
-        ({1, 2}, "holds a set|asks for (builtins|__builtin__).set"),
     ],
 )
 def test_everything_else_is_refused(tmp_path, monkeypatch, value, named, protocol):
@@ -85,25 +82,20 @@ def test_everything_else_is_refused(tmp_path, monkeypatch, value, named, protoco
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_container_in_itself(tmp_path):
-    loop = []
-    loop.append({"loop": loop})
-    with pytest.raises(DataError, match="recursion"):
-        load_arrays(written(tmp_path / "f.pkl", loop))
+@pytest.mark.parametrize(
+    ("dtype", "data"),
+    [("f4", b"1234567"), ("f4", "text"), ("O", b"12345678"), ("f8,O", b"1234567812345678"), ("V8", b"12345678")],
+)
+def test_an_array_with_forged_content(tmp_path, dtype, data):
+    """The bytes must fill the shape, and be numbers: of an object type they would be pointers."""
 
+    class Forged:
+        def __reduce__(self):
+            build = np.zeros(1).__reduce__()[0]
+            return build, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype(dtype), False, data)
 
-def test_lists_of_lists_take_no_longer_than_their_file(tmp_path):
-    bomb = []
-    for _ in range(60):
-        bomb = [bomb, bomb]
-    loaded = load_arrays(written(tmp_path / "f.pkl", {"bomb": bomb}))
-    assert loaded["bomb"][0] is loaded["bomb"][1]
-
-
-def test_depth_without_end(tmp_path):
-    content = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    with pytest.raises(DataError, match="recursion"):
-        load_arrays(written(tmp_path / "f.pkl", content))
+    with pytest.raises(DataError, match="refused"):
+        load_arrays(written(tmp_path / "f.pkl", Forged()))
 
 
 def test_cut_anywhere(tmp_path):

@@ -212,8 +212,11 @@ def test_steps_that_no_schedule_looks_at():
     [
         ("MODEL:\n", ": config key MODEL is a node with keys below it, but was given nothing"),
         ("SOLVER: {BASE_LRS: 1}\n", r": unknown config key SOLVER\.BASE_LRS \(did you mean SOLVER\.BASE_LR"),
-        ("SOLVER:\n  MAX_ITER: 1\n  MAX_ITER: 2\n", ", line 3: MAX_ITER is there twice, first in line 2"),
-        ('MODEL: {RESNETS: {DEPTH: !!python/object/apply:eval ["50"]}}', ", line 1: YAML that would run code"),
+        (
+            "SOLVER:\n  MAX_ITER: 1\n  MAX_ITER: 2\n",
+            " cannot be read as YAML: MAX_ITER is there twice, first in line 2",
+        ),
+        ('MODEL: {RESNETS: {DEPTH: !!python/object/apply:eval ["50"]}}', " cannot .*object/apply:eval.* line 1"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, text, message):
