@@ -71,6 +71,7 @@ def detectors(tmp_path, monkeypatch):
     BACKBONE_REGISTRY._obj_map.pop("build_narrow_fpn_backbone", None)
 
 
+@pytest.mark.slow
 def test_detectors(detectors):
     """A teacher on one's own data, a student of it with one's own backbone, and stock Detectron2 with that student."""
     few = {key: value for key, value in SMALL.items() if "NUM_CLASSES" not in key}
@@ -91,6 +92,7 @@ def test_detectors(detectors):
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_which_methods_work_in_detectors():
     """The table's rows; what is in none of them or in the last is refused."""
     table = README[README.index("### Which methods") :].split("\n\n")[1].splitlines()[2:]

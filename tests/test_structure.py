@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from d2distill.classification.config import load_cfg
@@ -81,6 +82,7 @@ def calls_to_the_loss(folder, script, config, *opts):
     return [frame for frame in own if frame[1] != "<module>"]
 
 
+@pytest.mark.slow
 def test_a_loss_is_at_most_nine_calls_and_six_files_from_the_command_line(tmp_path):
     config = "configs/cls/digits_vgg8_r8_dkd.yaml"
     calls = calls_to_the_loss(tmp_path, "tools/train_cls.py", config, "MODEL.TEACHER.WEIGHTS", "''")

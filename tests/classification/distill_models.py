@@ -52,11 +52,11 @@ def build(methods, *opts, student="resnet8", teacher="resnet14", seed=0, size=32
 
     Teachers are shared by all tests, so that a method that changes one is seen by many.
     """
-    seed_step(seed, 0)
     teachers = [network(name, size) for name in ([teacher] if isinstance(teacher, str) else teacher)]
     cfg = make_cfg(methods, "INPUT.SIZE", size, *opts)
     # As another test's teacher it was frozen.
     own = copy.deepcopy(network(student, size)).requires_grad_()
+    seed_step(seed, 0)  # after the networks, of which those that are built here draw numbers
     return build_distiller(cfg, own, teachers, num_samples=SAMPLES).train()
 
 

@@ -36,6 +36,7 @@ def cifar(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_evaluation_needs_no_training_images(cifar, tmp_path):
     shutil.copytree(cifar / "cifar-100-python", tmp_path / "cifar-100-python")
     (tmp_path / "cifar-100-python" / "train").unlink()

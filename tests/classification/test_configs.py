@@ -36,6 +36,7 @@ def load(path, *opts):
     return load_cfg(str(path), ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.WEIGHTS", "", *opts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_config_is_built_and_stepped(path):
     # Networks of convolutions take small images as well.

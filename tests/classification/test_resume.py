@@ -23,6 +23,9 @@ from d2distill.common.errors import CheckpointError, ConfigError, DataError, Div
 from tests.classification.tiny_training import STEPS, run, small_cfg, state
 from tests.interruptions import assert_identical, fail_in_evaluation
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,7 +52,6 @@ def start(folder, workers, moment, step):
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "step"),
     [
@@ -71,7 +73,6 @@ def test_sigkill(tmp_path, unbroken, moment, step, workers):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
     process = start(tmp_path, 2, "slowly", 0)
     while not read_metrics(tmp_path):
@@ -85,7 +86,6 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
     assert_identical(state(tmp_path), unbroken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, STEPS])
 def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
     assert start(tmp_path, 0, "in evaluation", step).wait() == 143

@@ -67,6 +67,7 @@ def test_training_moves_the_projector_and_not_the_classifier():
     assert all(torch.equal(before[name], value) for name, value in method.classifier.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_saved_and_loaded_as_one_network(tmp_path):
     settings = {"DISTILL__METHODS": ["SimKD"], "DISTILL__CE_WEIGHT": 0.0, "SOLVER__EMA_DECAY": 0.5}
     results = run(small_cfg(tmp_path, **settings))
@@ -100,6 +101,7 @@ def with_other():
         DISTILLERS._obj_map.pop("Other")
 
 
+@pytest.mark.slow
 def test_it_learns_where_a_teacher_knows(tmp_path):
     """On digits: far better than chance after 6 epochs on 300 images, through the classifier of a trained teacher."""
     teacher = run(small_cfg(tmp_path / "t", MODEL__STUDENT__NAME="resnet8", **{**TRAINED, "DISTILL__METHODS": []}))

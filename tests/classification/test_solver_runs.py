@@ -14,6 +14,9 @@ from tests.classification.distill_models import WITH_TEACHER, loss_of
 from tests.classification.tiny_training import STEPS, run, small_cfg, state
 from tests.interruptions import assert_identical
 
+pytestmark = pytest.mark.slow
+
+
 ALONE = [name for name, _ in DISTILLERS if name not in WITH_TEACHER]
 TWO = ["wrn_16_1", "resnet8"]
 SETTINGS = {

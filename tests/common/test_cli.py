@@ -88,6 +88,7 @@ def test_an_error_in_the_arguments_is_printed_once_per_node(command, monkeypatch
     assert "did you mean --resume" in command(train_cls, "--resum")[2]
 
 
+@pytest.mark.slow
 def test_a_user_error_is_printed_by_one_process_of_a_job(capsys):
     store = dist.HashStore()
 

@@ -3,11 +3,15 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
 from d2distill.common.engine.checkpoint import RunCheckpointer
 from d2distill.common.errors import CheckpointError
+
+pytestmark = pytest.mark.slow
+
 
 DAMAGED = b"half a file"
 

@@ -1,7 +1,11 @@
 """How far a detector's loss is from its command."""
 
+import pytest
+
 from tests.detection.tiny_training import tiny_cfg
 from tests.test_structure import calls_to_the_loss
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_loss_is_at_most_nine_calls_and_six_files_from_the_command_line(tmp_path, tiny):

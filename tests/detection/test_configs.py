@@ -42,6 +42,7 @@ def one_of_a_kind():
     return list(kinds.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", one_of_a_kind(), ids=lambda path: path.stem)
 def test_a_config_is_built_and_stepped(path):
     cfg = few(path)

@@ -23,6 +23,7 @@ SETS = {f"tiny_{split}": entry for split, entry in TINY.items()}
 SMALL = ["DATASETS.REGISTER", str(SETS), "DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val',)"]
 
 
+@pytest.mark.slow
 def test_picture(tmp_path, tiny):
     entries = [Entry(name, file, [4], SMALL) for name, file in zip(("one", "other"), CONFIGS, strict=True)]
     comparison = Comparison(DETECTION, entries, tmp_path)

@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_without_scikit_learn(small, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install scikit-learn \(or d2distill\[digits\]\)"):
+    with pytest.raises(ImportError, match="comes with scikit-learn: pip install it"):
         ensure_generated("digits_coco")
     assert visible(small) == ["digits_coco.lock"]
 

@@ -17,6 +17,9 @@ from tests.detection.tiny_detectors import small_cfg
 from tests.detection.tiny_training import STEPS, run, state, tiny_cfg
 from tests.interruptions import assert_identical
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +39,6 @@ def start(folder, name, workers, moment, step):
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "moment", "step", "workers"),
     [
@@ -57,7 +59,6 @@ def test_sigkill(tmp_path, unbroken, name, moment, step, workers):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
     process = start(tmp_path, "rcnn", 2, "slowly", 0)
     while not read_metrics(tmp_path):
@@ -69,7 +70,6 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
     assert_identical(state(tmp_path), unbroken["rcnn"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, STEPS])
 def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
     assert start(tmp_path, "rcnn", 0, "in evaluation", step).wait() == 143

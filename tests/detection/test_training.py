@@ -18,6 +18,9 @@ from tests.detection.tiny_detectors import SMALL, TEACHER, build, small_cfg
 from tests.detection.tiny_training import run, tiny_cfg
 from tests.interruptions import assert_identical
 
+pytestmark = pytest.mark.slow
+
+
 SHORT = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "TEST.EVAL_PERIOD": 0}
 
 

@@ -164,6 +164,7 @@ def test_a_signal_ends_the_runs_and_the_next_call_continues(stand_in, tmp_path, 
     assert list(comparison.results(comparison.entries[0])) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_deadline_lets_runs_save(stand_in, tmp_path):
     comparison = stopped_run(tmp_path)
     comparison.run(2, deadline=time.monotonic())

@@ -9,6 +9,9 @@ from torch import distributed, multiprocessing
 from d2distill.common.outputs import Batch, Outputs
 from tests.common.distillers.test_crd import SAMPLES, make, outputs
 
+pytestmark = pytest.mark.slow
+
+
 # Per step the samples of rank 0 and of rank 1: of equal and of other numbers, none on one, none at all, one on both.
 STEPS = [([0, 1, 2], [3, 4, 5]), ([6, 7], [8]), ([], [9, 10]), ([], []), ([11], [12, 11]), ([0, 1], [])]
 

@@ -288,7 +288,7 @@ def test_fusion_settings():
     assert len(method.fusions) == 4 and method.fusions[-1].reduce[0].weight.shape[:2] == (512, 600)
 
 
-def test_one_stage_has_no_neighbour():
+def test_one_stage_has_no_neighbor():
     one = outputs(1, PAIRS["equal"][0][:2])
     with pytest.raises(ValueError, match="two or more"):
         build("KDSVD", one, one)
