@@ -99,7 +99,12 @@ def init_distributed(job: Job, store: dist.Store) -> None:
 def _child(port: int, main: Callable[..., object], *arguments: object) -> None:
     # Errors are printed by the process that has them: torch would add tracebacks.
     with user_errors(), _one_error(dist.TCPStore("127.0.0.1", port, is_master=False)):
-        main(*arguments)
+        try:
+            main(*arguments)
+        finally:
+            # Threads of a process group that are left to the interpreter's end may abort it.
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextmanager

@@ -11,15 +11,16 @@ def datasets_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
+        with pytest.MonkeyPatch.context() as small:
+            # Before any test can ask for all of it.
+            small.setitem(SETS, "digits_coco", {"train": 60, "val": 40})
+            ensure_generated("digits_coco")
         yield root
 
 
 @pytest.fixture(scope="session")
 def digits_coco(datasets_root):
     """That folder, with the first images of digits_coco in it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SETS, "digits_coco", {"train": 60, "val": 40})
-        ensure_generated("digits_coco")
     return datasets_root
 
 
