@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,13 +99,14 @@ def init_distributed(job: Job, store: dist.Store) -> None:
 
 def _child(port: int, main: Callable[..., object], *arguments: object) -> None:
     # Errors are printed by the process that has them: torch would add tracebacks.
-    with user_errors(), _one_error(dist.TCPStore("127.0.0.1", port, is_master=False)):
-        try:
+    try:
+        with user_errors(), _one_error(dist.TCPStore("127.0.0.1", port, is_master=False)):
             main(*arguments)
-        finally:
-            # Threads of a process group that are left to the interpreter's end may abort it.
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    except SystemExit as end:
+        # Threads of torch's stores may abort the interpreter's end, which would replace the exit code by SIGABRT's.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 @contextmanager
