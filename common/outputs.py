@@ -111,7 +111,8 @@ class Batch:
     """What a method may know of a training step besides the outputs. Fields may be added, never removed.
 
     Attributes:
-        target: (R,) class of each row of the logits; negative rows are ignored.
+        target: (R,) class of each row of the logits. Rows that do not count are left out beforehand, as the detectors
+            here do, or negative, which few methods take.
         soft_target: (N, C) class probabilities that take the place of `target` (mixup, cutmix, label smoothing), or
             None.
         index: (N,) positions of the samples in the training set.

@@ -9,7 +9,7 @@
 Detectron2 has no release on the package index under its own name. By default the wheel of the
 `sal-detectron2` project is fetched, its hash checked, and packed anew as what it is: upstream commit
 a59f0563 in pure Python, without the compiled extension of another Python version. A Detectron2 that is
-importable already is left alone; the variable DETECTRON2 names any pip requirement to use instead.
+importable already is kept; the variable DETECTRON2 names any pip requirement to use instead.
 
 Runs on the standard library, because nothing else is there yet.
 """
