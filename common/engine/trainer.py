@@ -172,7 +172,8 @@ class Trainer(TrainerBase):
         self.save_student("final")
         if self.ema is not None:
             self.save_student("ema_final")
-        facts = {**self.task.model_stats(self.task.deployed_student()), "seconds": self.seconds, "steps": self.max_iter}
+        stats = self.task.model_stats(self.task.deployed_student())
+        facts = {**self.task.facts(), **stats, "seconds": self.seconds, "steps": self.max_iter}
         # JSON has no NaN, which a metric is that is not defined on the data.
         results = {name: None if value != value else value for name, value in results.items()}
         run_folder.write_text(Path(self.cfg.OUTPUT_DIR, run_folder.RESULTS), json.dumps({**results, **facts}, indent=2))
