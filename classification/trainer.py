@@ -7,12 +7,13 @@ from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from d2distill.classification.config import PRECISIONS, image_size, schedule_notes
+from d2distill.classification.config import PRECISIONS, schedule_notes
 from d2distill.classification.data import ImageDataset, build_dataset
-from d2distill.classification.data.augment import build_augmentation
+from d2distill.classification.data.augment import CenterFit, build_augmentation
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
@@ -42,7 +43,8 @@ _MAY_CHANGE = (
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
     """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
-    solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
+    cfg = resolve_inputs(cfg)
+    solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, _center_fit(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
     seed_step(cfg.SEED, 0, rank=0)
@@ -52,11 +54,11 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     optimizer = build_optimizer(model, solver)
     sampler = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
+    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers)
 
     def build_batches(start: int) -> Any:
         order = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
-        return build_train_loader(train_set, order, size, augmentation, workers)
+        return build_train_loader(train_set, order, fit, augmentation, workers)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}
@@ -107,9 +109,13 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         prepare=build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES),
         split_batch=split_batch,
         backward=backward,
-        model_stats=lambda network: model_stats(network, size),
+        model_stats=lambda network: model_stats(network, fit.size),
     )
     return Trainer(cfg, task)
+
+
+def _center_fit(cfg: CfgNode) -> CenterFit:
+    return CenterFit(cfg.INPUT.SIZE, cfg.INPUT.RESIZE, cfg.INPUT.INTERPOLATION)
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
@@ -161,6 +167,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 def evaluate(cfg: CfgNode) -> dict[str, float]:
     """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks."""
     weights = cfg.MODEL.STUDENT.WEIGHTS
+    cfg = resolve_inputs(cfg)
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
     _take_classes(cfg, test_set)
@@ -168,7 +175,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped, "", ""
     model = build_distiller(cfg).to(resolve_device(cfg))
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
-    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
     try:
         return inference_on_dataset(model, loader, AccuracyEvaluator())
     except DivergedError as error:
