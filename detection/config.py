@@ -105,6 +105,8 @@ def get_cfg() -> CfgNode:
     cfg.LOG_PERIOD = 20
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
+    # Measure the teacher on DATASETS.TEST before it teaches, where it has the student's classes.
+    cfg.TEST.TEACHER = True
     # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
     cfg.SOLVER.ACCUMULATE = 1
     # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.

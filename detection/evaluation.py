@@ -1,5 +1,7 @@
 """Average precision of a detector, by Detectron2's evaluators."""
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -18,10 +20,13 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
+from d2distill.common.engine.teacher_check import measured
+from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.data.loader import build_test_loader
+from d2distill.detection.teacher import TeacherAdapter
 
-__all__ = ["best_metric", "check_evaluators", "evaluate_detector"]
+__all__ = ["best_metric", "check_evaluators", "evaluate_detector", "measure_teacher"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -61,7 +66,7 @@ def best_metric(cfg: CfgNode) -> str:
 
 def evaluate_detector(
     cfg: CfgNode,
-    model: nn.Module,
+    model: nn.Module | Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     augmented: bool = False,
     interruptible: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
     per_class: dict[str, Any] | None = None,
@@ -71,7 +76,7 @@ def evaluate_detector(
 
     Args:
         cfg: of the run.
-        model: returns Detectron2's results in eval mode.
+        model: returns Detectron2's results; a module does in eval mode.
         augmented: average over the scales and flips of TEST.AUG.
         interruptible: put around each data set's batches.
         per_class: is given COCO's AP of each class: ``{"per_class": {class: AP}}`` for boxes, ``per_class_segm`` for
@@ -110,6 +115,31 @@ def evaluate_detector(
                 else:
                     per_class.setdefault(key, {})[name] = found
     return metrics
+
+
+def measure_teacher(cfg: CfgNode, teacher: TeacherAdapter) -> dict[str, float | None]:
+    """Metrics of a teacher on DATASETS.TEST, as ``{"teacher_bbox/AP": ..., ...}`` on all processes; None: not defined.
+
+    The images are those that it teaches on: of the student's size, with its own statistics. What is known already of
+    this teacher on these data is not measured again. The log warns where it detects nothing, as with another order of
+    classes or other pixel statistics than it was trained with.
+    """
+    sets, sizes = cfg.DATASETS.TEST, {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")}
+    data = [(name, MetadataCatalog.get(name).get("thing_classes"), DatasetCatalog.get(name)) for name in sets]
+    own = {**teacher.cfg.MODEL, "WEIGHTS": "", "DEVICE": "", "TEST": teacher.cfg.TEST}
+    digest = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    key = json.dumps([weights_digest(teacher.network), digest, sizes, limit, own], default=str)
+    results = measured(key, lambda: evaluate_detector(cfg, teacher.detect, folder="inference/teacher"))
+    facts = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+    logger.info(f"The teacher, on test images of the student's size (MIN_SIZE_TEST {sizes['MIN_SIZE_TEST']}): {facts}")
+    metric = best_metric(cfg)
+    if results[metric] < 1:
+        logger.warning(
+            f"The teacher's {metric} is {results[metric]:.2f}, as of a network not trained on these classes: check "
+            "their order, TEACHER.MODEL.PIXEL_MEAN and PIXEL_STD, TEACHER.INPUT.FORMAT and its weights"
+        )
+    return {f"teacher_{name}": None if math.isnan(value) else value for name, value in results.items()}
 
 
 def _is_annotated(name: str) -> bool:

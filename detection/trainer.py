@@ -19,9 +19,9 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
-from d2distill.detection.config import CfgNode
+from d2distill.detection.config import CfgNode, num_classes
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
-from d2distill.detection.evaluation import best_metric, check_evaluators, evaluate_detector
+from d2distill.detection.evaluation import best_metric, check_evaluators, evaluate_detector, measure_teacher
 from d2distill.detection.weights import load_student
 
 __all__ = ["build_trainer", "evaluate", "train"]
@@ -54,7 +54,10 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
             "a merged file that holds one"
         )
     load_student(model, cfg.MODEL.WEIGHTS)
-    optimizer, facts = build_optimizer(cfg, model), {}
+    optimizer = build_optimizer(cfg, model)
+    facts: dict[str, Any] = {}
+    if adapter is not None and cfg.TEST.TEACHER and num_classes(adapter.cfg)[1] == num_classes(cfg)[1]:
+        facts |= measure_teacher(cfg, adapter)
     precision = None
     if cfg.SOLVER.AMP.ENABLED:
         precision = torch.float16 if torch.device(cfg.MODEL.DEVICE).type == "cuda" else torch.bfloat16

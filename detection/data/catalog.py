@@ -164,11 +164,11 @@ def _log_classes(name: str, key: str, dicts: list[dict[str, Any]]) -> None:
         found = [annotation["category_id"] for annotation in _objects(record)]
         objects.update(found)
         images.update(set(found))
-    facts = ", ".join(f"{label} {objects[i]} in {images[i]}" for i, label in enumerate(classes))
+    facts = ", ".join(f"{label}: {objects[i]} in {images[i]}" for i, label in enumerate(classes))
     empty = sum(not _objects(record) for record in dicts)
     logger.info(
-        f"{key}: {name} has {len(dicts)} images, {empty} of them without objects; classes in order, with the number of "
-        f"their objects and images: {facts}"
+        f"{key}: {name} has {len(dicts)} images, {empty} of them without objects; classes in order, with their numbers "
+        f"of objects and images: {facts}"
     )
 
 

@@ -101,7 +101,10 @@ class DistillDetector(nn.Module):
             teacher.load_weights()
             own, theirs = num_classes(cfg)[1], num_classes(teacher.cfg)[1]
             if own != theirs:
-                logger.info(f"The teacher has {theirs} classes and the student {own}: only their features are compared")
+                logger.info(
+                    f"The teacher has {theirs} classes and the student {own}: their features are compared, and the "
+                    "teacher's AP is not measured"
+                )
         return {**parts, "teacher": teacher, "distillers": distillers, "max_iter": cfg.SOLVER.MAX_ITER}
 
     @classmethod
@@ -229,8 +232,8 @@ def check_num_classes(student: CfgNode, teacher: CfgNode, method: str) -> None:
     (key, own), (teacher_key, theirs) = num_classes(student), num_classes(teacher)
     if own != theirs:
         raise ConfigError(
-            f"DISTILL.METHODS: {method} compares class logits, but the student has {own} classes ({key}) and the teacher "
-            f"{theirs} (TEACHER.{teacher_key}): take a teacher of the same classes, or methods on features"
+            f"DISTILL.METHODS: {method} compares class logits, but the student has {own} classes ({key}) and the "
+            f"teacher {theirs} (TEACHER.{teacher_key}): take a teacher of the same classes, or methods on features"
         )
 
 

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 
 from d2distill.detection.config import get_cfg
@@ -11,6 +13,7 @@ def datasets_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         with pytest.MonkeyPatch.context() as small:
             # Before any test can ask for all of it.
             small.setitem(SETS, "digits_coco", {"train": 60, "val": 40})
@@ -43,3 +46,16 @@ def digits_cfg(digits_coco):
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.DATALOADER.NUM_WORKERS = 0
     return cfg
+
+
+@pytest.fixture
+def log(caplog):
+    """What d2distill logs."""
+    # Detectron2's logger may not hand on what it gets.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, logger.propagate = logger.propagate, False
+    caplog.set_level(logging.INFO, logger.name)
+    yield caplog
+    logger.propagate = before
+    logger.removeHandler(caplog.handler)

@@ -323,6 +323,20 @@ def test_what_does_not_fit_is_told_before_training(name, settings, message):
         build(small(name, **settings))
 
 
+@pytest.mark.parametrize(
+    ("name", "methods", "head"),
+    [("reviewkd_r101_r18", ["ReviewKD", "PKD", "CWD", "MGD", "FitNet"], "ROI_HEADS"),
+     ("retinanet_pkd_r101_r50", ["PKD"], "RETINANET")],
+)  # fmt: skip
+def test_a_teacher_of_other_classes_teaches_features(name, methods, head, tmp_path, log):
+    settings = {"DISTILL.METHODS": methods, f"TEACHER.MODEL.{head}.NUM_CLASSES": 8}
+    torch.save({"model": build(small(name, **settings)).teacher.state_dict()}, tmp_path / "teacher.pth")
+    model = build(small(name, **settings, **{"TEACHER.MODEL.WEIGHTS": str(tmp_path / "teacher.pth")}))
+    assert log.text.count("The teacher has 8 classes and the student 5: their features are compared") == 2
+    losses = step(model, batch())
+    assert all(losses[f"loss_{method.lower()}"] > 0 for method in methods)
+
+
 def test_anchors_are_the_same_only_in_retinanets_that_pad_alike():
     model = build(small("retinanet_bckd_r101_r50"))
     parts = vars(model) | model._modules
