@@ -13,7 +13,6 @@ def datasets_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
-        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         with pytest.MonkeyPatch.context() as small:
             # Before any test can ask for all of it.
             small.setitem(SETS, "digits_coco", {"train": 60, "val": 40})
