@@ -46,6 +46,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
     Raises:
         UserError: weights, classes or feature levels that do not fit.
     """
+    deciding = best_metric(cfg)
     # All processes build the same, and the student is built before its teacher and the methods.
     seed_step(cfg.SEED, 0, rank=0)
     model = build_model(cfg)
@@ -86,7 +87,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         # A plain detector: stock Detectron2 loads its state dict.
         deployed_student=getattr(model, "deployed_student", lambda: model),
         evaluate=evaluate_student,
-        best_metric=best_metric(cfg),
+        best_metric=deciding,
         max_iter=cfg.SOLVER.MAX_ITER,
         eval_period=cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER,
         checkpoint_periods=[cfg.SOLVER.CHECKPOINT_PERIOD],

@@ -164,6 +164,9 @@ def _log_classes(name: str, key: str, dicts: list[dict[str, Any]]) -> None:
         found = [annotation["category_id"] for annotation in _objects(record)]
         objects.update(found)
         images.update(set(found))
+    if not objects:
+        logger.info(f"{key}: {name} has {len(dicts)} images and no annotations; classes in order: {', '.join(classes)}")
+        return
     facts = ", ".join(f"{label}: {objects[i]} in {images[i]}" for i, label in enumerate(classes))
     empty = sum(not _objects(record) for record in dicts)
     logger.info(

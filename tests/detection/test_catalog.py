@@ -78,6 +78,15 @@ def test_registered_in_a_yaml_file(root, monkeypatch):
     assert (b.json_file, b.image_root) == (str(root / "sub/b.json"), str(root / "sub"))
 
 
+def test_registered_on_the_command_line(root):
+    keys = {"JSON": ["DATASETS.REGISTER.pets.JSON", "pets.json"], "IMAGES": ["DATASETS.REGISTER.pets.IMAGES", "/pets"]}
+    sets = ["DATASETS.TRAIN", "[pets]", "DATASETS.TEST", "[pets]", "MODEL.DEVICE", "cpu"]
+    cfg = load_cfg(opts=[*sets, *keys["JSON"], *keys["IMAGES"]])
+    assert cfg.DATASETS.REGISTER.pets == {"JSON": str(root / "pets.json"), "IMAGES": "/pets"}
+    again = load_cfg(opts=[*sets, "DATASETS.REGISTER", "{pets: {JSON: pets.json, IMAGES: /pets}}"])
+    assert again == cfg == load_cfg(opts=[*sets, "DATASETS.REGISTER.pets", "{'JSON': 'pets.json', 'IMAGES': '/pets'}"])
+
+
 def test_without_the_variable_data_sets_are_in_datasets(root, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS")
     monkeypatch.chdir(root)
