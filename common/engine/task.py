@@ -42,7 +42,7 @@ class Task:
         description: of the deployed network, for student.json and the student's files: ``task``, ``network``,
             ``classes``, ``preprocess``, ``config`` and ``made_from``; see :func:`d2distill.load`.
         facts: what else results.json has, asked for after the last evaluation: ``per_class``, ``teacher_<metric>``.
-        finite_outputs: whether the outputs of each network in the last step were finite, 0-d, by its name; None: unknown.
+        finite_outputs: whether each network's outputs were finite in the last step, 0-d, by its name; None: unknown.
         checkpointables: what else has a state to save.
     """
 
