@@ -101,6 +101,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
         facts=lambda: facts,
         checkpointables={"loss_normalizer": loss_normalizer},
+        finite_outputs=lambda: getattr(model, "finite", {}),
         description=functools.cache(lambda: describe_student(cfg)),
     )
     return Trainer(cfg, task)
