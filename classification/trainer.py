@@ -36,6 +36,7 @@ from d2distill.common.outputs import Progress
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
+_NETWORKS = ("STUDENT", "TEACHER")
 #: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
 _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
@@ -47,7 +48,7 @@ _MAY_CHANGE = (
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
     """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
-    cfg = resolve_inputs(cfg)
+    given, cfg = cfg, resolve_inputs(cfg)
     solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, _center_fit(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
@@ -107,7 +108,15 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
         may_change=_MAY_CHANGE,
-        run_identity={"training samples": len(train_set), "the teacher's weights": teacher},
+        run_identity={
+            "training samples": len(train_set),
+            "the teacher's weights": teacher,
+            # What was left open in the settings, and what is not: the run's, whatever a library says later.
+            **{f"INPUT.{key}": cfg.INPUT[key] for key in ("SIZE", "RESIZE", "INTERPOLATION")},
+            **{
+                f"MODEL.{side}.{key}": cfg.MODEL[side][key] for side in _NETWORKS for key in ("PIXEL_MEAN", "PIXEL_STD")
+            },
+        },
         epoch_length=epoch_length,
         precision=PRECISIONS[solver.AMP],
         clip_norm=solver.CLIP_GRAD_NORM,
@@ -119,7 +128,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         facts=lambda: teacher_results,
         finite_outputs=lambda: model.finite,
     )
-    return Trainer(cfg, task)
+    return Trainer(given, task)
 
 
 def _measure_teachers(
