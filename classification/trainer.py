@@ -25,7 +25,8 @@ from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weight_files import load_weights, weights_digest
+from d2distill.common.engine.weight_files import weights_digest
+from d2distill.common.engine.weight_loading import load_weights
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from d2distill.common.outputs import Progress
 
@@ -174,7 +175,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     shipped = [name for name, kind in chosen_methods(cfg).items() if kind.deployed is not Distiller.deployed]
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped, "", ""
     model = build_distiller(cfg).to(resolve_device(cfg))
-    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
+    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS", cfg.MODEL.STUDENT.USE_EMA)
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
     try:
         return inference_on_dataset(model, loader, AccuracyEvaluator())

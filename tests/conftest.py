@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,19 @@ torch.set_num_threads(1)
 def loss_goldens():
     """Loss and gradient norms of the reference code (tests/goldens/losses.json)."""
     return json.loads((GOLDENS / "losses.json").read_text())
+
+
+@pytest.fixture
+def log(caplog):
+    """What the package logs: pytest's caplog, from level INFO on."""
+    # Detectron2's logger may not hand on what it gets.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, logger.propagate = logger.propagate, False
+    caplog.set_level(logging.INFO, logger.name)
+    yield caplog
+    logger.propagate = before
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -37,18 +37,6 @@ def other():
     return narrow_detector(seed=1)
 
 
-@pytest.fixture
-def log(caplog):
-    # Detectron2's logger may not hand on what it gets.
-    logger = logging.getLogger("detectron2.d2distill")
-    logger.addHandler(caplog.handler)
-    before, logger.propagate = logger.propagate, False
-    caplog.set_level(logging.INFO, logger.name)
-    yield caplog
-    logger.propagate = before
-    logger.removeHandler(caplog.handler)
-
-
 def warnings(log):
     return [r.getMessage() for r in log.records if r.levelno >= logging.WARNING and r.name.endswith("d2distill")]
 
