@@ -63,6 +63,9 @@ class FixedSubset(ImageDataset):
         super().__init__(dataset.info, dataset.labels[self.positions], dataset.classes)
         self.dataset = dataset
 
+    def _samples(self) -> list:
+        return [self.positions]
+
     def load(self, index: int):
         return self.dataset.load(int(self.positions[index]))
 
