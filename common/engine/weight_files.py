@@ -29,10 +29,12 @@ LIBRARIES = ("torchvision", "timm")
 _TORCH_FILES = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
 # Entries in which public checkpoints keep their state dict ("state" is Composer's, around "model"), and those for its
-# average over the training; prefixes of torch's wrappers, of this package's runs, and of Lightning's modules.
+# average over the training; prefixes of torch's wrappers and of this package's runs; usual ones of Lightning's modules,
+# which may as well be a network's own.
 _ENTRIES = ("model", "state_dict", "model_state_dict", "net", "model_state", "weights", "params", "state")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema")
-_PREFIXES = ("module.", "_orig_mod.", "student.", "model.", "net.", "network.")
+_PREFIXES = ("module.", "_orig_mod.", "student.")
+_PREFIXES_OF_MODULES = ("model.", "net.", "network.")
 
 # Types in public checkpoints beside tensors: RepDistiller's options, numpy accuracies. None of them runs code.
 _HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
@@ -80,7 +82,8 @@ def read_weights(source: str, names: Collection[str] = (), use_ema: bool | None 
         source: a path or URL of a ``.pth`` file (a state dict alone or under an entry such as ``"model"``, with or
             without prefixes such as ``module.``; of a run's own checkpoint the student is read) or ``.safetensors``
             file; ``torchvision:ResNet34_Weights.IMAGENET1K_V1``; or ``timm:NAME``.
-        names: of the network's tensors, where they are known: prefixes are removed only until one of these is found.
+        names: of the network's tensors, where they are known: then also Lightning's usual prefixes are removed, and no
+            more than is needed to find one of these names.
         use_ema: which to take of a file that holds weights and their average over the training. None: the weights,
             there being no setting for it.
 
@@ -99,9 +102,10 @@ def state_dict_of(
         has = f"; it has {first_few(map(str, content))}" if isinstance(content, Mapping) and content else ""
         entries = ", ".join(map(repr, (*_ENTRIES, *_AVERAGED)))
         raise CheckpointError(f"{source} holds no state dict, neither alone nor under one of {entries}{has}")
+    prefixes = (*_PREFIXES, *_PREFIXES_OF_MODULES) if names else _PREFIXES
     # Wrappers may be nested in any order. A network may have a child whose name is a wrapper's.
     while not any(name in names for name in state) and (
-        prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in state)), None)
+        prefix := next((p for p in prefixes if any(name.startswith(p) for name in state)), None)
     ):
         if others := [name for name in state if not name.startswith(prefix)]:
             logger.info(f"{source}: the network's entries begin with {prefix}; passed over: {first_few(others)}")
