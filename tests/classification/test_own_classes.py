@@ -1,6 +1,5 @@
 """Weights of other classes, image sizes and libraries' older forms: what is taken, what stays fresh, who may teach."""
 
-import functools
 import re
 
 import pytest
@@ -11,12 +10,14 @@ import torchvision
 from d2distill.classification.data import build_dataset
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
+from d2distill.classification.models.published_weights import adapt_torchvision
 from d2distill.classification.networks import build_network
 from d2distill.classification.trainer import evaluate
 from d2distill.common.distillers import DISTILLERS
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.weight_loading import load_state, load_weights, weights_for
 from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.tools.eval_cls import main as eval_cls
 from tests.classification.distill_models import (
     CLASSES,
     ON_LOGITS,
@@ -158,8 +159,8 @@ def test_a_teacher_without_its_classifier(tmp_path, log):
 # ---- EMA
 
 
-def test_the_averaged_networks_accuracy(tmp_path):
-    """Live and averaged student each see one class everywhere."""
+def test_the_averaged_networks_accuracy(tmp_path, command):
+    """Live and averaged network each see one class everywhere."""
     model = build_model("resnet8", CLASSES)
 
     def seeing(label):
@@ -169,28 +170,19 @@ def test_the_averaged_networks_accuracy(tmp_path):
         return state
 
     averaged = {"n_averaged": torch.tensor(5), **{f"module.{n}": v for n, v in seeing(3).items()}}
-    cfg = student_cfg("resnet8", saved(tmp_path, {"model": seeing(8), "model_ema": averaged}))
-    accuracies = {}
-    for use_ema in (True, False):
-        cfg.MODEL.STUDENT.USE_EMA = use_ema
-        accuracies[use_ema] = evaluate(cfg.clone())["top1"]
-        teacher = with_teacher(
-            "KD", cfg.MODEL.STUDENT.WEIGHTS, "MODEL.TEACHER.USE_EMA", use_ema, teacher="resnet8"
-        ).teacher
-        assert teacher.fc.bias.argmax() == (3 if use_ema else 8)
+    source = saved(tmp_path, {"model": seeing(8), "model_ema": averaged})
     labels = build_dataset("digits", "", "val").labels
-    shares = {label: 100 * (labels == label).float().mean().item() for label in (3, 8)}
-    assert accuracies == pytest.approx({True: shares[3], False: shares[8]})
-    assert shares[3] != shares[8]
+    share = {label: 100 * (labels == label).float().mean().item() for label in (3, 8)}
+    assert share[3] != share[8]
+    assert evaluate(student_cfg("resnet8", source))["top1"] == pytest.approx(share[3])
+    arguments = ("-m", "resnet8", "-d", "digits", "-c", source, "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0)
+    assert f"top1 {share[8]:.2f}" in command(eval_cls, "--no-ema", *arguments)[1]
+    for use_ema, label in ((True, 3), (False, 8)):
+        teacher = with_teacher("KD", source, "MODEL.TEACHER.USE_EMA", use_ema, teacher="resnet8").teacher
+        assert teacher.fc.bias.argmax() == label
 
 
 # ---- the libraries' published forms
-
-
-@functools.cache
-def published(name, **options):
-    """timm's own network with weights, as its files have them."""
-    return fill_by_name(timm.create_model(name, **options)).eval()
 
 
 def as_timm_loads(file, name, **options):
@@ -200,7 +192,8 @@ def as_timm_loads(file, name, **options):
 def test_dino_at_another_size(tmp_path, log):
     """The authors' DINOv2, made for images of 518 pixels, on images of 28."""
     name = "vit_small_patch14_dinov2"
-    state = {**published(name, img_size=518, num_classes=0).state_dict(), "mask_token": torch.zeros(1, 384)}
+    state = timm.create_model(name, img_size=518, num_classes=0).state_dict()
+    state["mask_token"] = torch.zeros(1, 384)
     file = saved(tmp_path, state)
     expected = as_timm_loads(file, name, img_size=28, num_classes=0)
     model = build_model(f"timm:{name}", CLASSES, image_size=28).eval()
@@ -227,24 +220,22 @@ def deit3_of_its_authors(state):
 # Of the way timm resizes tables of relative positions.
 @pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
 @pytest.mark.parametrize(
-    ("name", "by_authors", "size"),
-    [
-        ("swin_tiny_patch4_window7_224", swin_of_its_authors, 224),
-        ("swin_tiny_patch4_window7_224", swin_of_its_authors, 64),
-        ("deit3_small_patch16_224", deit3_of_its_authors, 64),
-    ],
+    ("name", "by_authors"),
+    [("swin_tiny_patch4_window7_224", swin_of_its_authors), ("deit3_small_patch16_224", deit3_of_its_authors)],
 )
-def test_files_of_the_authors(tmp_path, name, by_authors, size):
-    """As timm itself loads them; at other sizes with resized positions."""
-    file = saved(tmp_path, by_authors(published(name).state_dict()))
-    expected = as_timm_loads(file, name, img_size=size)
-    model = build_model(f"timm:{name}", IMAGENET, image_size=size).eval()
+def test_files_of_the_authors(tmp_path, name, by_authors, log):
+    """Loaded as timm's own loader does, positions resized to smaller images."""
+    state = timm.create_model(name).state_dict()
+    file = saved(tmp_path, by_authors(state))
+    expected = as_timm_loads(file, name, img_size=64).state_dict()
+    model = build_model(f"timm:{name}", IMAGENET, image_size=64)
     load_weights(model, file, "KEY")
-    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
-    if size == 224:
-        images = torch.randn(1, 3, size, size)
-        with torch.no_grad():
-            assert torch.equal(model(images), published(name)(images))
+    found = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    # No weight is a fresh one.
+    same = [key for key, value in found.items() if value.shape == state[key].shape]
+    assert len(same) < len(found) and all(torch.equal(found[key], state[key]) for key in same)
+    assert "is adapted to the network" in log.text
 
 
 @pytest.fixture(scope="module")
@@ -265,39 +256,33 @@ def test_auxiliary_heads(tmp_path, inception, name, log):
     assert any(key.startswith("AuxLogits.") for key in state) and "dropped or renamed (AuxLogits." in log.text
 
 
-def test_old_names_of_torchvision(tmp_path):
-    """DenseNet's and the vision transformer's published files have them, and torchvision's loading knows."""
-    model = build_model("torchvision:densenet121", IMAGENET)
-    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", n): v for n, v in model.state_dict().items()}
+def test_old_names_of_torchvision():
+    """DenseNet's published files have them; torchvision renames while it downloads."""
+    state = torchvision.models.DenseNet(4, (2, 2), 8).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value for name, value in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    twin = build_model("torchvision:densenet121", IMAGENET)
-    load_weights(twin, saved(tmp_path, old), "KEY")
-    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in model.state_dict().items())
+    adapted = adapt_torchvision(torchvision.models.DenseNet(4, (2, 2), 8), old)
+    assert adapted.keys() == state.keys() and all(adapted[name] is value for name, value in state.items())
 
 
-def test_torchvisions_vision_transformer_at_another_size(tmp_path):
-    source = torchvision.models.VisionTransformer(224, 32, 2, 2, 8, 16)
-    torch.nn.init.normal_(source.encoder.pos_embedding)
-    names = {".mlp.0.": ".mlp.linear_1.", ".mlp.3.": ".mlp.linear_2."}
-    old = {functools.reduce(lambda n, pair: n.replace(*pair), names.items(), n): v
-           for n, v in source.state_dict().items()}  # fmt: skip
-    model = build_model("torchvision:vit_b_32", CLASSES, image_size=64)
-    # Of the same kind, but small.
-    small = torchvision.models.VisionTransformer(64, 32, 2, 2, 8, 16)
-    small.__class__, small.classifiers = type(model), ["heads.head"]
-    load_weights(small, saved(tmp_path, old), "KEY")
-    before, after = source.state_dict(), small.state_dict()
-    positions = "encoder.pos_embedding"
-    assert all(torch.equal(value, before[key]) for key, value in after.items() if key != positions)
-    # The class token's is no place in the grid; corners stay where they are.
-    assert after[positions].shape == (1, 5, 8) and torch.equal(after[positions][:, 0], before[positions][:, 0])
-    corners = before[positions][:, 1:].unflatten(1, (7, 7))[:, ::6, ::6].flatten(1, 2)
-    torch.testing.assert_close(after[positions][:, 1:], corners)
+def test_torchvisions_vision_transformer_at_another_size():
+    """Its published files have old names as well."""
+    large, small = (torchvision.models.VisionTransformer(size, 32, 2, 2, 8, 16) for size in (224, 64))
+    torch.nn.init.normal_(large.encoder.pos_embedding)
+    before, name = large.state_dict(), "encoder.pos_embedding"
+    old = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for n, v in before.items()}
+    after = adapt_torchvision(small, old)
+    small.load_state_dict(after, strict=True)
+    assert all(after[key] is value for key, value in before.items() if key != name)
+    # The class token's is no place in the grid; the grid's corners stay what they are.
+    assert after[name].shape == (1, 5, 8) and torch.equal(after[name][:, 0], before[name][:, 0])
+    corners = before[name][:, 1:].unflatten(1, (7, 7))[:, ::6, ::6].flatten(1, 2)
+    torch.testing.assert_close(after[name][:, 1:], corners)
 
 
 def test_positions_of_another_kind_of_image_are_named(tmp_path):
     """What no filter resizes is said to be of another image size."""
-    state = published("crossvit_tiny_240").state_dict()
+    state = timm.create_model("crossvit_tiny_240").state_dict()
     model = build_model("timm:crossvit_tiny_240", IMAGENET, image_size=240)
     state["pos_embed_0"] = torch.zeros(1, 401 + 40, 96)
     with pytest.raises(CheckpointError, match="is of another image size than CrossVit here"):
