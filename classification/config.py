@@ -61,9 +61,10 @@ def get_cfg() -> CfgNode:
         node = cfg.MODEL[side] = _CfgNode()
         # A model of this package, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
         node.NAME = ""
-        # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
+        # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights. Weights may be of other classes than
+        # the data's: the student's classifier then stays fresh; such a teacher has features for methods, but no logits.
         node.WEIGHTS = ""
-        # Of a file that holds weights and their average over the training (EMA): take the average.
+        # Of a file that has weights and their average over the training (EMA): take the average.
         node.USE_EMA = True
         # RGB, in 0..255. Empty: those of the weights (a library's, or a student's of ours), else the data set's.
         node.PIXEL_MEAN = []

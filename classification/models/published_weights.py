@@ -43,7 +43,7 @@ def find_timm_filter(name: str) -> _Filter | None:
 
     found = getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
     if found is not None and "adapt_layer_scale" in inspect.signature(found).parameters:
-        # Names of DeiT III's files, which no other vision transformer's have.
+        # It then renames DeiT III's layer scales too; no other vision transformer has such names.
         return functools.partial(found, adapt_layer_scale=True)
     return found
 

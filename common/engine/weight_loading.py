@@ -69,9 +69,9 @@ def load_state(
     body = _without_classifier(own, weights, found, fresh)
     if body is not None:
         theirs, here = (_num_outputs(state, fresh) for state in (weights, own))
-        has = f"a classifier for {theirs} classes" if theirs else "no classifier"
         logger.info(
-            f"{key}: {source} has {has}, here are {here} classes: {', '.join(fresh)} stays fresh, all else is loaded"
+            f"{key}: {source} has {f'{theirs} classes' if theirs else 'no classifier'}, here are {here} classes: the "
+            f"classifier ({', '.join(fresh)}) stays fresh, everything else is loaded"
         )
         weights = body
     elif any(found):
@@ -86,8 +86,9 @@ def class_count(model: nn.Module, weights: Mapping[str, Tensor]) -> int | None:
     """
     layers, own = getattr(model, "classifiers", ()), model.state_dict()
     found = compare_states(own, weights)
-    known = layers and (not any(found) or _without_classifier(own, weights, found, layers) is not None)
-    return _num_outputs(weights, layers) if known else None
+    if not layers or (any(found) and _without_classifier(own, weights, found, layers) is None):
+        return None
+    return _num_outputs(weights, layers)
 
 
 def _heads(state: Mapping[str, Tensor], layers: Sequence[str]) -> list[str]:
