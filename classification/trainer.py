@@ -29,7 +29,8 @@ from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weight_files import load_weights, weights_digest
+from d2distill.common.engine.weight_files import weights_digest
+from d2distill.common.engine.weight_loading import load_weights
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from d2distill.common.outputs import Progress
 
@@ -223,7 +224,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     _take_classes(cfg, test_set)
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped_methods(cfg), "", ""
     model = build_distiller(cfg).to(resolve_device(cfg))
-    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
+    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS", cfg.MODEL.STUDENT.USE_EMA)
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
     try:
         return inference_on_dataset(model, loader, AccuracyEvaluator())

@@ -53,6 +53,19 @@ def arrays(state):
 # ---- forms of files
 
 
+def test_weights_that_are_not_finite(tmp_path, state, student):
+    name = f"{BACKBONE}stem.conv1.weight"
+    bad = {**state, name: torch.full_like(state[name], float("nan"))}
+    for source in (save(tmp_path / "bad.pth", bad), as_pickle(tmp_path / "bad.pkl", {"model": arrays(bad)})):
+        with pytest.raises(
+            CheckpointError, match=rf"^MODEL\.WEIGHTS: {source} is not finite: {name} has NaN or infinite"
+        ):
+            load_student(student, source)
+    caffe2 = as_pickle(tmp_path / "caffe2.pkl", {"blobs": {"conv1_w": np.full((8, 3, 7, 7), np.inf, "float32")}})
+    with pytest.raises(CheckpointError, match=r"caffe2\.pkl is not finite: stem\.conv1\.weight"):
+        read_detector(caffe2)
+
+
 def test_forms(tmp_path, state):
     merged = {f"module.{n}": v for n, v in state.items()} | {f"module.teacher.{n}": v for n, v in state.items()}
     beside = {"pixel_mean": torch.ones(3, 1, 1), "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4)}
