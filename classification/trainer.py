@@ -37,7 +37,7 @@ from d2distill.common.outputs import Progress
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
-_NETWORKS = ("STUDENT", "TEACHER")
+_STATISTICS = [(node, key) for node in ("STUDENT", "TEACHER") for key in ("MEAN", "STD")]
 #: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
 _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
@@ -114,9 +114,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             "the teacher's weights": teacher,
             # What was left open in the settings, and what is not: the run's, whatever a library says later.
             **{f"INPUT.{key}": cfg.INPUT[key] for key in ("SIZE", "RESIZE", "INTERPOLATION")},
-            **{
-                f"MODEL.{side}.{key}": cfg.MODEL[side][key] for side in _NETWORKS for key in ("PIXEL_MEAN", "PIXEL_STD")
-            },
+            **{f"MODEL.{node}.PIXEL_{key}": cfg.MODEL[node][f"PIXEL_{key}"] for node, key in _STATISTICS},
         },
         epoch_length=epoch_length,
         precision=PRECISIONS[solver.AMP],
