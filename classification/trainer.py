@@ -1,6 +1,7 @@
 """Training and evaluating a classifier, from a configuration to a run folder."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import inference_context, inference_on_dataset
@@ -8,18 +9,27 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from d2distill.classification.config import PRECISIONS, schedule_notes
-from d2distill.classification.data import ImageDataset, build_dataset
+from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import CenterFit, build_augmentation
+from d2distill.classification.data.datasets import shortened
+from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
-from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.classification.data.splits import load_splits, load_test_set
+from d2distill.classification.data.unreadable import UnreadableImages
+from d2distill.classification.evaluation import build_evaluator, report_classes
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.common.config import CfgNode, chosen_methods, resolve_device
 from d2distill.common.distillers import Distiller
-from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
+from d2distill.common.engine.distributed import (
+    broadcast_buffers,
+    run_on_main_process,
+    synchronize_batch_norms,
+    wrap_student,
+)
 from d2distill.common.engine.dot import DOT
 from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
@@ -37,7 +47,7 @@ _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
     "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR", "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA",
     "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY",
-    "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS", "TEST.*",
+    "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS", "DATALOADER.ON_ERROR", "TEST.*",
 )  # fmt: skip
 
 
@@ -49,16 +59,23 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     # build the same: not everything is sent to them from the main one.
     seed_step(cfg.SEED, 0, rank=0)
     student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
-    model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=train_set.labels)
+    labels = None if train_set.info.multi_label else train_set.labels
+    model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=labels)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
     optimizer = build_optimizer(model, solver)
-    sampler = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED)
+    drawn_alike = labels if cfg.DATALOADER.SAMPLER == "balanced" else None
+    unreadable = UnreadableImages(cfg.OUTPUT_DIR) if cfg.DATALOADER.ON_ERROR == "skip" else None
+
+    def build_sampler(start: int = 0) -> EpochBatchSampler:
+        return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike)
+
+    sampler = build_sampler()
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers)
+    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers, unreadable)
+    evaluator, per_class = build_evaluator(test_set.info), {}
 
     def build_batches(start: int) -> Any:
-        order = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
-        return build_train_loader(train_set, order, fit, augmentation, workers)
+        return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}
@@ -80,11 +97,16 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             # Running statistics differ between the processes after a step; the main one's are those that are saved.
             broadcast_buffers(network)
         with inference_context(network):
-            return inference_on_dataset(
-                lambda batch: network(model.student_norm(batch["image"])),
-                interruptible(test_loader),
-                AccuracyEvaluator(),
+            results = inference_on_dataset(
+                lambda batch: network(model.student_norm(batch["image"])), interruptible(test_loader), evaluator
             )
+        if unreadable is not None:
+            unreadable.summarize()
+        if trainer.ema is None or network is not trainer.ema.network:
+            per_class.update(
+                run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion.csv")))
+            )
+        return results
 
     backward = dot_backward if isinstance(optimizer, DOT) else None
     teacher = None if model.teacher is None else weights_digest(model.teacher)
@@ -97,7 +119,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         build_batches=build_batches,
         deployed_student=model.deployed_student,
         evaluate=evaluate_student,
-        best_metric="top1",
+        best_metric=evaluator.best_metric,
         max_iter=len(sampler),
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
@@ -110,8 +132,10 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         split_batch=split_batch,
         backward=backward,
         model_stats=lambda network: model_stats(network, fit.size),
+        facts=lambda: {"per_class": per_class},
     )
-    return Trainer(cfg, task)
+    trainer = Trainer(cfg, task)  # a name that evaluate_student knows
+    return trainer
 
 
 def _center_fit(cfg: CfgNode) -> CenterFit:
@@ -119,19 +143,34 @@ def _center_fit(cfg: CfgNode) -> CenterFit:
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
-    """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0."""
+    """Training and test split of the configured data set.
+
+    Sets MODEL.NUM_CLASSES where it is 0, and the numbers of SOLVER.CLASS_WEIGHTS where they are "balanced".
+    """
     if cfg.INPUT.AUGMENTATION:
         try:
             build_augmentation(cfg.INPUT.AUGMENTATION)
         except ValueError as error:
             raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
-    train_set, test_set = (build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split) for split in ("train", "val"))
+    train_set, test_set = load_splits(cfg)
     _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
         train_set = FixedSubset(train_set, cfg.DATASETS.TRAIN_SIZE)
+    if cfg.SOLVER.CLASS_WEIGHTS == "balanced":
+        cfg.SOLVER.CLASS_WEIGHTS = _balanced_weights(train_set)
+        weights = shortened((f"{weight:.3f}" for weight in cfg.SOLVER.CLASS_WEIGHTS), 20)
+        logger.info(f"SOLVER.CLASS_WEIGHTS balanced: {weights}")
     return train_set, test_set
+
+
+def _balanced_weights(dataset: ImageDataset) -> list[float]:
+    samples, counts = len(dataset), dataset.samples_per_class()
+    if dataset.info.multi_label:
+        return [(samples - count) / max(count, 1) for count in counts]
+    # As scikit-learn's; a class without samples has no use for one.
+    return [samples / (len(counts) * count) if count else 0.0 for count in counts]
 
 
 def _take_classes(cfg: CfgNode, dataset: ImageDataset) -> None:
@@ -147,7 +186,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     """One process's part of a training run: ``tools/train_cls.py`` without its command line.
 
     Returns:
-        ``top1, top5, best_top1, best_top5`` on the main process.
+        ``top1, top5, best_top1, best_top5`` on the main process; of a multi-label data set ``mAP, best_mAP``.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
@@ -157,7 +196,11 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     start_logs(cfg.OUTPUT_DIR)
     for note in schedule_notes(cfg):
         logger.warning(note)
-    trainer = build_trainer(cfg, *load_datasets(cfg))
+    train_set, test_set = load_datasets(cfg)
+    if comm.is_main_process():
+        for line in describe_dataset({"training": train_set, "test": test_set}):
+            logger.info(line)
+    trainer = build_trainer(cfg, train_set, test_set)
     results = trainer.run(resume)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
@@ -165,20 +208,30 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks."""
+    """Metrics of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
+
+    If OUTPUT_DIR exists, the confusion matrix is in its ``confusion_eval.csv``.
+    """
     weights = cfg.MODEL.STUDENT.WEIGHTS
     cfg = resolve_inputs(cfg)
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
-    test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
+    test_set = load_test_set(cfg)
     _take_classes(cfg, test_set)
     shipped = [name for name, kind in chosen_methods(cfg).items() if kind.deployed is not Distiller.deployed]
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped, "", ""
+    cfg.SOLVER.CLASS_WEIGHTS = []
     model = build_distiller(cfg).to(resolve_device(cfg))
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
-    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
+    unreadable = UnreadableImages() if cfg.DATALOADER.ON_ERROR == "skip" else None
+    workers, evaluator = cfg.DATALOADER.NUM_WORKERS, build_evaluator(test_set.info)
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), workers, unreadable)
     try:
-        return inference_on_dataset(model, loader, AccuracyEvaluator())
+        results = inference_on_dataset(model, loader, evaluator)
     except DivergedError as error:
         raise CheckpointError(
             f"MODEL.STUDENT.WEIGHTS {weights}: {error.what} Its training diverged, or the file is damaged"
         ) from error
+    if unreadable is not None:
+        unreadable.summarize()
+    run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion_eval.csv")))
+    return results
