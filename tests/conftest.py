@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,3 +36,18 @@ def command(monkeypatch, capsys):
         return 0, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def log(caplog):
+    """What this package logs, as caplog."""
+    # A run in this process may have told Detectron2's logger to hand on nothing.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, level = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.propagate = before
+    logger.setLevel(level)
+    logger.removeHandler(caplog.handler)

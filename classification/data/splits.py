@@ -36,10 +36,10 @@ def load_test_set(cfg: CfgNode) -> ImageDataset:
 
 
 def _open(cfg: CfgNode, split: str) -> ImageDataset:
+    names = read_class_names(cfg.DATASETS.CLASSES)
     dataset = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split)
     if isinstance(dataset, FileDataset):
         dataset.read_options = read_options(cfg)
-    names = read_class_names(cfg.DATASETS.CLASSES)
     if not names:
         return dataset
     left_out = [name for name in dataset.classes if name not in names]
