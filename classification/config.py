@@ -105,7 +105,7 @@ def get_cfg() -> CfgNode:
     # Side of the square images the networks see. 0: the data set's; where its images are of any size, that of a student
     # that a library published.
     cfg.INPUT.SIZE = 0
-    # Test images: short side in pixels before the center crop of SIZE. 0: as the student was published, else SIZE / 0.875.
+    # Short side of test images in pixels before the center crop. 0: as the student was published, else SIZE / 0.875.
     cfg.INPUT.RESIZE = 0
     # Of that: bilinear or bicubic. Empty: as the student was published, else bilinear.
     cfg.INPUT.INTERPOLATION = ""

@@ -36,6 +36,7 @@ class DistillModel(nn.Module):
         ce_weight: weight of the cross-entropy.
         class_weights: (C,), or None: of each class in the cross-entropy, of its positives where images have several.
         multi_label: images have several classes: the cross-entropy is that of a sigmoid per class.
+        finite: whether the outputs of ``student`` and ``teacher`` in the last training step were finite, 0-d.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DistillModel(nn.Module):
         self.teacher_norms = nn.ModuleList(teacher_norms)
         self.teacher_source, self.ce_weight, self.multi_label = source, ce_weight, multi_label
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self.finite: dict[str, Tensor | None] = {}
         self._student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
 
@@ -95,7 +97,11 @@ class DistillModel(nn.Module):
             student = self.student.outputs(images)
         student.extras.update(captured)
         losses = {"loss_ce": self.ce_weight * self._cross_entropy(student.logits.float(), step)}
-        teacher = None if self.teacher_source is None else self.teacher_source(batch["image"], step)
+        self.finite = {"student": student.is_finite()}
+        teacher = None
+        if self.teacher_source is not None:
+            teacher = self.teacher_source(batch["image"], step)
+            self.finite["teacher"] = teacher.is_finite()
         for name, method in self.distillers.items():
             term = method(student, method.pick_teacher(teacher), step)
             losses[f"loss_{name}"] = method.weight(step.progress) * term

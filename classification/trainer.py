@@ -1,29 +1,32 @@
 """Training and evaluating a classifier, from a configuration to a run folder."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from d2distill.classification.config import PRECISIONS, schedule_notes
+from d2distill.classification.config import PRECISIONS, schedule_notes, teacher_nodes
 from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import CenterFit, build_augmentation
 from d2distill.classification.data.datasets import shortened
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
-from d2distill.classification.data.splits import load_splits, load_test_set
+from d2distill.classification.data.splits import load_splits, load_test_set, read_options
 from d2distill.classification.data.unreadable import UnreadableImages
+from d2distill.classification.deployed import describe_student, shipped_methods
 from d2distill.classification.evaluation import build_evaluator, report_classes
 from d2distill.classification.inputs import resolve_inputs
-from d2distill.classification.modeling import build_distiller
-from d2distill.classification.networks import build_network, model_stats
+from d2distill.classification.modeling import DistillModel, build_distiller
+from d2distill.classification.networks import build_network, model_stats, network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
-from d2distill.common.config import CfgNode, chosen_methods, resolve_device
-from d2distill.common.distillers import Distiller
+from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
     broadcast_buffers,
     run_on_main_process,
@@ -34,6 +37,7 @@ from d2distill.common.engine.dot import DOT
 from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
+from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import load_weights, weights_digest
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
@@ -110,6 +114,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
 
     backward = dot_backward if isinstance(optimizer, DOT) else None
     teacher = None if model.teacher is None else weights_digest(model.teacher)
+    teacher_results = _measure_teachers(cfg, model, test_loader, test_set) if cfg.TEST.TEACHER else {}
     task = Task(
         model=model,
         # DOT averages its gradients over the processes itself.
@@ -132,10 +137,48 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         split_batch=split_batch,
         backward=backward,
         model_stats=lambda network: model_stats(network, fit.size),
-        facts=lambda: {"per_class": per_class},
+        description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
+        facts=lambda: {**teacher_results, "per_class": per_class},
+        finite_outputs=lambda: model.finite,
     )
     trainer = Trainer(cfg, task)  # a name that evaluate_student knows
     return trainer
+
+
+def _measure_teachers(
+    cfg: CfgNode, model: DistillModel, loader: DataLoader, test_set: ImageDataset
+) -> dict[str, float]:
+    """Metrics of each teacher with trained weights on the test images as the student sees them."""
+    results, evaluator, shares = {}, build_evaluator(test_set.info), np.array(test_set.samples_per_class())
+    # Of guesses alike for all images: accuracy is the largest class's share, average precision each class's own.
+    shares = 100 * shares[shares > 0] / len(test_set)
+    chance, metric = shares.mean() if test_set.info.multi_label else shares.max(), evaluator.best_metric
+    for number, (node, norm) in enumerate(zip(teacher_nodes(cfg), model.teacher_norms, strict=False)):
+        several = isinstance(model.teacher, nn.ModuleList)
+        network, name = (model.teacher[number], f"teacher_{number}_") if several else (model.teacher, "teacher_")
+        if not node.WEIGHTS or network_info(network, cfg.INPUT.SIZE).num_classes != cfg.MODEL.NUM_CLASSES:
+            continue
+
+        def measure(network: nn.Module = network, norm: nn.Module = norm) -> dict[str, float]:
+            with inference_context(network):
+                predict = lambda batch: network(norm(batch["image"]))  # noqa: E731
+                return inference_on_dataset(predict, loader, evaluator) or {}
+
+        data = (test_set.fingerprint(), read_options(cfg))
+        facts = (weights_digest(network), *data, _center_fit(cfg), node.PIXEL_MEAN, node.PIXEL_STD)
+        try:
+            found = measured(repr(facts), measure)
+        except DivergedError as error:
+            raise CheckpointError(f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: its logits are not finite") from error
+        logger.info(f"The teacher {node.NAME}: {', '.join(f'{key} {value:.2f}' for key, value in found.items())}")
+        if found[metric] < chance + (100 - chance) / 10:
+            logger.warning(
+                f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: {metric} {found[metric]:.2f} is near chance "
+                f"({chance:.2f}): are the classes in another order, or PIXEL_MEAN and PIXEL_STD others than in its "
+                "training?"
+            )
+        results |= {f"{name}{metric}": value for metric, value in found.items()}
+    return results
 
 
 def _center_fit(cfg: CfgNode) -> CenterFit:
@@ -217,8 +260,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = load_test_set(cfg)
     _take_classes(cfg, test_set)
-    shipped = [name for name, kind in chosen_methods(cfg).items() if kind.deployed is not Distiller.deployed]
-    cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped, "", ""
+    cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped_methods(cfg), "", ""
     cfg.SOLVER.CLASS_WEIGHTS = []
     model = build_distiller(cfg).to(resolve_device(cfg))
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")

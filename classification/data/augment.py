@@ -169,9 +169,7 @@ class AugmentedDataset(Dataset):
         augmentation: name of a recipe; empty: the evaluation transform, and samples by index.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, size: int | CenterFit, seed: int = 0, augmentation: str = ""
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, size: int | CenterFit, seed: int = 0, augmentation: str = "") -> None:
         self.dataset, self.fit, self.seed = dataset, _as_fit(size), seed
         self.recipe = build_augmentation(augmentation or "none")
 

@@ -1,5 +1,6 @@
 """Data sets: facts that are known before a file is read, labeled images, and a registry of builders."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +112,16 @@ class ImageDataset:
             return self.labels.sum(0).tolist()
         return torch.bincount(self.labels, minlength=self.num_classes).tolist()
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the classes, and of which sample has which label; of image files it is their names that count."""
+        digest = hashlib.sha256(repr((self.info.name, self.classes)).encode())
+        for part in (self.labels, *self._samples()):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
+
+    def _samples(self) -> list[Array]:
+        return []
+
 
 class ImageSelection(ImageDataset):
     """Some samples of a data set, or its classes in another order."""
@@ -141,6 +152,9 @@ class ImageSelection(ImageDataset):
     def path(self, index: int) -> str | None:
         return self.dataset.path(int(self.positions[index]))
 
+    def _samples(self) -> list[Array]:
+        return [*self.dataset._samples(), self.positions]
+
 
 class ArrayDataset(ImageDataset):
     """Images in memory.
@@ -157,6 +171,9 @@ class ArrayDataset(ImageDataset):
             raise DataError(
                 f"{info.name}: images must be uint8 (n, 3, H, W) for n = {n} labels, got {self.images.dtype} {shape}"
             )
+
+    def _samples(self) -> list[Array]:
+        return [self.images]
 
     def load(self, index: int) -> tuple[torch.Tensor, int]:
         # A view would let a caller change the data set, and would drag all of it along to another process.
@@ -178,6 +195,9 @@ class FileDataset(ImageDataset):
         # One array, not a million str objects: their reference counts would make every forked worker copy the list.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
+    def _samples(self) -> list[Array]:
+        return [self._paths]
+
     def path(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(self._paths[index]))
 
@@ -190,32 +210,42 @@ def read_image(
 ) -> Image.Image:
     """Decode an image file, of several frames the first, as 8-bit RGB; a DataError says what is wrong with it.
 
-    Args:
-        exif_orientation: turn the image as its EXIF data says. Off, as in torchvision's ImageFolder.
-        range_16bit: the values of gray images of more than 8 bits that become 0 and 255; others are clipped. Images of
-            32 bits, integers or floats, have no usual range: they are read where it is not the default.
+    The other arguments are those of :func:`to_rgb`.
     """
-    low, high = range_16bit
     try:
         with Image.open(path) as image:
-            if exif_orientation:
-                image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F") and (low, high) == FULL_16BIT:
-                raise ValueError(
-                    f"pixel mode {image.mode} has no defined range; store the image with 8 or 16 bits, or set "
-                    "INPUT.RANGE_16BIT to the lowest and highest value"
-                )
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                # PIL's own conversion clips at 255, which turns nearly every 16-bit image white. In double precision
-                # the division is exact wherever the result is whole.
-                values = np.asarray(image).astype(np.float64).clip(low, high)
-                image = Image.fromarray(((values - low) * 255 / (high - low)).astype(np.uint8))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # PIL warns on the direct way; the colors are the same
-            return image.convert("RGB")
+            return to_rgb(image, exif_orientation, range_16bit)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
         raise DataError(f"cannot read image {path}: {reason}; repair or replace the file") from error
+
+
+def to_rgb(
+    image: Image.Image, exif_orientation: bool = False, range_16bit: Sequence[float] = FULL_16BIT
+) -> Image.Image:
+    """An image of any mode as 8-bit RGB.
+
+    Args:
+        exif_orientation: turn the image as its EXIF data says. Off, as in torchvision's ImageFolder.
+        range_16bit: the values of gray images of more than 8 bits that become 0 and 255; others are clipped. Images of
+            32 bits, integers or floats, have no usual range: they are taken where it is not the default.
+    """
+    low, high = range_16bit
+    if exif_orientation:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") and (low, high) == FULL_16BIT:
+        raise ValueError(
+            f"pixel mode {image.mode} has no defined range; store the image with 8 or 16 bits, or set "
+            "INPUT.RANGE_16BIT to the lowest and highest value"
+        )
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # PIL's own conversion clips at 255, which turns nearly every 16-bit image white. In double precision the
+        # division is exact wherever the result is whole.
+        values = np.asarray(image).astype(np.float64).clip(low, high)
+        image = Image.fromarray(((values - low) * 255 / (high - low)).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns on the direct way; the colors are the same
+    return image.convert("RGB")
 
 
 DATASET_REGISTRY = NamedRegistry("data set")

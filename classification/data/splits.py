@@ -56,7 +56,7 @@ def _open(cfg: CfgNode, split: str) -> ImageDataset:
 
 def read_options(cfg: CfgNode) -> dict[str, Any]:
     """INPUT's keyword arguments of :func:`.read_image`."""
-    return {"exif_orientation": cfg.INPUT.EXIF_ORIENTATION, "range_16bit": tuple(cfg.INPUT.RANGE_16BIT)}
+    return {"exif_orientation": cfg.INPUT.EXIF_ORIENTATION, "range_16bit": list(cfg.INPUT.RANGE_16BIT)}
 
 
 def read_class_names(value: str | Sequence[str]) -> list[str]:

@@ -214,6 +214,17 @@ def read_description(source: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def source_digest(source: str) -> dict[str, str]:
+    """Where weights came from, and the SHA-256 of the file."""
+    if source.partition(":")[0] in LIBRARIES:
+        return {"source": source}
+    digest = hashlib.sha256()
+    with open(_local_path(source), "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"source": source, "sha256": digest.hexdigest()}
+
+
 def weights_digest(network: nn.Module) -> str:
     """SHA-256 of a network's state dict: which weights it has, wherever they came from."""
     digest = hashlib.sha256()

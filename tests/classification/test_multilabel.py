@@ -17,6 +17,7 @@ from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
 from d2distill.classification.trainer import evaluate, load_datasets, train
 from d2distill.common.distillers import DISTILLERS, bckd_loss
+from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import ConfigError, DataError, DivergedError
 from tests.classification.distill_models import make_cfg
 from tests.goldens.fill import array
@@ -266,9 +267,15 @@ def test_a_student_is_distilled_by_bckd(tmp_path):
         "INPUT.AUGMENTATION", "none", "SOLVER.ACCUMULATE", 2, "MODEL.TEACHER.NAME", "cifar/resnet8",
         "DISTILL.METHODS", ["BCKD", "AT"], "DISTILL.BCKD.WEIGHT", 0.1, "TEST.EVAL_PERIOD", 8,
     ]  # fmt: skip
-    results = train(cfg_of(tmp_path, *opts))
+    seed_step(0, 0)
+    torch.save(build_model("cifar/resnet8", 3, image_size=32).state_dict(), tmp_path / "teacher.pth")
+    teacher = ["MODEL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+    results = train(cfg_of(tmp_path, *opts, *teacher))
+
     assert set(results) == {"mAP", "best_mAP"} and results["mAP"] > 90
     written = json.loads((tmp_path / "run" / "results.json").read_text())
+    # Of random weights it is about the share of each class.
+    assert 30 < written["teacher_mAP"] < 80 and "near chance" in (tmp_path / "run" / "log.txt").read_text()
     assert [*written["per_class"]] == NAMES and np.mean([*written["per_class"].values()]) == pytest.approx(
         results["mAP"]
     )

@@ -11,13 +11,14 @@ from PIL import Image
 
 from d2distill.classification.config import get_cfg, load_cfg
 from d2distill.classification.data import build_dataset, read_image
-from d2distill.classification.data.augment import AugmentedDataset
+from d2distill.classification.data.augment import AugmentedDataset, eval_transform
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, build_test_loader, build_train_loader
 from d2distill.classification.data.splits import load_splits, load_test_set, split_positions
 from d2distill.classification.data.unreadable import UnreadableImages
+from d2distill.classification.deployed import Preprocess
 from d2distill.classification.evaluation import AccuracyEvaluator
-from d2distill.classification.trainer import evaluate, train
+from d2distill.classification.trainer import build_trainer, evaluate, load_datasets, train
 from d2distill.common.errors import ConfigError, DataError
 from tests.dataset_files import write_image_folder
 
@@ -333,6 +334,22 @@ def test_a_run_skips_and_lists_them(broken, tmp_path, log):
     opts = ["DATALOADER.ON_ERROR", "skip", "MODEL.STUDENT.WEIGHTS", str(tmp_path / "run" / "student_final.pth")]
     assert evaluate(small_run(root, tmp_path / "run", *opts))["top1"] == results["top1"]
     assert "1 images cannot be read" in log.text
+
+
+def test_a_deployed_student_reads_images_as_its_training_did(tmp_path):
+    write_image_folder(tmp_path / "data")
+    exif, path = Image.Exif(), tmp_path / "turned.png"
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(40 * 40, dtype=np.uint16).reshape(40, 40)).save(path, exif=exif)
+    cfg = small_run(tmp_path / "data", tmp_path, "INPUT.EXIF_ORIENTATION", True, "INPUT.RANGE_16BIT", [0, 1600])
+    description = build_trainer(cfg, *load_datasets(cfg)).task.description()
+    preprocess = Preprocess(**json.loads(json.dumps(description["preprocess"])))
+    read = read_image(path, exif_orientation=True, range_16bit=(0, 1600))
+    assert read.getpixel((39, 0)) == (0, 0, 0) and read.getpixel((0, 39)) > (250, 250, 250)
+    with Image.open(path) as image:
+        assert torch.equal(preprocess.pixels(image), preprocess.pixels(path))
+    assert torch.equal(preprocess.pixels(path), eval_transform(read, preprocess.fit))
+    assert description["multi_label"] is False
 
 
 def test_the_main_process_lists_those_of_all_ranks(tmp_path, monkeypatch, log):
