@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -148,11 +149,12 @@ def report_classes(evaluator: Evaluator, dataset: ImageDataset, confusion: str |
     """The metric of each class in percent, None where it is not defined; the three lowest are logged.
 
     Args:
-        confusion: the CSV file for the confusion matrix, written if its folder exists, the images have one class each,
-            and there are at most 1000 classes: of many more it would be of gigabytes.
+        confusion: the CSV file for the confusion matrix, written if its folder can be written to, the images have one
+            class each, and there are at most 1000 classes: of many more it would be of gigabytes.
     """
     names, values = dataset.classes, evaluator.per_class.tolist()
-    if isinstance(evaluator, AccuracyEvaluator) and len(names) <= 1000 and Path(confusion).parent.is_dir():
+    known = isinstance(evaluator, AccuracyEvaluator) and len(names) <= 1000
+    if known and os.access(Path(confusion).parent, os.W_OK):
         _write_confusion(confusion, evaluator.pairs, names)
     per_class = {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
     worst = sorted((value, name) for name, value in per_class.items() if value is not None)[:3]

@@ -253,7 +253,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 def evaluate(cfg: CfgNode) -> dict[str, float]:
     """Metrics of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
 
-    If OUTPUT_DIR exists, the confusion matrix is in its ``confusion_eval.csv``.
+    If OUTPUT_DIR exists and can be written to, the confusion matrix is in its ``confusion_eval.csv``.
     """
     weights = cfg.MODEL.STUDENT.WEIGHTS
     cfg = resolve_inputs(cfg)

@@ -39,9 +39,10 @@ def _main() -> None:
     # A student is not needed here, but a configuration without one is refused.
     settings = ["MODEL.STUDENT.NAME", "resnet8", "DATASETS.NAME", "folder", "DATASETS.ROOT", args.folder]
     cfg = load_cfg(find_config(args.config_file), [*(settings if args.folder else []), *args.opts])
-    undivided = args.folder and not any(os.path.isdir(os.path.join(args.folder, name)) for name in ("train", "val"))
-    if undivided and not cfg.DATASETS.VAL_FRACTION:
-        splits = {"training": build_dataset("folder", cfg.DATASETS.ROOT, "train")}
+    data = cfg.DATASETS
+    undivided = not any(os.path.isdir(os.path.join(data.ROOT, name)) for name in ("train", "val"))
+    if data.NAME == "folder" and undivided and not data.VAL_FRACTION:
+        splits = {"training": build_dataset(data.NAME, data.ROOT, "train")}
     else:
         splits = dict(zip(("training", "test"), load_splits(cfg), strict=True))
     print(*describe_dataset(splits), sep="\n")

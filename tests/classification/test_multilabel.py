@@ -207,7 +207,7 @@ def test_methods_take_several_classes_or_refuse(name):
 def test_settings_for_one_class_are_refused(key, value):
     cfg = make_cfg([], "MODEL.STUDENT.NAME", "resnet8", "DATASETS.NAME", "multilabel", key, value)
     with pytest.raises(
-        ConfigError, match=rf"^{key}.*: for images of one class each, but those of multilabel have several"
+        ConfigError, match=rf"^{key}.*: needs images of one class each, but those of multilabel have several"
     ):
         validate(cfg)
 
