@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 
 from d2distill.detection.config import get_cfg
@@ -43,3 +45,16 @@ def digits_cfg(digits_coco):
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.DATALOADER.NUM_WORKERS = 0
     return cfg
+
+
+@pytest.fixture
+def log(caplog):
+    """What d2distill logs."""
+    # Detectron2's logger may not hand on what it gets.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, logger.propagate = logger.propagate, False
+    caplog.set_level(logging.INFO, logger.name)
+    yield caplog
+    logger.propagate = before
+    logger.removeHandler(caplog.handler)
