@@ -261,8 +261,8 @@ def validate(cfg: CfgNode) -> None:
         keys |= {"DATALOADER.SAMPLER balanced": cfg.DATALOADER.SAMPLER == "balanced"}
         if used := [key for key, value in keys.items() if value]:
             raise ConfigError(
-                f"{', '.join(used)}: needs images of one class each, but those of {info.name} have several; leave it at "
-                "its default"
+                f"{', '.join(used)}: needs images of one class each, but those of {info.name} have several; leave it "
+                "at its default"
             )
     for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES), ("AMP", PRECISIONS)):
         if solver[key] not in known:
