@@ -338,6 +338,7 @@ def test_a_run_skips_and_lists_them(broken, tmp_path, log):
     results = train(small_run(root, tmp_path / "run", "DATALOADER.ON_ERROR", "skip"))
     listed = (tmp_path / "run" / "unreadable.txt").read_text()
     assert len(listed.splitlines()) == 4 and all(f"read image {path}: " in listed for path in paths)
+    assert log.text.count("12 training images: class_0000 4, class_0001 4") == 2, "at the start of each of two runs"
     assert log.text.count("ON_ERROR skip: cannot read image") == 4 and log.text.count("4 images cannot be read") == 1
     assert results["top1"] in [pytest.approx(100 * hits / 5) for hits in range(6)], "of five test images"
     opts = ["DATALOADER.ON_ERROR", "skip", "MODEL.STUDENT.WEIGHTS", str(tmp_path / "run" / "student_final.pth")]
