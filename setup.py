@@ -24,6 +24,7 @@ setup(
             "d2distill-train-cls = d2distill.commands:train_cls",
             "d2distill-train-det = d2distill.commands:train_det",
             "d2distill-eval = d2distill.tools.eval_cls:main",
+            "d2distill-check-data = d2distill.tools.check_data:main",
         ]
     },
     python_requires=">=3.10",
