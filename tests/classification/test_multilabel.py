@@ -15,7 +15,7 @@ from d2distill.classification.data.splits import load_splits, split_positions
 from d2distill.classification.evaluation import AveragePrecisionEvaluator, average_precision
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
-from d2distill.classification.trainer import evaluate, load_datasets, train
+from d2distill.classification.trainer import build_trainer, evaluate, load_datasets, train
 from d2distill.common.distillers import DISTILLERS, bckd_loss
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import ConfigError, DataError, DivergedError
