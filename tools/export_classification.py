@@ -1,0 +1,154 @@
+"""Export of classifiers: what is written, on which pictures it is checked, how its outputs are compared."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2distill.classification.config import load_cfg, teacher_nodes
+from d2distill.classification.data import build_dataset, dataset_info
+from d2distill.classification.data.loader import FixedSubset, build_test_loader
+from d2distill.classification.deployed import DeployedClassifier
+from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.classification.inputs import resolve_inputs
+from d2distill.classification.networks import Normalize, build_network, model_stats, network_info
+from d2distill.common.errors import UserError
+from d2distill.deployed import load
+from d2distill.exported import ExportedClassifier, quantize_onnx, save_onnx, save_pt2, save_safetensors
+from d2distill.tools.measuring import Row, median_ms, state_bytes
+from d2distill.tools.predict import find_pictures
+
+#: Images that the ranges of int8 are taken from.
+CALIBRATION_IMAGES = 256
+
+
+class ClassifierExport:
+    """A run's student, and the pictures that its files are checked on.
+
+    Attributes:
+        formats: that there are, with the endings of their files.
+        student: as loaded.
+        pictures: which they are, for the log.
+        metrics: names of what the evaluator gives, the most important one first.
+    """
+
+    formats = {"safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
+
+    def __init__(self, file: Path, opts: list[str], images: str | None, device: torch.device) -> None:
+        self.device = device
+        # First, for what the run's IMPORTS register.
+        config = file.parent / "config.yaml"
+        self.cfg = resolve_inputs(load_cfg(str(config), ["MODEL.DEVICE", "cpu", *opts])) if config.is_file() else None
+        self.student = load(file)
+        self.size = self.student.preprocess.fit.size
+        self.evaluator, self.metrics = AccuracyEvaluator(), ["top1", "top5"]
+        self.batches, self.pictures = self._test_pictures(images)
+        self.eager = _takes_pixels(self.student).to(device)
+        self.logits, self.accuracy = self._run(self.eager)
+
+    def _test_pictures(self, images: str | None) -> tuple[Any, str]:
+        try:
+            test_set = build_dataset(self.cfg.DATASETS.NAME, self.cfg.DATASETS.ROOT, "val") if self.cfg else None
+        except (UserError, FileNotFoundError) as error:
+            test_set, reason = None, str(error).splitlines()[0]
+        else:
+            reason = "the run's config.yaml is not beside it"
+        if test_set is not None:
+            fit, loading = self.student.preprocess.fit, self.cfg.DATALOADER.NUM_WORKERS
+            loader = build_test_loader(test_set, self.cfg.TEST.IMS_PER_BATCH, fit, loading)
+            return loader, f"{len(test_set)} test images of {test_set.info.name}"
+        if images:
+            pixels = [self.student.preprocess.pixels(path) for path in find_pictures([images])]
+            batches, what = torch.stack(pixels).split(64), f"{len(pixels)} pictures of {images}"
+        else:
+            generator = torch.Generator().manual_seed(0)
+            shape = (32, 3, self.size, self.size)
+            batches, what = [torch.randint(256, shape, generator=generator, dtype=torch.uint8)], "32 random images"
+        return [{"image": batch} for batch in batches], f"{what}, without accuracy, as there are no test images ({reason})"
+
+    @torch.no_grad()
+    def _run(self, network: nn.Module) -> tuple[Tensor, dict[str, float]]:
+        """Logits of all pictures, on the CPU, and the accuracy where they have labels."""
+        logits, labeled = [], False
+        self.evaluator.reset()
+        for batch in self.batches:
+            logits.append(network(batch["image"].to(self.device).float()).cpu())
+            labeled = "label" in batch
+            if labeled:
+                self.evaluator.process(batch, logits[-1])
+        return torch.cat(logits), self.evaluator.evaluate() if labeled else {}
+
+    def write(self, form: str, path: Path) -> None:
+        """Write a file of one of :attr:`formats`."""
+        if form == "safetensors":
+            return save_safetensors(self.student.network, self.student.description, path)
+        network = _takes_pixels(self.student)
+        example = torch.zeros(2, 3, self.size, self.size)
+        save = {"pt2": save_pt2, "onnx": save_onnx}[form]
+        return save(network, example, self.student.description, path)
+
+    def check(self, path: Path) -> Row:
+        """The row of a file, read again and run on all pictures."""
+        opened = _takes_pixels(load(path, str(self.device)))
+        logits, metrics = self._run(opened)
+        differing = (logits - self.logits).abs().max().item()
+        same = (logits.argmax(1) == self.logits.argmax(1)).sum().item()
+        difference = f"{differing:.2g} in a logit; {same} of {len(logits)} have the same class"
+        return Row(path.name, None, None, path.stat().st_size, self._latency(opened), metrics, difference)
+
+    def student_row(self) -> Row:
+        row = self._row("student", self.student.network, self.eager)
+        row.metrics = self.accuracy
+        return row
+
+    def teacher_rows(self) -> Iterator[Row]:
+        """A row for each teacher whose weights are there; others are named on the console."""
+        nodes = teacher_nodes(self.cfg) if self.cfg and self.cfg.DISTILL.METHODS else []
+        for node in nodes:
+            try:
+                if not node.WEIGHTS:
+                    raise UserError("MODEL.TEACHER.WEIGHTS is empty")
+                network = build_network(self.cfg, "MODEL.TEACHER", node, len(self.student.classes)).eval()
+            except UserError as error:
+                print(f"without the teacher {node.NAME}: {error}", flush=True)
+                continue
+            norm = Normalize.of(node, dataset_info(self.cfg.DATASETS.NAME))
+            pixels = nn.Sequential(norm, network).to(self.device)
+            row = self._row(f"teacher {node.NAME}", network, pixels)
+            # A teacher without classes has no accuracy.
+            if network_info(network, self.size).num_classes == len(self.student.classes):
+                row.metrics = self._run(pixels)[1]
+            yield row
+
+    def _row(self, label: str, network: nn.Module, pixels: nn.Module) -> Row:
+        stats = model_stats(network, self.size)
+        return Row(label, stats["parameters"], stats["flops"], state_bytes(network), self._latency(pixels))
+
+    @torch.no_grad()
+    def _latency(self, network: nn.Module) -> dict[int, float]:
+        image = next(iter(self.batches))["image"][:1].to(self.device).float()
+        batches = {size: image.expand(size, -1, -1, -1).contiguous() for size in (1, 32)}
+        return {size: median_ms(lambda batch=batch: network(batch), self.device) for size, batch in batches.items()}
+
+    def quantize(self, path: Path, output: Path) -> str:
+        """Write an ONNX file once more with weights and activations of 8 bits; returns what it was calibrated on."""
+        try:
+            train_set = build_dataset(self.cfg.DATASETS.NAME, self.cfg.DATASETS.ROOT, "train") if self.cfg else None
+        except (UserError, FileNotFoundError):
+            train_set = None
+        batches, what = self.batches, self.pictures
+        if train_set is not None:
+            chosen = FixedSubset(train_set, min(CALIBRATION_IMAGES, len(train_set)))
+            batches, what = build_test_loader(chosen, 32, self.student.preprocess.fit, 0), f"{len(chosen)} training images"
+        quantize_onnx(path, output, (batch["image"] for batch in batches))
+        return what
+
+
+def _takes_pixels(student: DeployedClassifier | ExportedClassifier) -> nn.Module:
+    """The student as a network of images in 0..255."""
+    if isinstance(student, ExportedClassifier):
+        return student
+    prepared = student.description["preprocess"]
+    return nn.Sequential(Normalize(prepared["mean"], prepared["std"]), student.network).eval()
