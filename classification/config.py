@@ -18,8 +18,8 @@ PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: What single settings must be, whatever the others are. The methods check their own.
 _RULES = {
     at_least(0): (
-        "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.MIXUP",
-        "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
+        "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.RESIZE",
+        "INPUT.MIXUP", "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
         "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS",
     ),
     at_least(1): (
@@ -63,7 +63,7 @@ def get_cfg() -> CfgNode:
         node.NAME = ""
         # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
         node.WEIGHTS = ""
-        # RGB, in 0..255. Empty: the data set's.
+        # RGB, in 0..255. Empty: those of the weights (a library's, or a student's of ours), else the data set's.
         node.PIXEL_MEAN = []
         node.PIXEL_STD = []
     # Of several teachers: how much each counts. Empty: all the same. PIXEL_MEAN and _STD then are for all, or a list.
@@ -81,8 +81,13 @@ def get_cfg() -> CfgNode:
     cfg.DATASETS.TRAIN_SIZE = 0
 
     cfg.INPUT = _CfgNode()
-    # Side of the square images the networks see. 0: the data set's.
+    # Side of the square images the networks see. 0: the data set's; where its images are of any size, that of a student
+    # that a library published.
     cfg.INPUT.SIZE = 0
+    # Short side of test images in pixels before the center crop. 0: as the student was published, else SIZE / 0.875.
+    cfg.INPUT.RESIZE = 0
+    # Of that: bilinear or bicubic. Empty: as the student was published, else bilinear.
+    cfg.INPUT.INTERPOLATION = ""
     # A recipe of classification/data/augment.py. Empty: the data set's.
     cfg.INPUT.AUGMENTATION = ""
     # Mixup (ICLR 2018) and cutmix (ICCV 2019): alpha of the Beta distribution; 0: off. Both: one of them in each step.
@@ -127,6 +132,8 @@ def get_cfg() -> CfgNode:
     cfg.DATALOADER.NUM_WORKERS = 4
 
     cfg.TEST = _CfgNode()
+    # Measure the teacher on the test images before it teaches.
+    cfg.TEST.TEACHER = True
     # In epochs.
     cfg.TEST.EVAL_PERIOD = 1
     cfg.TEST.IMS_PER_BATCH = 256
@@ -215,6 +222,8 @@ def validate(cfg: CfgNode) -> None:
         if solver[key] not in known:
             names = ", ".join(name or "''" for name in known)
             raise ConfigError(f"SOLVER.{key} {solver[key]} is none of {names}{did_you_mean(solver[key], known)}")
+    if cfg.INPUT.INTERPOLATION not in ("", "bilinear", "bicubic"):
+        raise ConfigError(f"INPUT.INTERPOLATION must be bilinear or bicubic, but is {cfg.INPUT.INTERPOLATION}")
     for side, node in [("STUDENT", cfg.MODEL.STUDENT), *(("TEACHER", node) for node in teachers)]:
         for key in ("PIXEL_MEAN", "PIXEL_STD"):
             values = node[key]
@@ -223,6 +232,11 @@ def validate(cfg: CfgNode) -> None:
                 kind = "numbers" if key == "PIXEL_MEAN" else "positive numbers"
                 raise ConfigError(
                     f"MODEL.{side}.{key} takes 3 {kind} in RGB order, or none for the data set's, but is {values}"
+                )
+            if key == "PIXEL_STD" and values and max(values) < 1:
+                raise ConfigError(
+                    f"MODEL.{side}.{key} {values} is of images in 0..1, but here they are in 0..255: multiply mean and "
+                    "deviation by 255"
                 )
     if solver.OPTIMIZER == "DOT":
         if not 0 <= solver.DELTA < min(solver.MOMENTUM, 1 - solver.MOMENTUM):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from d2distill.classification.config import image_size, teacher_nodes
 from d2distill.classification.data import dataset_info
+from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.networks import Normalize, build_network, network_info
 from d2distill.common.config import CfgNode, chosen_methods, resolve_device
 from d2distill.common.distillers import DISTILLERS, Distiller
@@ -123,7 +124,7 @@ def build_distiller(
         ConfigError: a network, method or class count that does not fit.
         CheckpointError: weights that are missing or of another network.
     """
-    info = dataset_info(cfg.DATASETS.NAME)
+    cfg, info = resolve_inputs(cfg), dataset_info(cfg.DATASETS.NAME)
     num_classes = cfg.MODEL.NUM_CLASSES or info.num_classes
     if num_classes is None:
         raise ConfigError(f"MODEL.NUM_CLASSES: data set {info.name} has no fixed number of classes; set it")

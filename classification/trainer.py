@@ -1,28 +1,33 @@
 """Training and evaluating a classifier, from a configuration to a run folder."""
 
+import functools
 import logging
 from typing import Any
 
+import torch
 from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from d2distill.classification.config import PRECISIONS, image_size, schedule_notes
+from d2distill.classification.config import PRECISIONS, schedule_notes, teacher_nodes
 from d2distill.classification.data import ImageDataset, build_dataset
-from d2distill.classification.data.augment import build_augmentation
+from d2distill.classification.data.augment import CenterFit, build_augmentation
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
+from d2distill.classification.deployed import describe_student, shipped_methods
 from d2distill.classification.evaluation import AccuracyEvaluator
-from d2distill.classification.modeling import build_distiller
-from d2distill.classification.networks import build_network, model_stats
+from d2distill.classification.inputs import resolve_inputs
+from d2distill.classification.modeling import DistillModel, build_distiller
+from d2distill.classification.networks import build_network, model_stats, network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
-from d2distill.common.config import CfgNode, chosen_methods, resolve_device
-from d2distill.common.distillers import Distiller
+from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
 from d2distill.common.engine.dot import DOT
 from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
+from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import load_weights, weights_digest
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
@@ -42,7 +47,8 @@ _MAY_CHANGE = (
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
     """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
-    solver, workers, size = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, image_size(cfg)
+    cfg = resolve_inputs(cfg)
+    solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, _center_fit(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
     seed_step(cfg.SEED, 0, rank=0)
@@ -52,11 +58,11 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     optimizer = build_optimizer(model, solver)
     sampler = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, size, workers)
+    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers)
 
     def build_batches(start: int) -> Any:
         order = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
-        return build_train_loader(train_set, order, size, augmentation, workers)
+        return build_train_loader(train_set, order, fit, augmentation, workers)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}
@@ -86,6 +92,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
 
     backward = dot_backward if isinstance(optimizer, DOT) else None
     teacher = None if model.teacher is None else weights_digest(model.teacher)
+    teacher_results = _measure_teachers(cfg, model, test_loader, test_set) if cfg.TEST.TEACHER else {}
     task = Task(
         model=model,
         # DOT averages its gradients over the processes itself.
@@ -107,9 +114,48 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         prepare=build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES),
         split_batch=split_batch,
         backward=backward,
-        model_stats=lambda network: model_stats(network, size),
+        model_stats=lambda network: model_stats(network, fit.size),
+        description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
+        facts=lambda: teacher_results,
     )
     return Trainer(cfg, task)
+
+
+def _measure_teachers(
+    cfg: CfgNode, model: DistillModel, loader: DataLoader, test_set: ImageDataset
+) -> dict[str, float]:
+    """Accuracy of each teacher with trained weights on the test images as the student sees them."""
+    results = {}
+    for number, (node, norm) in enumerate(zip(teacher_nodes(cfg), model.teacher_norms, strict=False)):
+        several = isinstance(model.teacher, nn.ModuleList)
+        network, name = (model.teacher[number], f"teacher_{number}_") if several else (model.teacher, "teacher_")
+        if not node.WEIGHTS or network_info(network, cfg.INPUT.SIZE).num_classes != cfg.MODEL.NUM_CLASSES:
+            continue
+
+        def measure(network: nn.Module = network, norm: nn.Module = norm) -> dict[str, float]:
+            with inference_context(network):
+                predict = lambda batch: network(norm(batch["image"]))  # noqa: E731
+                return inference_on_dataset(predict, loader, AccuracyEvaluator()) or {}
+
+        facts = (weights_digest(network), test_set.fingerprint(), _center_fit(cfg), node.PIXEL_MEAN, node.PIXEL_STD)
+        try:
+            found = measured(repr(facts), measure)
+        except DivergedError as error:
+            raise CheckpointError(f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: its logits are not finite") from error
+        logger.info(f"The teacher {node.NAME}: {', '.join(f'{key} {value:.2f}' for key, value in found.items())}")
+        chance = 100 * torch.bincount(test_set.labels).max().item() / len(test_set)
+        if found["top1"] < chance + (100 - chance) / 10:
+            logger.warning(
+                f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: a top-1 accuracy of {found['top1']:.2f} is near chance "
+                f"({chance:.2f}): are the classes in another order, or PIXEL_MEAN and PIXEL_STD others than in its "
+                "training?"
+            )
+        results |= {f"{name}{metric}": value for metric, value in found.items()}
+    return results
+
+
+def _center_fit(cfg: CfgNode) -> CenterFit:
+    return CenterFit(cfg.INPUT.SIZE, cfg.INPUT.RESIZE, cfg.INPUT.INTERPOLATION)
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
@@ -161,14 +207,14 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 def evaluate(cfg: CfgNode) -> dict[str, float]:
     """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks."""
     weights = cfg.MODEL.STUDENT.WEIGHTS
+    cfg = resolve_inputs(cfg)
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
     _take_classes(cfg, test_set)
-    shipped = [name for name, kind in chosen_methods(cfg).items() if kind.deployed is not Distiller.deployed]
-    cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped, "", ""
+    cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped_methods(cfg), "", ""
     model = build_distiller(cfg).to(resolve_device(cfg))
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
-    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, image_size(cfg), cfg.DATALOADER.NUM_WORKERS)
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
     try:
         return inference_on_dataset(model, loader, AccuracyEvaluator())
     except DivergedError as error:

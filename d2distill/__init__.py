@@ -3,6 +3,8 @@
 from d2distill.common.distillers import kd_loss, dkd_loss          # loss functions: need torch and fvcore only
 from d2distill.classification.models import build_model
 from d2distill.detection.config import add_distill_config          # needs Detectron2
+
+student = d2distill.load("output/my_run")                           # .classes, .preprocess
 """
 
 from importlib import import_module
@@ -18,6 +20,8 @@ if not Path(__file__).with_name("common").exists() and (_checkout / "common" / "
 
 def __getattr__(name: str):
     # Subpackages are imported when they are used: torch takes seconds, and the losses do not need Detectron2.
-    if name in ("common", "classification", "detection", "commands"):
+    if name in ("common", "classification", "detection", "commands", "deployed"):
         return import_module(f"{__name__}.{name}")
+    if name == "load":
+        return import_module(f"{__name__}.deployed").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from d2distill.common.engine.cli import CommandParser, find_config, user_errors
-from d2distill.common.errors import CheckpointError, require_detectron2
+from d2distill.common.errors import require_detectron2
 
 _EXAMPLES = """
   %(prog)s --config-file {example}
@@ -43,8 +42,11 @@ def _main(task: str, network: str, weights_key: str, example: str) -> None:
             cfg = config.load_cfg(find_config(args.config_file), cpu + args.opts)
             main, arguments = trainer.train, (cfg, args.resume)
             if args.eval_only:
+                from d2distill.deployed import student_file
+
+                # Of a run its own student, whatever weights its training began with.
                 weights = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get(weights_key)
-                weights = weights or _best_student(cfg.OUTPUT_DIR, weights_key)
+                weights = weights or str(student_file(cfg.OUTPUT_DIR))
                 cfg.merge_from_list([weights_key, weights])
                 main, arguments = _evaluate, (trainer.evaluate, cfg, weights)
             if processes := processes_to_start(args.num_gpus, args.num_machines):
@@ -73,14 +75,3 @@ def _evaluate(evaluate: Callable[[Any], dict[str, float]], cfg: Any, weights: st
     results = evaluate(cfg)
     if results:  # empty on other ranks
         print(f"{weights}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
-
-
-def _best_student(folder: str, key: str) -> str:
-    """The student of a run to evaluate, whatever weights its training began with."""
-    for name in ("student_best.pth", "student_final.pth"):
-        if Path(folder, name).is_file():
-            return str(Path(folder, name))
-    raise CheckpointError(
-        f"--eval-only: OUTPUT_DIR {folder} has no student_best.pth or student_final.pth; name the folder of a run that "
-        f"has been evaluated at least once, or a checkpoint as {key}"
-    )

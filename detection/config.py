@@ -22,6 +22,7 @@ from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, 
 __all__ = [
     "CfgNode",
     "add_distill_config",
+    "copy_settings",
     "get_cfg",
     "load_cfg",
     "num_classes",
@@ -217,7 +218,7 @@ def _teacher_node(kind: type[Detectron2CfgNode], config_file: str = "") -> Detec
             full.merge_from_other_cfg({k: v for k, v in settings.items() if k not in ("DISTILL", "TEACHER", "IMPORTS")})
         except ConfigError as error:
             raise ConfigError(f"TEACHER.CONFIG_FILE {config_file}: {error}") from error
-        _take(node, full)
+        copy_settings(node, full)
     elif config_file:
         node, weights = _zoo_cfg(config_file)
     node = kind(node)
@@ -242,11 +243,11 @@ def _zoo_cfg(name: str) -> tuple[Detectron2CfgNode, str]:
     )
 
 
-def _take(node: Detectron2CfgNode, full: Detectron2CfgNode) -> None:
+def copy_settings(node: Detectron2CfgNode, full: Detectron2CfgNode) -> None:
     """Give the keys of `node` their values in `full`, which has more of them."""
     for key, value in node.items():
         if isinstance(value, Detectron2CfgNode):
-            _take(value, full[key])
+            copy_settings(value, full[key])
         else:
             node[key] = full[key]
 

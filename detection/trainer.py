@@ -1,5 +1,6 @@
 """Training and evaluating a detector, from a configuration to a run folder."""
 
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
+from d2distill.detection.deployed import describe_student
 from d2distill.detection.evaluation import check_evaluators, evaluate_detector
 from d2distill.detection.weights import load_student
 
@@ -92,6 +94,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         evaluate_once=lambda network: _augmented(cfg, network),
         model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
         checkpointables={"loss_normalizer": loss_normalizer},
+        description=functools.cache(lambda: describe_student(cfg)),
     )
     return Trainer(cfg, task)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+# A shell that starts the tests in the background leaves Ctrl-C ignored, which the runs of tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # `make test` runs a process per core. Last digits depend on the number of threads: the same everywhere.
 torch.set_num_threads(1)
 
@@ -19,6 +23,14 @@ torch.set_num_threads(1)
 def loss_goldens():
     """Loss and gradient norms of the reference code (tests/goldens/losses.json)."""
     return json.loads((GOLDENS / "losses.json").read_text())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def caches(tmp_path_factory):
+    """What runs keep for others, such as teachers' accuracies, is the session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

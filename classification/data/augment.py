@@ -5,6 +5,7 @@ or on restarts. All pixel work is torchvision's: on PIL images in PIL, on tensor
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,21 +27,34 @@ def _to_tensor(image: ImageLike) -> torch.Tensor:
     return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
 
 
-def _fit(image: ImageLike, size: int) -> ImageLike:
-    height, width = F.get_size(image)
-    if (height, width) == (size, size):
-        return image
-    short_side = round(size * 256 / 224)
-    image = F.resize(image, [short_side], interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return F.center_crop(image, [size, size])
+@dataclass(frozen=True)
+class CenterFit:
+    """Test images to `size` x `size`: as they are if they are of that size, else resized and cropped at the center.
 
-
-def eval_transform(image: ImageLike, size: int) -> torch.Tensor:
-    """The image as it is if size x size; else short side to size * 256/224 (bilinear, antialiased), center crop.
-
-    A uint8 tensor (3, H, W) or an RGB PIL image to uint8 (3, size, size).
+    Attributes:
+        resize: the short side in pixels before the crop; 0: size * 256 / 224.
+        interpolation: "bilinear" or "bicubic", antialiased.
     """
-    return _to_tensor(_fit(image, size))
+
+    size: int
+    resize: int = 0
+    interpolation: str = "bilinear"
+
+    def __call__(self, image: ImageLike) -> ImageLike:
+        if tuple(F.get_size(image)) == (self.size, self.size):
+            return image
+        short_side = self.resize or round(self.size * 256 / 224)
+        image = F.resize(image, [short_side], interpolation=InterpolationMode(self.interpolation), antialias=True)
+        return F.center_crop(image, [self.size, self.size])
+
+
+def eval_transform(image: ImageLike, size: int | CenterFit) -> torch.Tensor:
+    """A uint8 tensor (3, H, W) or an RGB PIL image to a uint8 tensor (3, size, size), as :class:`CenterFit`."""
+    return _to_tensor(_as_fit(size)(image))
+
+
+def _as_fit(size: int | CenterFit) -> CenterFit:
+    return size if isinstance(size, CenterFit) else CenterFit(size)
 
 
 def _flipped(image: ImageLike, params: Params) -> torch.Tensor:
@@ -52,8 +66,8 @@ class Augmentation:
     """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them. Here: none.
 
     Attributes:
-        fits_first: :meth:`apply` first brings the image to size x size as :func:`eval_transform` does, so
-            :meth:`draw` is given ``(size, size)``; otherwise it is given the stored image's height and width.
+        fits_first: the image is first brought to size x size as test images are, so :meth:`draw` is given
+            ``(size, size)``; otherwise it is given the stored image's height and width.
     """
 
     fits_first = True
@@ -80,7 +94,7 @@ class Crop(Augmentation):
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         padding = size // 8
-        padded = F.pad(_fit(image, size), [padding] * 4, fill=0)
+        padded = F.pad(CenterFit(size)(image), [padding] * 4, fill=0)
         return _to_tensor(F.crop(padded, params["top"], params["left"], size, size))
 
 
@@ -106,7 +120,7 @@ class RotateFlip(Augmentation):
         return {"angle": float(rng.uniform(-20.0, 20.0)), "flip": bool(rng.random() < 0.5)}
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
-        rotated = F.rotate(_fit(image, size), params["angle"], interpolation=InterpolationMode.NEAREST, fill=0)
+        rotated = F.rotate(CenterFit(size)(image), params["angle"], interpolation=InterpolationMode.NEAREST, fill=0)
         return _flipped(rotated, params)
 
 
@@ -150,13 +164,13 @@ class AugmentedDataset(Dataset):
     """Samples by (epoch, index): ``image`` (3, size, size) uint8 RGB, ``label`` and ``index``.
 
     Args:
-        size: side of the images in pixels.
+        size: side of the images in pixels, or with it how test images are brought to it.
         seed: of the run; with epoch and index, all 0 or more, it fixes the augmentation.
         augmentation: name of a recipe; empty: the evaluation transform, and samples by index.
     """
 
-    def __init__(self, dataset: ImageDataset, size: int, seed: int = 0, augmentation: str = "") -> None:
-        self.dataset, self.size, self.seed = dataset, size, seed
+    def __init__(self, dataset: ImageDataset, size: int | CenterFit, seed: int = 0, augmentation: str = "") -> None:
+        self.dataset, self.fit, self.seed = dataset, _as_fit(size), seed
         self.recipe = build_augmentation(augmentation or "none")
 
     def __len__(self) -> int:
@@ -165,6 +179,7 @@ class AugmentedDataset(Dataset):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, torch.Tensor | int]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, label = self.dataset.load(index)
-        shape = (self.size, self.size) if self.recipe.fits_first else F.get_size(image)
-        params = self.recipe.draw(np.random.default_rng([self.seed, epoch, index]), *shape)
-        return {"image": self.recipe.apply(image, params, self.size), "label": label, "index": index}
+        if self.recipe.fits_first:
+            image = self.fit(image)
+        params = self.recipe.draw(np.random.default_rng([self.seed, epoch, index]), *F.get_size(image))
+        return {"image": self.recipe.apply(image, params, self.fit.size), "label": label, "index": index}

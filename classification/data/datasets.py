@@ -1,5 +1,6 @@
 """Data sets: facts that are known before a file is read, labeled images, and a registry of builders."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ class ImageDataset:
         """The image at ``index`` as stored, a uint8 RGB tensor (3, H, W) or an RGB ``PIL.Image``, and its label."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the classes, and of which sample has which label; of image files it is their names that count."""
+        digest = hashlib.sha256(repr((self.info.name, self.classes)).encode())
+        for part in (self.labels, *self._samples()):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
+
+    def _samples(self) -> list[Array]:
+        return []
+
 
 class ArrayDataset(ImageDataset):
     """Images in memory.
@@ -92,6 +103,9 @@ class ArrayDataset(ImageDataset):
                 f"{info.name}: images must be uint8 (n, 3, H, W) for n = {n} labels, got {self.images.dtype} {shape}"
             )
 
+    def _samples(self) -> list[Array]:
+        return [self.images]
+
     def load(self, index: int) -> tuple[torch.Tensor, int]:
         # A view would let a caller change the data set, and would drag all of it along to another process.
         return self.images[index].clone(), int(self.labels[index])
@@ -105,6 +119,9 @@ class FileDataset(ImageDataset):
         self.folder = folder
         # One array, not a million str objects: their reference counts would make every forked worker copy the list.
         self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def _samples(self) -> list[Array]:
+        return [self._paths]
 
     def path(self, index: int) -> str:
         """The file of the sample at ``index``."""

@@ -8,7 +8,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
-from d2distill.classification.data.augment import AugmentedDataset
+from d2distill.classification.data.augment import AugmentedDataset, CenterFit
 from d2distill.classification.data.datasets import ImageDataset
 from d2distill.common.engine.loading import WorkerLoader
 
@@ -63,12 +63,15 @@ class FixedSubset(ImageDataset):
         super().__init__(dataset.info, dataset.labels[self.positions], dataset.classes)
         self.dataset = dataset
 
+    def _samples(self) -> list:
+        return [self.positions]
+
     def load(self, index: int):
         return self.dataset.load(int(self.positions[index]))
 
 
 def build_train_loader(
-    dataset: ImageDataset, batch_sampler: EpochBatchSampler, size: int, augmentation: str, num_workers: int
+    dataset: ImageDataset, batch_sampler: EpochBatchSampler, size: int | CenterFit, augmentation: str, num_workers: int
 ) -> DataLoader:
     """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`."""
     samples = AugmentedDataset(dataset, size, batch_sampler.seed, augmentation)
@@ -76,7 +79,7 @@ def build_train_loader(
     return WorkerLoader(samples, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=pin)
 
 
-def build_test_loader(dataset: ImageDataset, batch_size: int, size: int, num_workers: int) -> DataLoader:
+def build_test_loader(dataset: ImageDataset, batch_size: int, size: int | CenterFit, num_workers: int) -> DataLoader:
     """Every sample once, in order, split over the ranks."""
     return WorkerLoader(
         AugmentedDataset(dataset, size),

@@ -1,5 +1,6 @@
 """Checkpoints of a run: the one place that writes them, and the one that resumes from them."""
 
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
-from d2distill.common.engine.weight_files import compare_states, read_torch
+from d2distill.common.engine.weight_files import DESCRIPTION, compare_states, read_torch
 from d2distill.common.errors import CheckpointError, DivergedError, OutputError
 
 logger = logging.getLogger("detectron2.d2distill")
@@ -61,10 +62,14 @@ def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
             raise DivergedError(f"{list(finite)[flags.index(False)]}{others} became infinite or NaN.")
 
 
-def save_student(path: str | Path, state_dict: dict[str, Tensor]) -> None:
-    """Write a finite network alone, as ``{"model": state_dict}``, the form in which checkpoints are published."""
+def save_student(path: str | Path, state_dict: dict[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
+    """Write a finite network alone, as ``{"model": state_dict}``, the form in which checkpoints are published.
+
+    A `description` of what is needed to use it goes beside it, as JSON.
+    """
     assert_finite_tensors(state_dict)
-    write_atomically(path, lambda file: torch.save({"model": state_dict}, file))
+    content = {"model": state_dict} | ({DESCRIPTION: json.dumps(description)} if description else {})
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 class RunCheckpointer:

@@ -39,6 +39,9 @@ class Task:
         backward: puts gradients where the optimizer finds them, in the place of ``sum(losses).backward()``.
         evaluate_once: more metrics of the final student, taken after the training.
         model_stats: facts of a deployed network for results.json.
+        description: of the deployed network, for student.json and the student's files: ``task``, ``network``,
+            ``classes``, ``preprocess``, ``config`` and ``made_from``; see :func:`d2distill.load`.
+        facts: what else results.json has, asked for after the last evaluation: ``per_class``, ``teacher_<metric>``.
         checkpointables: what else has a state to save.
     """
 
@@ -63,4 +66,6 @@ class Task:
     backward: Callable[[dict[str, Tensor]], None] | None = None
     evaluate_once: Callable[[nn.Module], dict[str, float]] = lambda network: {}
     model_stats: Callable[[nn.Module], dict[str, float]] = lambda network: {}
+    description: Callable[[], dict[str, Any]] = dict
+    facts: Callable[[], dict[str, Any]] = dict
     checkpointables: dict[str, Any] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.common.config import CfgNode
 from torch import Tensor
 
+from d2distill import __version__
 from d2distill.common.engine import run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
@@ -172,7 +173,8 @@ class Trainer(TrainerBase):
         self.save_student("final")
         if self.ema is not None:
             self.save_student("ema_final")
-        facts = {**self.task.model_stats(self.task.deployed_student()), "seconds": self.seconds, "steps": self.max_iter}
+        stats = self.task.model_stats(self.task.deployed_student())
+        facts = {**self.task.facts(), **stats, "seconds": self.seconds, "steps": self.max_iter}
         # JSON has no NaN, which a metric is that is not defined on the data.
         results = {name: None if value != value else value for name, value in results.items()}
         run_folder.write_text(Path(self.cfg.OUTPUT_DIR, run_folder.RESULTS), json.dumps({**results, **facts}, indent=2))
@@ -189,7 +191,10 @@ class Trainer(TrainerBase):
     def save_student(self, name: str) -> None:
         """Write ``student_<name>.pth``; a name that begins with ``ema_`` is of the average."""
         network = self.ema.network if name.startswith("ema_") else self.task.deployed_student()
-        save_student(Path(self.cfg.OUTPUT_DIR, f"student_{name}.pth"), network.state_dict())
+        description = {"d2distill": __version__, **self.task.description()}
+        folder = Path(self.cfg.OUTPUT_DIR)
+        run_folder.write_text(folder / "student.json", json.dumps(description, indent=2, ensure_ascii=False))
+        save_student(folder / f"student_{name}.pth", network.state_dict(), description)
 
     def resume(self) -> int:
         """Load the latest valid checkpoint, if there is one, and return the step to continue from.

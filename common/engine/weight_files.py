@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import zipfile
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from d2distill.common.engine.safe_pickle import load_arrays
 from d2distill.common.errors import CheckpointError
 
+#: The entry, beside the weights, in which students of this package have what is needed to use them, as JSON.
+DESCRIPTION = "d2distill"
 #: Prefixes of sources that are no files: ``torchvision:WEIGHTS`` and ``timm:NAME``.
 LIBRARIES = ("torchvision", "timm")
 
@@ -196,6 +199,30 @@ def _tensors(value: Any) -> Any:
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+def read_description(source: str) -> dict[str, Any]:
+    """What a run of d2distill wrote into a file of a student beside its weights; empty for every other file.
+
+    Files that cannot be read have none either: loading their weights will say why.
+    """
+    try:
+        content = read_content(source)
+        found = json.loads(content[DESCRIPTION]) if isinstance(content, Mapping) and DESCRIPTION in content else {}
+    except (CheckpointError, TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def source_digest(source: str) -> dict[str, str]:
+    """Where weights came from, and the SHA-256 of the file."""
+    if source.partition(":")[0] in LIBRARIES:
+        return {"source": source}
+    digest = hashlib.sha256()
+    with open(_local_path(source), "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"source": source, "sha256": digest.hexdigest()}
 
 
 def weights_digest(network: nn.Module) -> str:
