@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from d2distill.common.errors import CheckpointError, MissingDependencyError
 
 __all__ = [
-    "SUFFIXES", "ExportedClassifier", "ExportedDetector", "load_program", "quantize_onnx", "require", "save_onnx", "save_pt2",
-    "save_safetensors", "save_ts",
+    "SUFFIXES", "ExportedClassifier", "ExportedDetector", "load_program", "quantize_onnx", "require", "save_onnx",
+    "save_pt2", "save_safetensors", "save_ts",
 ]  # fmt: skip
 
 #: What an opened file is called with, and what it returns.
@@ -78,11 +78,16 @@ class ExportedDetector(nn.Module):
 
     def __init__(self, program: Program, description: Mapping[str, Any]) -> None:
         super().__init__()
-        from d2distill.detection.deployed import Preprocess, stock_cfg
+        import yaml
+        from detectron2.config import CfgNode, get_cfg
+
+        from d2distill.detection.deployed import Preprocess
 
         self.program, self.description = program, dict(description)
         self.classes = list(description["classes"])
-        self.preprocess = Preprocess(stock_cfg(description))
+        cfg = get_cfg()
+        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(description["config"])))
+        self.preprocess = Preprocess(cfg)
 
     def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Detectron2's ``[{"instances": Instances}]`` in pixels of each input's ``height`` and ``width``."""
@@ -94,7 +99,9 @@ class ExportedDetector(nn.Module):
             image = entry["image"]
             boxes, scores, classes = self.program(image.float())
             found = Instances(tuple(image.shape[1:]), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
-            height, width = (entry.get(key, side) for key, side in zip(("height", "width"), image.shape[1:], strict=True))
+            height, width = (
+                entry.get(key, side) for key, side in zip(("height", "width"), image.shape[1:], strict=True)
+            )
             results.append({"instances": detector_postprocess(found, height, width)})
         return results
 
@@ -181,9 +188,9 @@ def load_program(path: str | Path, device: str | torch.device = "cpu") -> Export
     except Exception as error:  # a damaged file raises nearly anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} cannot be opened: {lines[0]}") from error
-    if not text:
+    description = json.loads(text or "{}")
+    if "task" not in description:
         raise CheckpointError(f"{path} says nothing of its classes: only files of d2distill-export can be opened")
-    description = json.loads(text)
     kind = ExportedDetector if description["task"] == "detection" else ExportedClassifier
     return kind(program, description).eval()
 

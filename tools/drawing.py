@@ -75,14 +75,15 @@ def draw_detections(comparison: Comparison, path: str | Path, num_images: int = 
 
 
 def draw_picture(source: str | Path, boxes: Sequence[Box], path: str | Path, title: str = "") -> None:
-    """Draw an image file as a PNG, upright, with boxes in its pixels, the last on top, and a title at its upper edge."""
+    """Draw an image file upright as a PNG, with boxes in its pixels, the last on top, and a title at its upper edge."""
     image = read_image(str(source), "RGB")
     height, width = image.shape[:2]
-    # The long side is 8 inches, so that letters and lines have the same share of every picture; small ones are enlarged.
+    # 8 inches long, so that letters and lines have the same share of every picture. Small ones are enlarged.
     inches, dpi = 8 / max(height, width), max(80, max(height, width) / 8)
     figure = Figure(figsize=(width * inches, height * inches), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(image, interpolation="bicubic", aspect="auto")
+    # Boxes begin at the edges of pixels.
+    axes.imshow(image, interpolation="bicubic", aspect="auto", extent=(0, width, height, 0))
     axes.axis("off")
     for box in boxes:
         _draw(axes, box, image.shape)

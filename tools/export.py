@@ -12,6 +12,8 @@ Each file is compared with the student on the run's test images (KEY VALUE may s
 --images, else on random ones. Writes into RUN/export: the files, a table (export.md) and a model card (README.md).
 """
 
+import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -58,7 +60,8 @@ def _main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     print(f"checked on {export.pictures}", flush=True)
-    rows = [*export.teacher_rows(), export.student_row()]
+    student = export.student_row()
+    rows = [*export.teacher_rows(), student]
     for form in formats:
         path = output / f"student{export.formats[form]}"
         export.write(form, path)
@@ -69,14 +72,22 @@ def _main() -> None:
         calibrated = export.quantize(output / "student.onnx", path)
         rows.append(export.check(path))
         print(f"{path}: {rows[-1].difference}; calibrated on {calibrated}", flush=True)
-    text = (
-        f"{table(rows, export.metrics)}\n\nMedian latency on {_machine(torch, args.device)}; accuracy in percent, on "
-        f"{export.pictures}.\n"
-    )
+
+    text = f"{table(rows, export.metrics)}\n\nLatency: median, on {_machine(torch, args.device)}. {export.caption}\n"
     write_text(output / "export.md", text)
-    card = model_card(export.student.description, file.parent, [row.label for row in rows], text)
+    metrics, example = student.metrics or _results(file, export.metrics), f"student{export.formats[formats[-1]]}"
+    described = export.student.description
+    card = model_card(file.parent.name, described, export.origin, export.dataset, metrics, example, text)
     card.save(output / "README.md")
     print(f"\n{text}\nModel card: {output / 'README.md'}")
+
+
+def _results(file: Path, metrics: Sequence[str]) -> dict[str, float]:
+    """What the run's results.json says of a student's file, by the file's name."""
+    path = file.with_name("results.json")
+    prefix = {"student_best": "best_", "student_final": ""}.get(file.stem)
+    results = json.loads(path.read_text()) if prefix is not None and path.is_file() else {}
+    return {name: results[prefix + name] for name in metrics if results.get(f"{prefix}{name}") is not None}
 
 
 def _check(known: dict[str, str], formats: list[str], int8: bool, task: str) -> None:

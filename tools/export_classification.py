@@ -32,6 +32,9 @@ class ClassifierExport:
         student: as loaded.
         pictures: which they are, for the log.
         metrics: names of what the evaluator gives, the most important one first.
+        caption: what the numbers of a row are of.
+        dataset: the name of the run's; empty where it is not known.
+        origin: how the student was trained, a part of a sentence.
     """
 
     formats = {"safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
@@ -47,6 +50,16 @@ class ClassifierExport:
         self.batches, self.pictures = self._test_pictures(images)
         self.eager = _takes_pixels(self.student).to(device)
         self.logits, self.accuracy = self._run(self.eager)
+        self.caption = f"FLOPs: of one image of {self.size} x {self.size}. Accuracy: percent, on {self.pictures}."
+        self.dataset = self.cfg.DATASETS.NAME if self.cfg else ""
+        self.origin = self._origin()
+
+    def _origin(self) -> str:
+        if not self.cfg:
+            return "of a run whose config.yaml is not known"
+        methods, teachers = self.cfg.DISTILL.METHODS, ", ".join(node.NAME for node in teacher_nodes(self.cfg))
+        how = f"by {', '.join(methods)}{f' from {teachers}' if teachers else ''}" if methods else "without a teacher"
+        return f"trained on {self.dataset} {how}"
 
     def _test_pictures(self, images: str | None) -> tuple[Any, str]:
         try:
@@ -66,7 +79,9 @@ class ClassifierExport:
             generator = torch.Generator().manual_seed(0)
             shape = (32, 3, self.size, self.size)
             batches, what = [torch.randint(256, shape, generator=generator, dtype=torch.uint8)], "32 random images"
-        return [{"image": batch} for batch in batches], f"{what}, without accuracy, as there are no test images ({reason})"
+        return [
+            {"image": batch} for batch in batches
+        ], f"{what}, without accuracy, as there are no test images ({reason})"
 
     @torch.no_grad()
     def _run(self, network: nn.Module) -> tuple[Tensor, dict[str, float]]:
@@ -141,7 +156,10 @@ class ClassifierExport:
         batches, what = self.batches, self.pictures
         if train_set is not None:
             chosen = FixedSubset(train_set, min(CALIBRATION_IMAGES, len(train_set)))
-            batches, what = build_test_loader(chosen, 32, self.student.preprocess.fit, 0), f"{len(chosen)} training images"
+            batches, what = (
+                build_test_loader(chosen, 32, self.student.preprocess.fit, 0),
+                f"{len(chosen)} training images",
+            )
         quantize_onnx(path, output, (batch["image"] for batch in batches))
         return what
 

@@ -40,6 +40,24 @@ class DetectorExport:
         self.inputs, self.pictures = self._test_pictures(images)
         self.found, self.precision = self._run(self.student)
         self.metrics = [name for name in self.precision if name.endswith(("/AP", "/AP50"))]
+        height, width = self._example()["image"].shape[1:]
+        self.caption = (
+            f"FLOPs and latency: of one image of {width} x {height} (a file takes one at a time). AP: percent, on "
+            f"{self.pictures}."
+        )
+        self.dataset = ", ".join(self.cfg.DATASETS.TEST) if self.cfg else ""
+        self.origin = self._origin()
+
+    def _origin(self) -> str:
+        if not self.cfg:
+            return "of a run whose config.yaml is not known"
+        methods, teacher = self.cfg.DISTILL.METHODS, self.cfg.TEACHER.CONFIG_FILE
+        how = (
+            f"by {', '.join(methods)}{f' from {Path(teacher).name}' if teacher else ''}"
+            if methods
+            else "without a teacher"
+        )
+        return f"trained on {', '.join(self.cfg.DATASETS.TRAIN)} {how}"
 
     def _test_pictures(self, images: str | None) -> tuple[list[dict[str, Any]] | None, str]:
         """Inputs to run on, or None for the test images, and what they are."""
@@ -58,7 +76,9 @@ class DetectorExport:
         inputs = [self.student.preprocess(picture) for picture in pictures]
         return inputs, f"{what}, without AP, as there are no test images ({reason})"
 
-    def _run(self, detect: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> tuple[list[Found], dict[str, float]]:
+    def _run(
+        self, detect: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+    ) -> tuple[list[Found], dict[str, float]]:
         """What is found in each picture, and the average precision where they have annotations."""
         found: list[Found] = []
 
@@ -120,7 +140,11 @@ class DetectorExport:
         yield row
 
     def _row(self, label: str, network: nn.Module, detect: Callable) -> Row:
-        flops = FlopCountAnalysis(network, [self._example()]).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        flops = (
+            FlopCountAnalysis(network, [self._example()])
+            .unsupported_ops_warnings(False)
+            .uncalled_modules_warnings(False)
+        )
         parameters = sum(p.numel() for p in network.parameters())
         return Row(label, parameters, int(flops.total()), state_bytes(network), self._latency(detect))
 

@@ -58,7 +58,7 @@ def state_bytes(network: nn.Module) -> int:
     return sum(value.nbytes for value in network.state_dict().values())
 
 
-def median_ms(run: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
+def median_ms(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> float:
     """Median time of a call in milliseconds: two to warm up, then as many as `seconds` hold, from 3 to 100."""
 
     def timed() -> float:

@@ -117,9 +117,9 @@ def predict(
         for path in batch:
             try:
                 inputs[path] = preprocess(path)
-            except (DataError, OSError, SyntaxError, ValueError) as error:  # of Pillow's decoders
-                errors[path] = str(error) or type(error).__name__
-                print(f"{path}: {errors[path]}", file=sys.stderr)
+            except DataError as error:
+                errors[path] = str(error)
+                print(error, file=sys.stderr)
         found = dict(zip(inputs, run(list(inputs.values())) if inputs else [], strict=True))
         for path in batch:
             yield {"file": str(path), **(found[path] if path in found else {"error": errors[path]})}
@@ -202,7 +202,7 @@ def _summary(record: dict[str, Any]) -> str:
     if "classes" in record:
         return ", ".join(f"{e['class']} {e['probability']:.1%}" for e in record["classes"]) or "no class"
     counts = Counter(entry["class"] for entry in record["boxes"])
-    return ", ".join(f"{number} {name}" for name, number in counts.most_common()) or "nothing"
+    return ", ".join(f"{name} ({number})" for name, number in counts.most_common()) or "nothing"
 
 
 if __name__ == "__main__":
