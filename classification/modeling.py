@@ -33,6 +33,7 @@ class DistillModel(nn.Module):
         distillers: methods by lower-case name.
         student_norm, teacher_norms: each network's normalization.
         ce_weight: weight of the cross-entropy.
+        finite: whether the outputs of ``student`` and ``teacher`` in the last training step were finite, 0-d.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class DistillModel(nn.Module):
         self.distillers = nn.ModuleDict(distillers)
         self.teacher_norms = nn.ModuleList(teacher_norms)
         self.teacher_source, self.ce_weight = source, ce_weight
+        self.finite: dict[str, Tensor | None] = {}
         self._student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
 
@@ -90,7 +92,11 @@ class DistillModel(nn.Module):
         # The sum over an empty batch is 0; its mean would be NaN.
         cross_entropy = F.cross_entropy(student.logits.float(), target, reduction="sum") / max(len(target), 1)
         losses = {"loss_ce": self.ce_weight * cross_entropy}
-        teacher = None if self.teacher_source is None else self.teacher_source(batch["image"], step)
+        self.finite = {"student": student.is_finite()}
+        teacher = None
+        if self.teacher_source is not None:
+            teacher = self.teacher_source(batch["image"], step)
+            self.finite["teacher"] = teacher.is_finite()
         for name, method in self.distillers.items():
             term = method(student, method.pick_teacher(teacher), step)
             losses[f"loss_{name}"] = method.weight(step.progress) * term

@@ -117,6 +117,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         model_stats=lambda network: model_stats(network, fit.size),
         description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
         facts=lambda: teacher_results,
+        finite_outputs=lambda: model.finite,
     )
     return Trainer(cfg, task)
 

@@ -6,6 +6,7 @@ knows which of the two called it.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Batch", "NetworkInfo", "Outputs", "Progress", "TrainingData"]
@@ -34,6 +35,13 @@ class Outputs:
     pooled: Tensor | None = None
     extras: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
     members: list[tuple[float, "Outputs"]] = field(default_factory=list)
+
+    def is_finite(self) -> Tensor | None:
+        """Whether logits, pooled vector and last feature map are finite, 0-d, not waited for; None without them."""
+        parts = [self.logits, self.pooled, self.feats[-1] if self.feats else None]
+        found = [part.isfinite().all() for part in parts if part is not None]
+        found += [finite for _, outputs in self.members if (finite := outputs.is_finite()) is not None]
+        return torch.stack(found).all() if found else None
 
     def info(self, **more: object) -> "NetworkInfo":
         """The shapes of these outputs as a :class:`NetworkInfo`; `more` are its other fields."""

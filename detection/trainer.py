@@ -94,6 +94,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         evaluate_once=lambda network: _augmented(cfg, network),
         model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
         checkpointables={"loss_normalizer": loss_normalizer},
+        finite_outputs=lambda: getattr(model, "finite", {}),
         description=functools.cache(lambda: describe_student(cfg)),
     )
     return Trainer(cfg, task)

@@ -35,3 +35,25 @@ class MeanMetrics:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+class FirstFailure:
+    """What was the first to be not finite: a network's outputs, or a loss of finite ones. Kept on the device."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._code: Tensor | None = None  # 0, or 1 + the position in the names
+
+    @torch.no_grad()
+    def update(self, finite_outputs: Mapping[str, Tensor | None], losses: Mapping[str, Tensor]) -> None:
+        """Whether each network's outputs were finite, in the order in which they are to be named, and the losses."""
+        known = {f"the {name}'s outputs": finite for name, finite in finite_outputs.items() if finite is not None}
+        known |= {name: loss.isfinite() for name, loss in losses.items()}
+        self._names, failed = list(known), ~torch.stack([finite.reshape(()) for finite in known.values()])
+        code = torch.where(failed.any(), 1 + failed.int().argmax(), 0)
+        self._code = code if self._code is None else torch.where(self._code == 0, code, self._code)
+
+    def source(self) -> str:
+        """Its name; empty if all has been finite. Waits for the device."""
+        code = 0 if self._code is None else int(self._code)
+        return self._names[code - 1] if code else ""

@@ -42,6 +42,7 @@ class Task:
         description: of the deployed network, for student.json and the student's files: ``task``, ``network``,
             ``classes``, ``preprocess``, ``config`` and ``made_from``; see :func:`d2distill.load`.
         facts: what else results.json has, asked for after the last evaluation: ``per_class``, ``teacher_<metric>``.
+        finite_outputs: whether each network's outputs were finite in the last step, 0-d, by its name; None: unknown.
         checkpointables: what else has a state to save.
     """
 
@@ -68,4 +69,5 @@ class Task:
     model_stats: Callable[[nn.Module], dict[str, float]] = lambda network: {}
     description: Callable[[], dict[str, Any]] = dict
     facts: Callable[[], dict[str, Any]] = dict
+    finite_outputs: Callable[[], Mapping[str, Tensor | None]] = dict
     checkpointables: dict[str, Any] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_te
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
-from d2distill.common.engine.metrics import MeanMetrics
+from d2distill.common.engine.metrics import FirstFailure, MeanMetrics
 from d2distill.common.engine.preemption import InterruptibleLoader, Preemption
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
@@ -54,7 +54,7 @@ class Trainer(TrainerBase):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=task.precision is torch.float16)
         parts = cfg.SOLVER.ACCUMULATE
         self.split_batch = accumulate(task.split_batch, parts) if parts > 1 else task.split_batch
-        self.metrics = MeanMetrics()
+        self.metrics, self.first_failure = MeanMetrics(), FirstFailure()
         # Of what the model itself puts into the event storage.
         self.model_scalars = MeanMetrics()
         self._metric_states: list[list[dict[str, Any]]] = []
@@ -99,6 +99,7 @@ class Trainer(TrainerBase):
                 self.task.backward(part_losses)
             else:
                 self.scaler.scale(sum(part_losses.values())).backward()
+            self.first_failure.update(self.task.finite_outputs(), part_losses)
             losses = {n: losses[n] + v.detach() if n in losses else v.detach() for n, v in part_losses.items()}
         self.after_backward()
         if self.task.clip_norm:
@@ -269,12 +270,16 @@ class Trainer(TrainerBase):
         """Every process's means of the losses since the last log line.
 
         Raises:
-            DivergedError: in all processes, where a mean of one of them is not finite.
+            DivergedError, CheckpointError: in all processes, where a mean of one of them is not finite.
         """
         gathered = comm.all_gather(self.metrics.compute())
         for means in gathered:
             if not all(map(math.isfinite, means.values())):
-                raise DivergedError(f"a loss became infinite or NaN since the last log line: {means}.")
+                (source, *_) = [*filter(None, comm.all_gather(self.first_failure.source())), "a loss"]
+                what = f"{source} became infinite or NaN since the last log line: {means}"
+                if source == "the teacher's outputs":  # which no setting of the solver changes
+                    raise CheckpointError(f"{what}; check the teacher's weights, its pixel statistics, and SOLVER.AMP")
+                raise DivergedError(f"{what}.")
         return gathered
 
     def assert_state_finite(self) -> None:

@@ -39,6 +39,7 @@ class DistillDetector(nn.Module):
         teacher_adapter: what belongs to it and is no module.
         teacher_source: gives its outputs.
         distillers: a ModuleDict.
+        finite: whether the outputs of ``student`` and ``teacher`` in the last training step were finite, 0-d.
     """
 
     #: What the configuration asks of a meta-architecture when DISTILL.METHODS is not empty.
@@ -59,6 +60,7 @@ class DistillDetector(nn.Module):
         self.teacher_adapter = teacher
         self.max_iter = max_iter
         methods = self.distillers.values()
+        self.finite: dict[str, Tensor | None] = {}
         self._student_needs = {need for method in methods for need in method.student_needs}
         needs = self._student_needs | {need for method in methods for need in method.teacher_needs}
         self._compares_logits = any(map(needs_head, needs))
@@ -156,6 +158,7 @@ class DistillDetector(nn.Module):
             if teacher is not None and teacher.feats is not None:
                 pairs = [crop_to_common_size(*maps) for maps in zip(student.feats, teacher.feats, strict=True)]
                 student.feats, teacher.feats = ([pair[side] for pair in pairs] for side in (0, 1))
+        self.finite = {"student": student.is_finite()} | ({} if teacher is None else {"teacher": teacher.is_finite()})
         for name, method in self.distillers.items():
             if f"loss_{name}" in losses:
                 raise ConfigError(f"DISTILL.METHODS: loss_{name} is a loss of the detector itself; rename the method")

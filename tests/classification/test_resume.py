@@ -397,6 +397,23 @@ def test_a_run_that_diverged_before_its_first_checkpoint(tmp_path):
         run(small_cfg(tmp_path, SOLVER__BASE_LR=1e10, SOLVER__CHECKPOINT_STEPS=0))
 
 
+@pytest.mark.parametrize(
+    ("source", "settings", "error"),
+    [
+        ("the student's outputs", {"SOLVER.BASE_LR": 1e30}, DivergedError),
+        ("the teacher's outputs", {}, CheckpointError),
+        ("loss_kd", {"DISTILL.KD.T": 1e-38}, DivergedError),
+    ],
+)
+def test_what_is_not_finite_first_is_named(tmp_path, source, settings, error):
+    cfg = small_cfg(tmp_path, SOLVER__CHECKPOINT_STEPS=0, TEST__EVAL_PERIOD=9, **settings)
+    trainer = build_trainer(cfg, *load_datasets(cfg))
+    if "teacher" in source:
+        trainer.task.model.teacher.classifier_layer.bias[0] = float("nan")
+    with pytest.raises(error, match=f"^{source} became infinite or NaN"):
+        trainer.run()
+
+
 class BreakHook(HookBase):
     def after_step(self):
         if self.trainer.iter + 1 == STEPS:
