@@ -36,10 +36,17 @@ class TeacherAdapter:
         if self.weights:
             load_teacher(self.network, self.weights, self.key)
 
+    def inputs(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batch in the teacher's channel order."""
+        return [{**x, "image": x["image"].flip(0) if self.swap_rgb_bgr else x["image"]} for x in batched_inputs]
+
     def images(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """The batch in the teacher's channel order, then its mean, deviation and padding: (N, 3, H, W)."""
-        images = [{"image": x["image"].flip(0) if self.swap_rgb_bgr else x["image"]} for x in batched_inputs]
-        return self.network.preprocess_image(images).tensor
+        return self.network.preprocess_image(self.inputs(batched_inputs)).tensor
+
+    def detect(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Detectron2's results on the batch."""
+        return self.network(self.inputs(batched_inputs))
 
 
 def build_teacher(cfg: CfgNode) -> TeacherAdapter:
