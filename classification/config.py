@@ -61,8 +61,11 @@ def get_cfg() -> CfgNode:
         node = cfg.MODEL[side] = _CfgNode()
         # A model of this package, timm:NAME or torchvision:NAME. The teacher's may be a list: several teachers.
         node.NAME = ""
-        # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights.
+        # Path, URL, torchvision:WEIGHTS_ENUM or timm:NAME. Empty: random weights. Weights may be of other classes than
+        # the data's: the student's classifier then stays fresh; such a teacher has features for methods, but no logits.
         node.WEIGHTS = ""
+        # Of a file that has weights and their average over the training (EMA): take the average.
+        node.USE_EMA = True
         # RGB, in 0..255. Empty: those of the weights (a library's, or a student's of ours), else the data set's.
         node.PIXEL_MEAN = []
         node.PIXEL_STD = []
@@ -106,7 +109,7 @@ def get_cfg() -> CfgNode:
     # SGD's alone.
     cfg.SOLVER.NESTEROV = False
     cfg.SOLVER.WEIGHT_DECAY = 5e-4
-    # step: times GAMMA after each of STEPS (in epochs). cosine: to 0 at the end.
+    # step: times GAMMA after each of STEPS (in epochs, or all below 1: shares of EPOCHS). cosine: to 0 at the end.
     cfg.SOLVER.LR_SCHEDULE = "step"
     cfg.SOLVER.STEPS = [150, 180, 210]
     cfg.SOLVER.GAMMA = 0.1
@@ -158,7 +161,7 @@ def image_size(cfg: CfgNode) -> int:
 
 
 def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
-    """One node of NAME, WEIGHTS, PIXEL_MEAN, PIXEL_STD and SHARE per teacher; shares sum to 1.
+    """One node of NAME, WEIGHTS, USE_EMA, PIXEL_MEAN, PIXEL_STD and SHARE per teacher; shares sum to 1.
 
     With `given` networks in the place of those named, NAME and WEIGHTS are empty.
     """
@@ -168,7 +171,7 @@ def teacher_nodes(cfg: CfgNode, given: int = 0) -> list[CfgNode]:
         return []
     shares = list(node.SHARES) or [1.0] * len(names)
     weights = (not given and _as_list(node.WEIGHTS)) or [""] * len(names)
-    columns = {"NAME": names, "WEIGHTS": weights, "SHARES": shares}
+    columns = {"NAME": names, "WEIGHTS": weights, "USE_EMA": [node.USE_EMA] * len(names), "SHARES": shares}
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         one_each = any(isinstance(value, list | tuple) for value in node[key])
         columns[key] = list(node[key]) if one_each else [node[key]] * len(names)

@@ -171,6 +171,9 @@ def _build_methods(
                 f"DISTILL.METHODS: {name} needs the one class of each image, but INPUT.{mixed[0]} mixes images; set it "
                 f"to 0, or choose among {able}"
             )
+        classes = {teacher.num_classes for teacher in teachers}
+        if "logits" in method.needs and "TEACHER" not in node and len(classes) > 1:
+            raise ConfigError(f"DISTILL.METHODS: {name} averages the teachers' logits, but they have {classes} classes")
         try:
             distillers[name.lower()] = method(node, student, teachers[number] if method.needs_teacher else None, data)
         except ValueError as error:

@@ -11,8 +11,8 @@ from d2distill.classification.config import image_size
 from d2distill.classification.data import DatasetInfo, dataset_info
 from d2distill.classification.models import build_model, is_without_classes
 from d2distill.common.config import CfgNode
-from d2distill.common.engine.weight_files import load_weights, read_weights
-from d2distill.common.errors import CheckpointError, ConfigError
+from d2distill.common.engine.weight_loading import class_count, load_state, weights_for
+from d2distill.common.errors import ConfigError
 from d2distill.common.outputs import NetworkInfo
 
 __all__ = ["Normalize", "build_network", "model_stats", "network_info"]
@@ -42,37 +42,47 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
 
     Args:
         key: ``MODEL.STUDENT`` or ``MODEL.TEACHER``, for errors.
-        node: NAME and WEIGHTS.
+        node: NAME, WEIGHTS and USE_EMA. A student's classifier stays fresh where the weights are of other classes; a
+            teacher has the classes of its weights.
 
     Raises:
         ConfigError: unknown model name, or a network that does not take images of the configured size.
         CheckpointError: weights that are missing or of another network.
     """
+    network = _build(cfg, key, node.NAME, num_classes)
+    weights = weights_for(network, node.WEIGHTS, f"{key}.WEIGHTS", node.USE_EMA) if node.WEIGHTS else {}
+    if key == "MODEL.STUDENT":
+        if weights:
+            load_state(network, weights, node.WEIGHTS, f"{key}.WEIGHTS", getattr(network, "classifiers", ()))
+        return network
+    classes = class_count(network, weights) if weights else 0 if is_without_classes(node.NAME) else num_classes
+    if classes not in (num_classes, None):
+        logger.info(
+            f"{key}.NAME {node.NAME} has {classes or 'no'} classes, the data {num_classes}: it is a teacher for "
+            "methods on features only"
+        )
+        network = _build(cfg, key, node.NAME, classes)
+    if weights:
+        load_state(network, weights, node.WEIGHTS, f"{key}.WEIGHTS")
+    else:
+        logger.warning(f"{key}.WEIGHTS is empty: the teacher has random weights, which is of use in tests only")
+    return network
+
+
+def _build(cfg: CfgNode, key: str, name: str, num_classes: int) -> nn.Module:
     size, family = image_size(cfg), dataset_info(cfg.DATASETS.NAME).model_family
     try:
-        network = build_model(node.NAME, num_classes, model_family=family, image_size=size)
-        if key == "MODEL.TEACHER" and is_without_classes(node.NAME):
-            # One that was published without a classifier may have been trained with one.
-            names = read_weights(node.WEIGHTS) if node.WEIGHTS else ()
-            if not any(f"{name}.weight" in names for name in network.classifiers):
-                logger.info(f"{key}.NAME {node.NAME} has no classes: it is a teacher for methods on features only")
-                network = build_model(node.NAME, 0, model_family=family, image_size=size)
+        network = build_model(name, num_classes, model_family=family, image_size=size)
         network_info(network, size)
-    except CheckpointError:
-        raise
+        return network
     except (ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
         # Patches that do not divide the size, maps that vanish.
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{key}.NAME {node.NAME} does not take images of INPUT.SIZE {size} ({reason}): choose another size"
+            f"{key}.NAME {name} does not take images of INPUT.SIZE {size} ({reason}): choose another size"
         ) from error
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{key}.NAME: {error}") from error
-    if node.WEIGHTS:
-        load_weights(network, node.WEIGHTS, f"{key}.WEIGHTS")
-    elif key == "MODEL.TEACHER":
-        logger.warning("MODEL.TEACHER.WEIGHTS is empty: the teacher has random weights, which is of use in tests only")
-    return network
 
 
 @torch.no_grad()

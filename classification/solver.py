@@ -42,7 +42,7 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, solver: CfgNode, epoch_
     if solver.LR_SCHEDULE == "cosine":
         schedule = CosineParamScheduler(1.0, 0.0)
     else:
-        steps = [step for step in solver.STEPS if step < solver.EPOCHS]
+        steps = [step * solver.EPOCHS if step < 1 else step for step in solver.STEPS if step < solver.EPOCHS]
         values = [solver.GAMMA**i for i in range(len(steps) + 1)]
         schedule = MultiStepParamScheduler(values, milestones=steps, num_updates=solver.EPOCHS)
     if solver.WARMUP_EPOCHS:

@@ -29,13 +29,15 @@ from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.trainer import Trainer
-from d2distill.common.engine.weight_files import load_weights, weights_digest
+from d2distill.common.engine.weight_files import weights_digest
+from d2distill.common.engine.weight_loading import load_weights
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from d2distill.common.outputs import Progress
 
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
+_NETWORKS = ("STUDENT", "TEACHER")
 #: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
 _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
@@ -47,7 +49,7 @@ _MAY_CHANGE = (
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
     """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
-    cfg = resolve_inputs(cfg)
+    given, cfg = cfg, resolve_inputs(cfg)
     solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, _center_fit(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
@@ -107,7 +109,15 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
         may_change=_MAY_CHANGE,
-        run_identity={"training samples": len(train_set), "the teacher's weights": teacher},
+        run_identity={
+            "training samples": len(train_set),
+            "the teacher's weights": teacher,
+            # What was left open in the settings, and what is not: the run's, whatever a library says later.
+            **{f"INPUT.{key}": cfg.INPUT[key] for key in ("SIZE", "RESIZE", "INTERPOLATION")},
+            **{
+                f"MODEL.{side}.{key}": cfg.MODEL[side][key] for side in _NETWORKS for key in ("PIXEL_MEAN", "PIXEL_STD")
+            },
+        },
         epoch_length=epoch_length,
         precision=PRECISIONS[solver.AMP],
         clip_norm=solver.CLIP_GRAD_NORM,
@@ -119,7 +129,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         facts=lambda: teacher_results,
         finite_outputs=lambda: model.finite,
     )
-    return Trainer(cfg, task)
+    return Trainer(given, task)
 
 
 def _measure_teachers(
@@ -214,7 +224,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     _take_classes(cfg, test_set)
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped_methods(cfg), "", ""
     model = build_distiller(cfg).to(resolve_device(cfg))
-    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS")
+    load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS", cfg.MODEL.STUDENT.USE_EMA)
     loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
     try:
         return inference_on_dataset(model, loader, AccuracyEvaluator())

@@ -63,7 +63,8 @@ def _merge(node: _CfgNode, settings: Mapping[str, Any], root: _CfgNode, prefix: 
         elif key in node:
             node[key] = coerce(name, value, node[key], listable=name in root.LISTABLE)
         elif node.is_new_allowed():
-            node[key] = type(root)(value) if isinstance(value, dict) else value
+            below = parse_as(value, (dict,))
+            node[key] = value if below is None else type(root)(below, new_allowed=True)
         elif "." in str(key):
             first, _, rest = key.partition(".")
             raise ConfigError(f"config key {name}: in a file its parts are nested, as {first}: {{{rest}: ...}}")

@@ -29,8 +29,12 @@ def _all(values: Any, *types: type) -> bool:
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
 NUMBERS = Rule("a list of numbers", lambda value: _all(value, int, float))
 INCREASING = Rule(
-    "a list of increasing numbers from 1 on",
-    lambda value: NUMBERS.predicate(value) and list(value) == sorted(set(value)) and min(value, default=1) >= 1,
+    "a list of increasing numbers, from 1 on, or all between 0 and 1 as shares of the run",
+    lambda value: (
+        NUMBERS.predicate(value)
+        and list(value) == sorted(set(value))
+        and (min(value, default=1) >= 1 or 0 < min(value) <= max(value) < 1)
+    ),
 )
 LIST_OF_STR = Rule("a list of names", lambda value: _all(value, str))
 STR_OR_LIST = Rule("a name, or a list of names", lambda value: isinstance(value, str) or _all(value, str))

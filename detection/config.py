@@ -40,9 +40,10 @@ _RULES = {
     at_least(1): (
         "LOG_PERIOD", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
         "SOLVER.ACCUMULATE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+        "TEST.DETECTIONS_PER_IMAGE",
     ),
     LIST_OF_STR: ("DATASETS.TRAIN", "DATASETS.TEST"),
-    NUMBERS: ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.MIN_SIZE_TRAIN"),
+    NUMBERS: ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_STD", "INPUT.MIN_SIZE_TRAIN"),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),
     INCREASING: ("SOLVER.STEPS",),
 }  # fmt: skip
@@ -105,6 +106,8 @@ def get_cfg() -> CfgNode:
     cfg.LOG_PERIOD = 20
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
+    # Measure the teacher on DATASETS.TEST before it teaches, where it has the student's classes.
+    cfg.TEST.TEACHER = True
     # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
     cfg.SOLVER.ACCUMULATE = 1
     # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
@@ -158,7 +161,7 @@ def zoo_weights(config_file: str) -> str:
 
 
 def num_classes(cfg: Detectron2CfgNode) -> tuple[str, int]:
-    """The key that holds the detector's number of classes, and its value (the background not counted)."""
+    """The key that holds the detector's number of classes, and its value, without the background; 0: the data's."""
     key = "RETINANET" if "retinanet" in cfg.MODEL.META_ARCHITECTURE.lower() else "ROI_HEADS"
     return f"MODEL.{key}.NUM_CLASSES", cfg.MODEL[key].NUM_CLASSES
 
@@ -170,7 +173,14 @@ def validate(cfg: CfgNode) -> None:
         ConfigError: with the key, its value, and what would be right.
     """
     methods, name = chosen_methods(cfg), cfg.MODEL.META_ARCHITECTURE
-    check_rules(cfg, {**_RULES, at_least(1): (num_classes(cfg)[0],)})
+    check_rules(cfg, _RULES)
+    check_rules(cfg, {at_least(0): (num_classes(cfg)[0],)})
+    for key, values in (("", cfg.MODEL.PIXEL_STD), ("TEACHER.", cfg.TEACHER.MODEL.PIXEL_STD)):
+        if max(values) < 1:
+            raise ConfigError(
+                f"{key}MODEL.PIXEL_STD {values} is of images in 0..1, but here they are in 0..255: multiply mean and "
+                "deviation by 255"
+            )
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(f"MODEL.META_ARCHITECTURE: no {name}{did_you_mean(name, dict(META_ARCH_REGISTRY))}")
     meta_arch = META_ARCH_REGISTRY.get(name)

@@ -1,12 +1,15 @@
 """Average precision of a detector, by Detectron2's evaluators."""
 
+import hashlib
+import json
+import logging
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -17,56 +20,131 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
+from d2distill.common.engine.teacher_check import measured
+from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.data.loader import build_test_loader
+from d2distill.detection.teacher import TeacherAdapter
 
-__all__ = ["check_evaluators", "evaluate_detector"]
+__all__ = ["best_metric", "check_evaluators", "evaluate_detector", "measure_teacher"]
 
-_EVALUATORS: dict[str, Callable[[str, str], DatasetEvaluator]] = {
-    "coco": lambda name, folder: COCOEvaluator(name, output_dir=folder),
-    "lvis": lambda name, folder: LVISEvaluator(name, output_dir=folder),
-    "pascal_voc": lambda name, folder: PascalVOCDetectionEvaluator(name),
+logger = logging.getLogger("detectron2.d2distill")
+
+#: Called with a data set's name, the folder for details, and how many detections of an image count.
+_EVALUATORS: dict[str, Callable[[str, str, int], DatasetEvaluator]] = {
+    "coco": lambda name, folder, limit: COCOEvaluator(name, output_dir=folder, max_dets_per_image=limit),
+    "lvis": lambda name, folder, limit: LVISEvaluator(name, output_dir=folder, max_dets_per_image=limit),
+    "pascal_voc": lambda name, folder, limit: PascalVOCDetectionEvaluator(name),
 }
 
 
 def check_evaluators(cfg: CfgNode) -> None:
     """Raise a ConfigError where a data set of DATASETS.TEST, all of them registered, has no evaluator."""
-    for name in cfg.DATASETS.TEST:
-        kind = MetadataCatalog.get(name).get("evaluator_type")
+    kinds = {name: MetadataCatalog.get(name).get("evaluator_type") for name in cfg.DATASETS.TEST}
+    for name, kind in kinds.items():
         if kind not in _EVALUATORS:
             raise ConfigError(f"DATASETS.TEST: {name} asks for the evaluator {kind!r}; known: {', '.join(_EVALUATORS)}")
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    if limit != 100 and "coco" in kinds.values():
+        logger.info(f"TEST.DETECTIONS_PER_IMAGE: AP is of at most {limit} detections per image, COCO's own of 100")
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """The metric that decides which student is the best: box AP on the first data set that has annotations.
+
+    Raises:
+        ConfigError: DATASETS.TEST has none.
+    """
+    for name in cfg.DATASETS.TEST:
+        if _is_annotated(name):
+            return f"{_prefix(cfg, name)}bbox/AP"
+    raise ConfigError(
+        f"DATASETS.TEST {list(cfg.DATASETS.TEST)} has no annotations, by which a training finds its best student: name "
+        "a data set that has; --eval-only predicts without them"
+    )
 
 
 def evaluate_detector(
     cfg: CfgNode,
-    model: nn.Module,
+    model: nn.Module | Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
     augmented: bool = False,
     interruptible: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
+    per_class: dict[str, Any] | None = None,
+    folder: str = "inference",
 ) -> dict[str, float]:
     """Metrics in percent of `model` on every data set of DATASETS.TEST.
 
     Args:
-        cfg: of the run; details go to its OUTPUT_DIR/inference.
-        model: returns Detectron2's results in eval mode.
+        cfg: of the run.
+        model: returns Detectron2's results; a module does in eval mode.
         augmented: average over the scales and flips of TEST.AUG.
         interruptible: put around each data set's batches.
+        per_class: is given COCO's AP of each class: ``{"per_class": {class: AP}}`` for boxes, ``per_class_segm`` for
+            masks; where there are several data sets, one such dict for each. Of a class without objects it is None.
+        folder: in OUTPUT_DIR, for the predictions (``<data set>/coco_instances_results.json``, in the form that COCO's
+            server takes).
 
     Returns:
         ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
-        several; nothing elsewhere. Where the model detects nothing at all they are 0.
+        several; nothing elsewhere, and nothing of a data set without annotations. Where the model detects nothing at
+        all they are 0.
     """
     if augmented:
         model = GeneralizedRCNNWithTTA(cfg, model)
     metrics = {}
     for name in cfg.DATASETS.TEST:
-        kind = MetadataCatalog.get(name).evaluator_type
-        evaluator = _EVALUATORS[kind](name, str(Path(cfg.OUTPUT_DIR, "inference", name)))
-        prefix = f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        metadata, output = MetadataCatalog.get(name), Path(cfg.OUTPUT_DIR, folder, name)
+        evaluator = _EVALUATORS[metadata.evaluator_type](name, str(output), cfg.TEST.DETECTIONS_PER_IMAGE)
         results = inference_on_dataset(model, interruptible(build_test_loader(cfg, name)), evaluator)
+        if not _is_annotated(name):
+            logger.info(f"{name} has no annotations, so there is no AP: its predictions are in {output}")
+            continue
         for task, values in results.items():
             # Without a single detection Detectron2 has no number; by the metric's definition all are 0.
             nothing = math.isnan(values["AP"])
             for metric, value in values.items():
-                if not metric.startswith("AP-"):  # of each class: Detectron2 shows them in a table of their own
-                    metrics[f"{prefix}{task}/{metric}"] = 0.0 if nothing else float(value)
+                if not metric.startswith("AP-"):  # of each class
+                    metrics[f"{_prefix(cfg, name)}{task}/{metric}"] = 0.0 if nothing else float(value)
+            if per_class is not None and metadata.evaluator_type == "coco":
+                # Of a single class Detectron2 gives it once.
+                found = {label: values.get(f"AP-{label}", values["AP"]) for label in metadata.thing_classes}
+                found = {label: 0.0 if nothing else None if math.isnan(ap) else ap for label, ap in found.items()}
+                key = "per_class" if task == "bbox" else f"per_class_{task}"
+                if len(cfg.DATASETS.TEST) == 1:
+                    per_class[key] = found
+                else:
+                    per_class.setdefault(key, {})[name] = found
     return metrics
+
+
+def measure_teacher(cfg: CfgNode, teacher: TeacherAdapter) -> dict[str, float | None]:
+    """Metrics of a teacher on DATASETS.TEST, as ``{"teacher_bbox/AP": ..., ...}`` on all processes; None: not defined.
+
+    The images are those that it teaches on: of the student's size, with its own statistics. What is known already of
+    this teacher on these data is not measured again. The log warns where it detects nothing, as with another order of
+    classes or other pixel statistics than it was trained with.
+    """
+    sets, sizes = cfg.DATASETS.TEST, {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")}
+    data = [(name, MetadataCatalog.get(name).get("thing_classes"), DatasetCatalog.get(name)) for name in sets]
+    own = {**teacher.cfg.MODEL, "WEIGHTS": "", "DEVICE": "", "TEST": teacher.cfg.TEST}
+    digest = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    key = json.dumps([weights_digest(teacher.network), digest, sizes, limit, own], default=str)
+    results = measured(key, lambda: evaluate_detector(cfg, teacher.detect, folder="inference/teacher"))
+    facts = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+    logger.info(f"The teacher, on test images of the student's size (MIN_SIZE_TEST {sizes['MIN_SIZE_TEST']}): {facts}")
+    metric = best_metric(cfg)
+    if results[metric] < 1:
+        logger.warning(
+            f"The teacher's {metric} is {results[metric]:.2f}, as of a network not trained on these classes: check "
+            "their order, TEACHER.MODEL.PIXEL_MEAN and PIXEL_STD, TEACHER.INPUT.FORMAT and its weights"
+        )
+    return {f"teacher_{name}": None if math.isnan(value) else value for name, value in results.items()}
+
+
+def _is_annotated(name: str) -> bool:
+    return MetadataCatalog.get(name).get("annotated", True)
+
+
+def _prefix(cfg: CfgNode, name: str) -> str:
+    return f"{name}/" if len(cfg.DATASETS.TEST) > 1 else ""

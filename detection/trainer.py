@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from torch import nn
 
@@ -20,10 +20,10 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
-from d2distill.detection.config import CfgNode
+from d2distill.detection.config import CfgNode, num_classes
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.deployed import describe_student
-from d2distill.detection.evaluation import check_evaluators, evaluate_detector
+from d2distill.detection.evaluation import best_metric, check_evaluators, evaluate_detector, measure_teacher
 from d2distill.detection.weights import load_student
 
 __all__ = ["build_trainer", "evaluate", "train"]
@@ -46,6 +46,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
     Raises:
         UserError: weights, classes or feature levels that do not fit.
     """
+    deciding = best_metric(cfg)
     # All processes build the same, and the student is built before its teacher and the methods.
     seed_step(cfg.SEED, 0, rank=0)
     model = build_model(cfg)
@@ -57,6 +58,9 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         )
     load_student(model, cfg.MODEL.WEIGHTS)
     optimizer = build_optimizer(cfg, model)
+    facts: dict[str, Any] = {}
+    if adapter is not None and cfg.TEST.TEACHER and num_classes(adapter.cfg)[1] == num_classes(cfg)[1]:
+        facts |= measure_teacher(cfg, adapter)
     precision = None
     if cfg.SOLVER.AMP.ENABLED:
         precision = torch.float16 if torch.device(cfg.MODEL.DEVICE).type == "cuda" else torch.bfloat16
@@ -64,7 +68,9 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
     def evaluate_student(network: nn.Module, interruptible: Interruptible) -> dict[str, float]:
         if comm.get_world_size() > 1:
             broadcast_buffers(network)
-        return evaluate_detector(cfg, network, interruptible=interruptible)
+        # An average of the student is evaluated too.
+        is_student = next(network.parameters()) is next(model.parameters())
+        return evaluate_detector(cfg, network, interruptible=interruptible, per_class=facts if is_student else None)
 
     # RetinaNet's running mean of its number of foreground anchors, which it keeps outside its state dict.
     loss_normalizer = SimpleNamespace(
@@ -76,12 +82,12 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         # As Detectron2 does: running statistics are each process's own until they are needed.
         wrapped=wrap_student(model, broadcast_buffers=False),
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(cfg, optimizer),
+        lr_scheduler=_lr_scheduler(cfg, optimizer),
         build_batches=lambda start: build_train_loader(cfg, dataset_dicts, start),
         # A plain detector: stock Detectron2 loads its state dict.
         deployed_student=getattr(model, "deployed_student", lambda: model),
         evaluate=evaluate_student,
-        best_metric="bbox/AP" if len(cfg.DATASETS.TEST) == 1 else f"{cfg.DATASETS.TEST[0]}/bbox/AP",
+        best_metric=deciding,
         max_iter=cfg.SOLVER.MAX_ITER,
         eval_period=cfg.TEST.EVAL_PERIOD or cfg.SOLVER.MAX_ITER,
         checkpoint_periods=[cfg.SOLVER.CHECKPOINT_PERIOD],
@@ -93,11 +99,22 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         precision=precision,
         evaluate_once=lambda network: _augmented(cfg, network),
         model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
+        facts=lambda: facts,
         checkpointables={"loss_normalizer": loss_normalizer},
         finite_outputs=lambda: getattr(model, "finite", {}),
         description=functools.cache(lambda: describe_student(cfg)),
     )
     return Trainer(cfg, task)
+
+
+def _lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    """Detectron2's schedule. SOLVER.STEPS below 1 are shares of MAX_ITER, also where it is another when resumed."""
+    steps, end = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and any(step < 1 for step in steps):
+        cfg = cfg.clone()
+        cfg.SOLVER.STEPS = tuple(sorted({min(round(step * end), end - 1) for step in steps} - {0}))
+        logger.info(f"SOLVER.STEPS {list(steps)} of {end} iterations are after {list(cfg.SOLVER.STEPS)}")
+    return build_lr_scheduler(cfg, optimizer)
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
@@ -110,7 +127,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
     # Does nothing unless SOLVER.REFERENCE_WORLD_SIZE is set.
-    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    steps, cfg = cfg.SOLVER.STEPS, DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    if any(step < 1 for step in steps):
+        cfg.SOLVER.STEPS = steps  # shares of the run, which it would scale too
     prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
@@ -132,10 +151,10 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
     cfg.DISTILL.METHODS = []
+    start_logs(None)
     register_datasets(cfg)
     check_test_sets(cfg)
     check_evaluators(cfg)
-    start_logs(None)
     model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()

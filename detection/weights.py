@@ -11,7 +11,14 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
-from d2distill.common.engine.weight_files import LIBRARIES, Mismatch, compare_states, read_content, state_dict_of
+from d2distill.common.engine.weight_files import (
+    LIBRARIES,
+    Mismatch,
+    check_finite,
+    compare_states,
+    read_content,
+    state_dict_of,
+)
 from d2distill.common.errors import CheckpointError
 from d2distill.detection.weight_names import (
     BOTTOM_UP,
@@ -70,7 +77,9 @@ def read_detector(source: str) -> DetectorWeights:
         # Detectron's detectors are under "blobs"; its ImageNet weights are bare.
         blobs = content.get("blobs", content.get("model", content))
         if isinstance(blobs, Mapping) and any(re.fullmatch(r"\w+_w", str(name)) for name in blobs):
-            return DetectorWeights(source, convert_caffe2(blobs), {}, matching_heuristics=True)
+            state = convert_caffe2(blobs)
+            check_finite(state, source)
+            return DetectorWeights(source, state, {}, matching_heuristics=True)
     state = state_dict_of(content, source)
     if heuristics:
         return DetectorWeights(source, _without_constants(state), {}, author, heuristics)

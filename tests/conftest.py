@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,19 @@ def caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def log(caplog):
+    """What the package logs: pytest's caplog, from level INFO on."""
+    # Detectron2's logger may not hand on what it gets.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, logger.propagate = logger.propagate, False
+    caplog.set_level(logging.INFO, logger.name)
+    yield caplog
+    logger.propagate = before
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

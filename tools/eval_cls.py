@@ -19,6 +19,7 @@ def _main() -> None:
     parser.add_argument("-m", "--model", required=True, help="a model of the zoo, timm:NAME or torchvision:NAME")
     parser.add_argument("-d", "--dataset", default="cifar100", help="a data set (default: cifar100)")
     parser.add_argument("-c", "--ckpt", required=True, help="path or URL of its weights")
+    parser.add_argument("--no-ema", action="store_true", help="of a file with averaged (EMA) weights take the others")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_settings()
     args = parser.parse_args()
@@ -27,6 +28,7 @@ def _main() -> None:
     from d2distill.classification.trainer import evaluate
 
     settings = ["DATASETS.NAME", args.dataset, "MODEL.STUDENT.NAME", args.model, "MODEL.STUDENT.WEIGHTS", args.ckpt]
+    settings += ["MODEL.STUDENT.USE_EMA", not args.no_ema]
     results = evaluate(load_cfg("", [*settings, "TEST.IMS_PER_BATCH", args.batch_size, *args.opts]))
     print(f"{args.model} on {args.dataset}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
 

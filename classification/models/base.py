@@ -27,6 +27,11 @@ class FeatureClassifier(nn.Module):
         return self.outputs(images).logits
 
     @property
+    def classifiers(self) -> list[str]:
+        """Names of the layers that make the logits: here one."""
+        return [self.classifier_name]
+
+    @property
     def classifier_layer(self) -> nn.Module:
         """The last layer as a module from ``pooled`` to logits; its parameters are the network's own."""
         return on_vectors(self.get_submodule(self.classifier_name))

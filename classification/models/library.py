@@ -10,7 +10,7 @@ four evenly spaced blocks. Token sequences and channels-last maps become (N, C, 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -24,6 +24,7 @@ from d2distill.common.errors import did_you_mean
 from d2distill.common.outputs import Outputs
 
 from .base import on_vectors
+from .published_weights import AUXILIARY, adapt_timm, adapt_torchvision, find_timm_filter
 
 ImageSize = int | tuple[int, int] | None
 # Norms are left out as the map before one is the block's own; the rest makes no maps.
@@ -31,7 +32,6 @@ _NOT_BLOCKS = (nn.BatchNorm2d, nn.LayerNorm, nn.AdaptiveAvgPool2d, nn.Dropout, n
 _HEADS = ("classifier", "fc", "head", "heads")
 # torchvision's own recipes do not let them decay (--transformer-embedding-decay 0).
 _EMBEDDINGS = ("class_token", "pos_embedding", "relative_position_bias_table")
-_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
 class LibraryModel:
@@ -122,6 +122,10 @@ def last_classifier(model: nn.Module, num_classes: int) -> str:
 
 
 class _Torchvision(LibraryModel):
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict, named and shaped as this network: :func:`.published_weights.adapt_torchvision`."""
+        return adapt_torchvision(self, state)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer for transformers does not let decay, as timm's models name them."""
         return {name for name, _ in self.named_parameters() if name.endswith(_EMBEDDINGS)}
@@ -205,7 +209,7 @@ def build_torchvision(name: str, num_classes: int, image_size: ImageSize = None)
 
 
 def _drop_auxiliary_heads(module: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
-    for key in [key for key in state_dict if key.startswith(_AUXILIARY)]:
+    for key in [key for key in state_dict if key.startswith(AUXILIARY)]:
         del state_dict[key]
 
 
@@ -217,6 +221,11 @@ class TimmModel(LibraryModel):
 
     feat_indices: list[int] | None
     stem_name: str | None
+    checkpoint_filter: Callable | None
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict, named and shaped as this network: :func:`.published_weights.adapt_timm`."""
+        return adapt_timm(self, state, self.checkpoint_filter)
 
     def outputs(self, images: Tensor) -> Outputs:
         stem: list[Tensor] = []
@@ -265,6 +274,7 @@ def build_timm(name: str, num_classes: int, image_size: ImageSize = None) -> nn.
             raise
         model = timm.create_model(name, num_classes=num_classes)
     model.__class__ = _subclass(TimmModel, type(model))
+    model.checkpoint_filter = find_timm_filter(name)
     model.classifiers = _timm_classifiers(model, num_classes) if num_classes else []
     infos = model.feature_info if isinstance(model.feature_info, list) else model.feature_info.info
     reductions = [info["reduction"] for info in infos]

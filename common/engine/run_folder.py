@@ -17,8 +17,8 @@ from d2distill.common.engine.distributed import check_processes, run_on_main_pro
 from d2distill.common.errors import ConfigError
 
 RESULTS = "results.json"
-#: Facts of the run in results.json, which are no metrics of the student; so are those that begin with "teacher_".
-_FACTS = ("parameters", "flops", "seconds", "steps", "per_class")
+#: Facts of the run in results.json, which are no metrics of the student; so is what begins with one of the prefixes.
+_FACTS, _PREFIXES = ("parameters", "flops", "seconds", "steps"), ("teacher_", "per_class")
 logger = logging.getLogger("detectron2.d2distill")
 
 
@@ -71,6 +71,6 @@ def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
     content = json.loads(path.read_text()) if path.is_file() else {}
     if content.get("steps") != steps:
         return None
-    metrics = {n: value for n, value in content.items() if n not in _FACTS and not n.startswith("teacher_")}
+    metrics = {n: value for n, value in content.items() if n not in _FACTS and not n.startswith(_PREFIXES)}
     # A metric that is not defined on the data is null there.
     return {n: float("nan") if value is None else value for n, value in metrics.items()}

@@ -3,10 +3,11 @@
 import argparse
 import hashlib
 import json
+import logging
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,21 @@ from d2distill.common.errors import CheckpointError
 
 #: The entry, beside the weights, in which students of this package have what is needed to use them, as JSON.
 DESCRIPTION = "d2distill"
+logger = logging.getLogger("detectron2.d2distill")
+
 #: Prefixes of sources that are no files: ``torchvision:WEIGHTS`` and ``timm:NAME``.
 LIBRARIES = ("torchvision", "timm")
 
 # How files of torch.save begin, today's and those from before torch 1.6, whatever their suffix.
 _TORCH_FILES = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
 
-# Entries in which public checkpoints keep their state dict; prefixes of torch's wrappers and of this package's runs.
-_ENTRIES = ("model", "state_dict", "model_state_dict", "net")
+# Entries in which public checkpoints keep their state dict ("state" is Composer's, around "model"), and those for its
+# average over the training; prefixes of torch's wrappers and of this package's runs; usual ones of Lightning's modules,
+# which may as well be a network's own.
+_ENTRIES = ("model", "state_dict", "model_state_dict", "net", "model_state", "weights", "params", "state")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema")
 _PREFIXES = ("module.", "_orig_mod.", "student.")
+_PREFIXES_OF_MODULES = ("model.", "net.", "network.")
 
 # Types in public checkpoints beside tensors: RepDistiller's options, numpy accuracies. None of them runs code.
 _HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
@@ -45,10 +52,16 @@ class Mismatch(NamedTuple):
         """Text "2 missing (a, b); 1 of another shape (c (3,) instead of (4,))"; empty where nothing differs."""
         wrong = [f"{name} {theirs} instead of {own}" for name, (theirs, own) in self.shapes.items()]
         return "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            f"{len(names)} {what} ({first_few(names)})"
             for what, names in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", wrong))
             if names
         )
+
+
+def first_few(names: Iterable[str]) -> str:
+    """Text "a, b, c, ..." for messages."""
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mismatch:
@@ -62,50 +75,66 @@ def compare_states(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Mi
     return Mismatch(missing, unexpected, {n: pair for n, pair in shapes.items() if pair[0] != pair[1]})
 
 
-def load_weights(model: nn.Module, source: str, key: str) -> None:
-    """Load a classifier's weights from a `source` as of :func:`read_weights`. Every name and shape must be equal.
-
-    Raises:
-        CheckpointError: as :func:`read_weights`; or the file is of another network or number of classes. It names
-            `key`, the config key or flag that named the file.
-    """
-    try:
-        weights = read_weights(source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{key}: {error}") from error
-    found = compare_states(model.state_dict(), weights)
-    if any(found):
-        what = "number of classes" if found.shapes and not (found.missing or found.unexpected) else "network"
-        raise CheckpointError(f"{key}: {source} is of another {what} than {type(model).__name__} here: {found}")
-    model.load_state_dict(weights, strict=False)
-
-
-def read_weights(source: str) -> dict[str, Tensor]:
+def read_weights(source: str, names: Collection[str] = (), use_ema: bool | None = None) -> dict[str, Tensor]:
     """Read a state dict.
 
     Args:
         source: a path or URL of a ``.pth`` file (a state dict alone or under an entry such as ``"model"``, with or
             without prefixes such as ``module.``; of a run's own checkpoint the student is read) or ``.safetensors``
             file; ``torchvision:ResNet34_Weights.IMAGENET1K_V1``; or ``timm:NAME``.
+        names: of the network's tensors, where they are known: then also Lightning's usual prefixes are removed, and no
+            more than is needed to find one of these names.
+        use_ema: which to take of a file that holds weights and their average over the training. None: the weights,
+            there being no setting for it.
 
     Raises:
-        CheckpointError: missing, unreachable, damaged, or with other content than weights.
+        CheckpointError: missing, unreachable, damaged, with other content than weights, or not finite.
     """
-    return state_dict_of(read_content(source), source)
+    return state_dict_of(read_content(source), source, names, use_ema)
 
 
-def state_dict_of(content: Any, source: str) -> dict[str, Tensor]:
+def state_dict_of(
+    content: Any, source: str, names: Collection[str] = (), use_ema: bool | None = None
+) -> dict[str, Tensor]:
     """The state dict in what :func:`read_content` returned for `source`, without wrappers' prefixes."""
-    for key in _ENTRIES:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        entries = ", ".join(map(repr, _ENTRIES))
-        raise CheckpointError(f"{source} holds no state dict, neither alone nor under one of {entries}")
-    # Wrappers may be nested in any order.
-    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in content)), None):
-        content = {n.removeprefix(prefix): v for n, v in content.items() if n.startswith(prefix)}
-    return dict(content)
+    state = _find_state(content, source, use_ema)
+    if state is None:
+        has = f"; it has {first_few(map(str, content))}" if isinstance(content, Mapping) and content else ""
+        entries = ", ".join(map(repr, (*_ENTRIES, *_AVERAGED)))
+        raise CheckpointError(f"{source} holds no state dict, neither alone nor under one of {entries}{has}")
+    prefixes = (*_PREFIXES, *_PREFIXES_OF_MODULES) if names else _PREFIXES
+    # Wrappers may be nested in any order. A network may have a child whose name is a wrapper's.
+    while not any(name in names for name in state) and (
+        prefix := next((p for p in prefixes if any(name.startswith(p) for name in state)), None)
+    ):
+        if others := [name for name in state if not name.startswith(prefix)]:
+            logger.info(f"{source}: the network's entries begin with {prefix}; passed over: {first_few(others)}")
+        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    check_finite(state, source)
+    return dict(state)
+
+
+def _find_state(content: Any, source: str, use_ema: bool | None) -> Mapping[str, Tensor] | None:
+    if not isinstance(content, Mapping) or not content:
+        return None
+    if all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    found = {entry: _find_state(content.get(entry), source, use_ema) for entry in (*_ENTRIES, *_AVERAGED)}
+    live, averaged = (next((e for e in kind if found[e] is not None), None) for kind in (_ENTRIES, _AVERAGED))
+    taken, other = (averaged, live) if averaged and (use_ema or not live) else (live, averaged)
+    if taken and other:
+        how = "" if use_ema is None else f"; USE_EMA {not use_ema} takes {other}"
+        logger.info(
+            f"{source} has weights ({live}) and their average over the training ({averaged}): {taken} is read{how}"
+        )
+    return found.get(taken)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise a CheckpointError that names `source` and the first tensor of `state` that has a NaN or an infinity."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"{source} is not finite: {name} has NaN or infinite values")
 
 
 def read_content(source: str) -> Any:

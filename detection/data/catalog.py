@@ -1,6 +1,8 @@
 """Register the data sets of the configuration, load them, and check them against the model before training starts."""
 
+import logging
 import os
+from collections import Counter
 from itertools import zip_longest
 from typing import Any
 
@@ -14,6 +16,8 @@ from d2distill.common.errors import ConfigError, DataError, UserError, did_you_m
 from d2distill.detection.config import num_classes
 
 __all__ = ["check_test_sets", "load_test_set", "load_training_set", "register_datasets"]
+
+logger = logging.getLogger("detectron2.d2distill")
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -44,6 +48,8 @@ def register_datasets(cfg: CfgNode) -> None:
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     """Load DATASETS.TRAIN in Detectron2's format, without the images that Detectron2 filters out for training.
 
+    Where the student's or the teacher's NUM_CLASSES is 0, it becomes that of the data.
+
     Raises:
         ConfigError: a name that is not registered, precomputed proposals, another number of classes than the model's,
             data sets with different classes, or masks that the model cannot be trained with.
@@ -59,15 +65,22 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
         loaded = _load(name, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, keypoints)
         _check_classes(cfg, name, cfg.DATASETS.TRAIN[:1])
         _check_annotations(cfg, name, loaded)
+        _log_classes(name, "DATASETS.TRAIN", loaded)
         dicts += loaded
     return dicts
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Load DATASETS.TEST, and check that the model can be evaluated on it; errors as :func:`load_training_set`."""
+    """Load DATASETS.TEST, and check that the model can be evaluated on it; errors as :func:`load_training_set`.
+
+    The metadata of a data set then say whether it is ``annotated``: that of a challenge may have images alone.
+    """
+    register_datasets(cfg)
     for name in cfg.DATASETS.TEST:
-        load_test_set(cfg, name)
+        loaded = _load(name, "DATASETS.TEST")
         _check_classes(cfg, name, cfg.DATASETS.TRAIN)
+        _log_classes(name, "DATASETS.TEST", loaded)
+        MetadataCatalog.get(name).annotated = any(_objects(record) for record in loaded)
 
 
 def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
@@ -113,8 +126,14 @@ def _missing(name: str, path: str) -> FileNotFoundError:
 
 
 def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
-    """Check that a data set has as many classes as the model, and those of `others`."""
+    """Check that a data set has as many classes as the model, and those of `others`; NUM_CLASSES 0 becomes theirs."""
     classes = MetadataCatalog.get(name).get("thing_classes")
+    for prefix, node in (("", cfg), ("TEACHER.", cfg.TEACHER)):
+        key, value = num_classes(node)
+        if value == 0 and classes is None:
+            raise ConfigError(f"{prefix}{key} is 0, to be taken from the data, but {name} does not name its classes")
+        if value == 0:
+            cfg.merge_from_list([f"{prefix}{key}", len(classes)])
     if classes is None:
         return
     key, value = num_classes(cfg)
@@ -128,6 +147,32 @@ def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
         if theirs is not None and theirs != classes:
             there, here = next(pair for pair in zip_longest(theirs, classes) if pair[0] != pair[1])
             raise ConfigError(f"the data set {name} has other classes than {other}: {there} there is {here} here")
+
+
+def _objects(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The annotations of an image that count: crowds are passed over."""
+    return [annotation for annotation in record.get("annotations", ()) if not annotation.get("iscrowd", 0)]
+
+
+def _log_classes(name: str, key: str, dicts: list[dict[str, Any]]) -> None:
+    """Log what Detectron2's table of annotations does not have: all names in their order, and the numbers of images."""
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if classes is None:
+        return
+    objects, images = Counter(), Counter()
+    for record in dicts:
+        found = [annotation["category_id"] for annotation in _objects(record)]
+        objects.update(found)
+        images.update(set(found))
+    if not objects:
+        logger.info(f"{key}: {name} has {len(dicts)} images and no annotations; classes in order: {', '.join(classes)}")
+        return
+    facts = ", ".join(f"{label}: {objects[i]} in {images[i]}" for i, label in enumerate(classes))
+    empty = sum(not _objects(record) for record in dicts)
+    logger.info(
+        f"{key}: {name} has {len(dicts)} images, {empty} of them without objects; classes in order, with their numbers "
+        f"of objects and images: {facts}"
+    )
 
 
 def _check_annotations(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> None:

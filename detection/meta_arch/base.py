@@ -1,5 +1,6 @@
 """Mix-in that adds a frozen teacher and distillation losses to a Detectron2 meta-architecture."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from d2distill.common.errors import ConfigError
 from d2distill.common.modules import MODULE_PREFIX, ModuleCall, capture_calls, captured_extras, shared_copy
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress
 from d2distill.common.teachers import TeacherSource, exclude_teacher_from_state_dict
+from d2distill.detection.config import num_classes
 from d2distill.detection.teacher import TeacherAdapter, build_teacher
 
 __all__ = ["DistillDetector"]
+
+logger = logging.getLogger("detectron2.d2distill")
 
 #: The calls of the student's submodules within one forward pass, by the names of :meth:`hooked_modules`.
 Calls = dict[str, list[ModuleCall]]
@@ -86,6 +90,8 @@ class DistillDetector(nn.Module):
                     check_levels(parts["backbone"], teacher.network.backbone, name)
                 if any(map(needs_head, method.needs)):
                     cls.check_comparable(parts, teacher.network, name)
+                if "logits" in method.needs:
+                    check_num_classes(cfg, teacher.cfg, name)
             try:
                 distillers[name.lower()] = method(cfg.DISTILL[name.upper()], *infos)
             except ValueError as error:
@@ -95,6 +101,12 @@ class DistillDetector(nn.Module):
         # Only now, so that what does not fit is reported before a long download.
         if teacher is not None:
             teacher.load_weights()
+            own, theirs = num_classes(cfg)[1], num_classes(teacher.cfg)[1]
+            if own != theirs:
+                logger.info(
+                    f"The teacher has {theirs} classes and the student {own}: their features are compared, and the "
+                    "teacher's AP is not measured"
+                )
         return {**parts, "teacher": teacher, "distillers": distillers, "max_iter": cfg.SOLVER.MAX_ITER}
 
     @classmethod
@@ -215,6 +227,16 @@ def check_levels(student: Backbone, teacher: Backbone, method: str) -> None:
         raise ConfigError(
             f"DISTILL.METHODS: {method} compares feature maps level by level, but the student's have the strides "
             f"{strides[0]} and the teacher's {strides[1]}: choose backbones of the same kind, e.g. both with FPN"
+        )
+
+
+def check_num_classes(student: CfgNode, teacher: CfgNode, method: str) -> None:
+    """Raise a ConfigError where two detectors have other numbers of classes."""
+    (key, own), (teacher_key, theirs) = num_classes(student), num_classes(teacher)
+    if own != theirs:
+        raise ConfigError(
+            f"DISTILL.METHODS: {method} compares class logits, but the student has {own} classes ({key}) and the "
+            f"teacher {theirs} (TEACHER.{teacher_key}): take a teacher of the same classes, or methods on features"
         )
 
 

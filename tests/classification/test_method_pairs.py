@@ -20,8 +20,6 @@ pytestmark = pytest.mark.slow
 
 ON_FEATURES = [name for name in METHODS if name not in ON_LOGITS]
 PAIRS = [
-    ("resnet32x4", "resnet8x4"),
-    ("vgg13", "MobileNetV2"),
     ("resnet32x4", "ShuffleV2"),
     ("ResNet50", "MobileNetV2"),
     ("wrn_40_2", "ShuffleV1"),

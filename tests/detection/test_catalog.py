@@ -78,6 +78,15 @@ def test_registered_in_a_yaml_file(root, monkeypatch):
     assert (b.json_file, b.image_root) == (str(root / "sub/b.json"), str(root / "sub"))
 
 
+def test_registered_on_the_command_line(root):
+    keys = {"JSON": ["DATASETS.REGISTER.pets.JSON", "pets.json"], "IMAGES": ["DATASETS.REGISTER.pets.IMAGES", "/pets"]}
+    sets = ["DATASETS.TRAIN", "[pets]", "DATASETS.TEST", "[pets]", "MODEL.DEVICE", "cpu"]
+    cfg = load_cfg(opts=[*sets, *keys["JSON"], *keys["IMAGES"]])
+    assert cfg.DATASETS.REGISTER.pets == {"JSON": str(root / "pets.json"), "IMAGES": "/pets"}
+    again = load_cfg(opts=[*sets, "DATASETS.REGISTER", "{pets: {JSON: pets.json, IMAGES: /pets}}"])
+    assert again == cfg == load_cfg(opts=[*sets, "DATASETS.REGISTER.pets", "{'JSON': 'pets.json', 'IMAGES': '/pets'}"])
+
+
 def test_without_the_variable_data_sets_are_in_datasets(root, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS")
     monkeypatch.chdir(root)
@@ -195,6 +204,31 @@ def test_the_number_of_classes(root):
         load_training_set(cfg)
 
 
+@pytest.mark.parametrize("load", [load_training_set, check_test_sets])
+@pytest.mark.parametrize("name", ["ROI_HEADS", "RETINANET"])
+def test_the_number_of_classes_of_the_data(root, load, name):
+    """A teacher's, too, where its configuration leaves it open; one of other classes keeps its own."""
+    write(root, "pets")
+    cfg = own_cfg(num_classes=80)
+    for node in (cfg, cfg.TEACHER):
+        node.MODEL.META_ARCHITECTURE = {"ROI_HEADS": "GeneralizedRCNN", "RETINANET": "RetinaNet"}[name]
+        node.MODEL[name].NUM_CLASSES = 0
+    load(cfg)
+    assert cfg.MODEL[name].NUM_CLASSES == cfg.TEACHER.MODEL[name].NUM_CLASSES == 2
+    cfg.MODEL[name].NUM_CLASSES, cfg.TEACHER.MODEL[name].NUM_CLASSES = 0, 7
+    load(cfg)
+    assert (cfg.MODEL[name].NUM_CLASSES, cfg.TEACHER.MODEL[name].NUM_CLASSES) == (2, 7)
+
+
+@pytest.mark.parametrize("load", [load_training_set, check_test_sets])
+def test_the_log_names_classes_and_their_numbers(root, load, log):
+    write(root, "pets", coco(("cat", "dog", "emu"), annotations=[annotation(n, 1, n // 2 + 1) for n in (1, 2, 3)]))
+    load(own_cfg(num_classes=3))
+    key, images, empty = ("DATASETS.TRAIN", 1, 0) if load is load_training_set else ("DATASETS.TEST", 2, 1)
+    assert f"{key}: pets has {images} images, {empty} of them without objects; classes in order" in log.text
+    assert "images: cat: 1 in 1, dog: 2 in 1, emu: 0 in 0" in log.text
+
+
 def test_sets_with_other_classes(root):
     write(root, "pets")
     write(root, "swapped", coco(classes=("dog", "cat")))
@@ -249,6 +283,9 @@ def test_own_function(root):
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("function",)
     assert len(load_training_set(cfg)) == 1
     check_test_sets(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+    with pytest.raises(ConfigError, match=r"MODEL.ROI_HEADS.NUM_CLASSES is 0, .* but function does not name its"):
+        load_training_set(cfg)
     DatasetCatalog.data["function"] = lambda: {}["bug"]
     with pytest.raises(KeyError, match="bug"):
         load_training_set(cfg)

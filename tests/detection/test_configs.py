@@ -78,6 +78,18 @@ def test_the_configs_of_the_published_pairs_are_there():
     assert used == {"DKD", "ReviewKD", "KD", "DIST", "NKD", "RLD", "FitNet", "PKD", "CWD", "MGD", "BCKD"}
 
 
+def test_the_starter_configs_follow_the_data_and_each_other():
+    own = {name: load_cfg(f"configs/det/own_{name}.yaml") for name in ("teacher", "student", "dkd")}
+    for cfg in own.values():
+        assert cfg.DATASETS == own["teacher"].DATASETS and list(cfg.DATASETS.REGISTER) == ["own_train", "own_val"]
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0 and cfg.SOLVER.STEPS == (0.7, 0.9)
+    assert own["teacher"].MODEL.WEIGHTS.startswith("detectron2://COCO-Detection/faster_rcnn_R_50_FPN_3x/")
+    taught, teacher = own["dkd"], own["dkd"].TEACHER
+    assert own["student"].SOLVER == taught.SOLVER and own["student"].MODEL.RESNETS == taught.MODEL.RESNETS
+    assert teacher.MODEL.RESNETS == own["teacher"].MODEL.RESNETS and teacher.MODEL.ROI_HEADS.NUM_CLASSES == 0
+    assert teacher.MODEL.WEIGHTS == "output/own_teacher/student_best.pth"
+
+
 R101 = "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
 
 
@@ -192,6 +204,10 @@ def test_detectron2s_own_config_node_works_too():
         (["DATASETS.TRAIN", "[1]"], "a list of names"),
         (["SOLVER.BASE_LR", "-1"], "SOLVER.BASE_LR is -1.0, but must be at least 0"),
         (["SOLVER.STEPS", "[3, 2]"], "SOLVER.STEPS is .* increasing"),
+        (["SOLVER.STEPS", "[0.5, 2]"], "SOLVER.STEPS is .* all between 0 and 1"),
+        (["MODEL.PIXEL_STD", "[0.229, 0.224, 0.225]"], r"^MODEL.PIXEL_STD \[0.229.* in 0..1, .* multiply .* by 255"),
+        (["TEACHER.MODEL.PIXEL_STD", "[0.2, 0.2, 0.2]"], r"TEACHER.MODEL.PIXEL_STD \[0.2.* in 0..1"),
+        (["TEST.DETECTIONS_PER_IMAGE", "-1"], "DETECTIONS_PER_IMAGE is -1"),
         (["SOLVER.STEPS", "[2, 5]", "SOLVER.MAX_ITER", "5"], r"SOLVER\.STEPS \(2, 5\) holds MAX_ITER"),
         (["SOLVER.WEIGHT_DECAY", "-1"], "SOLVER.WEIGHT_DECAY is -1"),
         (["INPUT.MIN_SIZE_TRAIN", "[a]"], "INPUT.MIN_SIZE_TRAIN"),

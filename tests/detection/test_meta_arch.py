@@ -299,11 +299,15 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("dkd_r101_r18", {"TEACHER.MODEL.ROI_HEADS.NUM_CLASSES": 7}, "student has 6 classes and the teacher 8"),
+        (
+            "dkd_r101_r18",
+            {"TEACHER.MODEL.ROI_HEADS.NUM_CLASSES": 7},
+            r"DKD .* student has 5 classes \(MODEL\.ROI_HEADS\.NUM_CLASSES\) and the teacher 7 \(TEACHER\.MODEL\.ROI",
+        ),
         ("dkd_r101_r18", CASCADE, "one box predictor, but the student has CascadeROIHeads"),
         ("pkd_r101_r50", WITHOUT_P2, r"the student's have the strides {'p2': 4, .* teacher's {'p3': 8"),
         ("retinanet_bckd_r101_r50", ONE_SIZE, "differ in their anchors"),
-        ("retinanet_bckd_r101_r50", {"TEACHER.MODEL.RETINANET.NUM_CLASSES": 7}, "5 classes and the teacher 7"),
+        ("retinanet_bckd_r101_r50", {"TEACHER.MODEL.RETINANET.NUM_CLASSES": 7}, r"student has 5 .* teacher 7 "),
         ("retinanet_bckd_r101_r50", {"DISTILL.METHODS": ["DKD"]}, "sigmoid"),
         ("dkd_r101_r18", {"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": True}, "sigmoid"),
         ("dkd_r101_r18", {"DISTILL.METHODS": ["OFD"]}, "OFD takes its margins"),
@@ -317,6 +321,20 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
 def test_what_does_not_fit_is_told_before_training(name, settings, message):
     with pytest.raises(ConfigError, match=message):
         build(small(name, **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "head"),
+    [("reviewkd_r101_r18", ["ReviewKD", "PKD", "CWD", "MGD", "FitNet"], "ROI_HEADS"),
+     ("retinanet_pkd_r101_r50", ["PKD"], "RETINANET")],
+)  # fmt: skip
+def test_a_teacher_of_other_classes_teaches_features(name, methods, head, tmp_path, log):
+    settings = {"DISTILL.METHODS": methods, f"TEACHER.MODEL.{head}.NUM_CLASSES": 8}
+    torch.save({"model": build(small(name, **settings)).teacher.state_dict()}, tmp_path / "teacher.pth")
+    model = build(small(name, **settings, **{"TEACHER.MODEL.WEIGHTS": str(tmp_path / "teacher.pth")}))
+    assert log.text.count("The teacher has 8 classes and the student 5: their features are compared") == 2
+    losses = step(model, batch())
+    assert all(losses[f"loss_{method.lower()}"] > 0 for method in methods)
 
 
 def test_anchors_are_the_same_only_in_retinanets_that_pad_alike():

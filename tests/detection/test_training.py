@@ -26,8 +26,17 @@ SHORT = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": (1,), "TEST.EVAL_PERIOD": 0}
 
 def test_masks(tiny, tmp_path):
     masks = {"MODEL.MASK_ON": True, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0, "DISTILL.METHODS": ["ReviewKD"]}
-    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **masks))
+    cfg = tiny_cfg("rcnn", tmp_path, **SHORT, **masks)
+    results = run(cfg)
     assert {"bbox/AP", "segm/AP", "segm/AP50", "best_segm/AP"} <= set(results)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert (
+        set(written["per_class"])
+        == set(written["per_class_segm"])
+        == set(MetadataCatalog.get("tiny_val").thing_classes)
+    )
+    # What is no metric is no result either.
+    assert run(cfg, resume=True).keys() == results.keys()
 
 
 def test_mixed_precision(tiny, tmp_path):
@@ -62,9 +71,13 @@ def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
 
 
 def test_several_test_sets(tiny, tmp_path):
-    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"DATASETS.TEST": ("tiny_val", "tiny_train")}))
-    assert {"tiny_val/bbox/AP", "tiny_train/bbox/AP", "best_tiny_val/bbox/AP"} <= set(results)
+    more = {"DATASETS.TEST": ("tiny_val", "tiny_train"), "TEST.TEACHER": True, "SOLVER.EMA_DECAY": 0.5}
+    results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **more))
+    assert {"tiny_val/bbox/AP", "tiny_train/bbox/AP", "best_tiny_val/bbox/AP", "ema_tiny_val/bbox/AP"} <= set(results)
     assert (tmp_path / "student_best.pth").exists()
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert set(written["per_class"]) == {"tiny_val", "tiny_train"}
+    assert {"teacher_tiny_val/bbox/AP", "teacher_tiny_train/bbox/AP"} <= set(written)
 
 
 def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch):
@@ -83,9 +96,26 @@ def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch)
 
 
 def test_a_schedule_made_for_another_number_of_processes_is_scaled(tiny, tmp_path):
-    run(tiny_cfg("rcnn", tmp_path, **SHORT, **{"SOLVER.IMS_PER_BATCH": 4, "SOLVER.REFERENCE_WORLD_SIZE": 2}))
+    scaled = {**SHORT, "SOLVER.IMS_PER_BATCH": 4, "SOLVER.REFERENCE_WORLD_SIZE": 2, "SOLVER.STEPS": (0.5,)}
+    run(tiny_cfg("rcnn", tmp_path, **scaled))
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())["SOLVER"]
-    assert settings["IMS_PER_BATCH"] == 2 and settings["MAX_ITER"] == 4
+    assert settings["IMS_PER_BATCH"] == 2 and settings["MAX_ITER"] == 4 and settings["STEPS"] == [0.5]
+
+
+def test_steps_in_shares_of_the_run(tiny, tmp_path):
+    """They stay shares in the settings that are kept, so that they are of a resumed run's MAX_ITER, too."""
+    for end in (4, 8):
+        shares = {"SOLVER.STEPS": (0.5, 0.75), "SOLVER.MAX_ITER": end, "SOLVER.WARMUP_ITERS": 0, "SOLVER.BASE_LR": 1.0}
+        cfg = tiny_cfg("rcnn", tmp_path, **shares, **{"DISTILL.METHODS": []})
+        register_datasets(cfg)
+        trainer = build_trainer(cfg, load_training_set(cfg))
+        rates = []
+        for _ in range(end):
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.optimizer.step()
+            trainer.task.lr_scheduler.step()
+        assert rates == pytest.approx([*[1.0] * (end // 2), *[0.1] * (end // 4), *[0.01] * (end // 4)])
+        assert trainer.settings["SOLVER.STEPS"] == [0.5, 0.75] and trainer.settings["SOLVER.MAX_ITER"] == end
 
 
 def test_an_evaluator_that_is_not_known(tiny, tmp_path):

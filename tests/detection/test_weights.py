@@ -37,18 +37,6 @@ def other():
     return narrow_detector(seed=1)
 
 
-@pytest.fixture
-def log(caplog):
-    # Detectron2's logger may not hand on what it gets.
-    logger = logging.getLogger("detectron2.d2distill")
-    logger.addHandler(caplog.handler)
-    before, logger.propagate = logger.propagate, False
-    caplog.set_level(logging.INFO, logger.name)
-    yield caplog
-    logger.propagate = before
-    logger.removeHandler(caplog.handler)
-
-
 def warnings(log):
     return [r.getMessage() for r in log.records if r.levelno >= logging.WARNING and r.name.endswith("d2distill")]
 
@@ -63,6 +51,19 @@ def arrays(state):
 
 
 # ---- forms of files
+
+
+def test_weights_that_are_not_finite(tmp_path, state, student):
+    name = f"{BACKBONE}stem.conv1.weight"
+    bad = {**state, name: torch.full_like(state[name], float("nan"))}
+    for source in (save(tmp_path / "bad.pth", bad), as_pickle(tmp_path / "bad.pkl", {"model": arrays(bad)})):
+        with pytest.raises(
+            CheckpointError, match=rf"^MODEL\.WEIGHTS: {source} is not finite: {name} has NaN or infinite"
+        ):
+            load_student(student, source)
+    caffe2 = as_pickle(tmp_path / "caffe2.pkl", {"blobs": {"conv1_w": np.full((8, 3, 7, 7), np.inf, "float32")}})
+    with pytest.raises(CheckpointError, match=r"caffe2\.pkl is not finite: stem\.conv1\.weight"):
+        read_detector(caffe2)
 
 
 def test_forms(tmp_path, state):
@@ -229,6 +230,17 @@ def test_other_classes_of_a_retinanet(tmp_path, log):
     assert "head.cls_score.weight (15, 16, 3, 3) instead of (9, 16, 3, 3)" in warnings(log)[0]
     with pytest.raises(CheckpointError, match=r"for another number of .*TEACHER\.MODEL\.RETINANET\.NUM_CLASSES"):
         load_teacher(model, source)
+
+
+def test_other_classes_of_a_mask_rcnn(tmp_path, log):
+    mask_head = {"NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 1, "CONV_DIM": 8}
+    masks = {"MODEL__MASK_ON": True} | {f"MODEL__ROI_MASK_HEAD__{key}": value for key, value in mask_head.items()}
+    theirs, model = narrow_detector(**masks).state_dict(), narrow_detector(classes=7, seed=1, **masks)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    load_student(model, save(tmp_path / "f.pth", theirs))
+    assert "skipped heads for another number of classes: 6 of another shape" in warnings(log)[0]
+    kept = {n for n in before if "box_predictor" in n or "mask_head.predictor" in n}
+    assert len(kept) == 6 and equal(model.state_dict(), {n: (before if n in kept else theirs)[n] for n in before})
 
 
 def test_other_networks(tmp_path, state, student):
