@@ -46,19 +46,18 @@ def _main() -> None:
     from d2distill.deployed import student_file
     from d2distill.exported import require
     from d2distill.tools.measuring import table
-    from d2distill.tools.model_card import model_card
 
-    require("onnx", "onnxruntime", "onnxscript", "huggingface_hub")
     file = student_file(args.run).absolute()
     task = "detection" if read_description(str(file)).get("task") == "detection" else "classification"
-    kind = {"detection": "DetectorExport", "classification": "ClassifierExport"}[task]
-    export = getattr(import_module(f"d2distill.tools.export_{task}"), kind)
-    formats = args.format or list(export.formats)
-    _check(export.formats, formats, args.int8, task)
-    export = export(file, args.opts, args.images, torch.device(args.device))
+    kind = import_module(f"d2distill.tools.export_{task}").Export
+    formats = args.format or list(kind.formats)
+    _check(kind.formats, formats, args.int8, task)
+    require("huggingface_hub", *(["onnx", "onnxruntime", "onnxscript"] if "onnx" in formats else []))
+    from d2distill.tools.model_card import model_card
+
+    export = kind(file, args.opts, args.images, torch.device(args.device))
     output = Path(args.output) if args.output else file.parent / "export"
     output.mkdir(parents=True, exist_ok=True)
-
     print(f"checked on {export.pictures}", flush=True)
     student = export.student_row()
     rows = [*export.teacher_rows(), student]
@@ -67,6 +66,7 @@ def _main() -> None:
         export.write(form, path)
         rows.append(export.check(path))
         print(f"{path}: {rows[-1].difference}", flush=True)
+    example = rows[-1].label
     if args.int8:
         path = output / "student_int8.onnx"
         calibrated = export.quantize(output / "student.onnx", path)
@@ -75,9 +75,10 @@ def _main() -> None:
 
     text = f"{table(rows, export.metrics)}\n\nLatency: median, on {_machine(torch, args.device)}. {export.caption}\n"
     write_text(output / "export.md", text)
-    metrics, example = student.metrics or _results(file, export.metrics), f"student{export.formats[formats[-1]]}"
-    described = export.student.description
-    card = model_card(file.parent.name, described, export.origin, export.dataset, metrics, example, text)
+    metrics = student.metrics or _results(file, export.metrics)
+    card = model_card(
+        file.parent.name, export.student.description, export.origin, export.dataset, metrics, example, text
+    )
     card.save(output / "README.md")
     print(f"\n{text}\nModel card: {output / 'README.md'}")
 

@@ -1,5 +1,6 @@
 """Export of classifiers: what is written, on which pictures it is checked, how its outputs are compared."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from d2distill.classification.deployed import DeployedClassifier
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.networks import Normalize, build_network, model_stats, network_info
-from d2distill.common.errors import UserError
+from d2distill.common.errors import DataError, UserError
 from d2distill.deployed import load
 from d2distill.exported import ExportedClassifier, quantize_onnx, save_onnx, save_pt2, save_safetensors
 from d2distill.tools.measuring import Row, median_ms, state_bytes
@@ -24,7 +25,7 @@ from d2distill.tools.predict import find_pictures
 CALIBRATION_IMAGES = 256
 
 
-class ClassifierExport:
+class Export:
     """A run's student, and the pictures that its files are checked on.
 
     Attributes:
@@ -57,8 +58,8 @@ class ClassifierExport:
     def _origin(self) -> str:
         if not self.cfg:
             return "of a run whose config.yaml is not known"
-        methods, teachers = self.cfg.DISTILL.METHODS, ", ".join(node.NAME for node in teacher_nodes(self.cfg))
-        how = f"by {', '.join(methods)}{f' from {teachers}' if teachers else ''}" if methods else "without a teacher"
+        methods, teachers = ", ".join(self.cfg.DISTILL.METHODS), ", ".join(n.NAME for n in teacher_nodes(self.cfg))
+        how = f"by {methods}{teachers and f' from {teachers}'}" if methods else "without a teacher"
         return f"trained on {self.dataset} {how}"
 
     def _test_pictures(self, images: str | None) -> tuple[Any, str]:
@@ -70,6 +71,11 @@ class ClassifierExport:
             reason = "the run's config.yaml is not beside it"
         if test_set is not None:
             fit, loading = self.student.preprocess.fit, self.cfg.DATALOADER.NUM_WORKERS
+            if test_set.classes != self.student.classes:
+                raise DataError(
+                    f"the test images have other classes than the student ({', '.join(test_set.classes[:5])} ...): "
+                    "see DATASETS.ROOT"
+                )
             loader = build_test_loader(test_set, self.cfg.TEST.IMS_PER_BATCH, fit, loading)
             return loader, f"{len(test_set)} test images of {test_set.info.name}"
         if images:
@@ -79,9 +85,8 @@ class ClassifierExport:
             generator = torch.Generator().manual_seed(0)
             shape = (32, 3, self.size, self.size)
             batches, what = [torch.randint(256, shape, generator=generator, dtype=torch.uint8)], "32 random images"
-        return [
-            {"image": batch} for batch in batches
-        ], f"{what}, without accuracy, as there are no test images ({reason})"
+        what = f"{what}, without accuracy, as there are no test images ({reason})"
+        return [{"image": batch} for batch in batches], what
 
     @torch.no_grad()
     def _run(self, network: nn.Module) -> tuple[Tensor, dict[str, float]]:
@@ -99,14 +104,14 @@ class ClassifierExport:
         """Write a file of one of :attr:`formats`."""
         if form == "safetensors":
             return save_safetensors(self.student.network, self.student.description, path)
-        network = _takes_pixels(self.student)
+        network = copy.deepcopy(_takes_pixels(self.student)).cpu()
         example = torch.zeros(2, 3, self.size, self.size)
         save = {"pt2": save_pt2, "onnx": save_onnx}[form]
         return save(network, example, self.student.description, path)
 
     def check(self, path: Path) -> Row:
         """The row of a file, read again and run on all pictures."""
-        opened = _takes_pixels(load(path, str(self.device)))
+        opened = _takes_pixels(load(path, str(self.device))).to(self.device)
         logits, metrics = self._run(opened)
         differing = (logits - self.logits).abs().max().item()
         same = (logits.argmax(1) == self.logits.argmax(1)).sum().item()
@@ -156,10 +161,8 @@ class ClassifierExport:
         batches, what = self.batches, self.pictures
         if train_set is not None:
             chosen = FixedSubset(train_set, min(CALIBRATION_IMAGES, len(train_set)))
-            batches, what = (
-                build_test_loader(chosen, 32, self.student.preprocess.fit, 0),
-                f"{len(chosen)} training images",
-            )
+            batches = build_test_loader(chosen, 32, self.student.preprocess.fit, 0)
+            what = f"{len(chosen)} training images"
         quantize_onnx(path, output, (batch["image"] for batch in batches))
         return what
 

@@ -1,5 +1,6 @@
 """Export of detectors: what is written, on which pictures it is checked, how its outputs are compared."""
 
+import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -27,8 +28,8 @@ from d2distill.tools.predict import find_pictures
 Found = tuple[Tensor, Tensor, Tensor]
 
 
-class DetectorExport:
-    """A run's student, and the pictures that its files are checked on; as :class:`.ClassifierExport`."""
+class Export:
+    """A run's student, and the pictures that its files are checked on; as :class:`.export_classification.Export`."""
 
     formats = {"safetensors": ".safetensors", "torchscript": ".ts", "onnx": ".onnx"}
 
@@ -36,11 +37,13 @@ class DetectorExport:
         config = file.parent / "config.yaml"
         # First, for what the run's IMPORTS register.
         self.cfg = load_cfg(str(config), ["MODEL.DEVICE", str(device), *opts]) if config.is_file() else None
-        self.file, self.device, self.student = file, device, load(file, str(device))
+        self.device, self.student = device, load(file, str(device))
         self.inputs, self.pictures = self._test_pictures(images)
+        # What latency and FLOPs are measured on, and what is traced.
+        self.example = self.inputs[0] if self.inputs else self._first_test_image()
         self.found, self.precision = self._run(self.student)
-        self.metrics = [name for name in self.precision if name.endswith(("/AP", "/AP50"))]
-        height, width = self._example()["image"].shape[1:]
+        self.metrics = [name for name in self.precision if name.endswith(("/AP", "/AP50"))] or ["bbox/AP", "bbox/AP50"]
+        height, width = self.example["image"].shape[1:]
         self.caption = (
             f"FLOPs and latency: of one image of {width} x {height} (a file takes one at a time). AP: percent, on "
             f"{self.pictures}."
@@ -51,12 +54,8 @@ class DetectorExport:
     def _origin(self) -> str:
         if not self.cfg:
             return "of a run whose config.yaml is not known"
-        methods, teacher = self.cfg.DISTILL.METHODS, self.cfg.TEACHER.CONFIG_FILE
-        how = (
-            f"by {', '.join(methods)}{f' from {Path(teacher).name}' if teacher else ''}"
-            if methods
-            else "without a teacher"
-        )
+        methods, teacher = ", ".join(self.cfg.DISTILL.METHODS), Path(self.cfg.TEACHER.CONFIG_FILE).name
+        how = f"by {methods}{teacher and f' from {teacher}'}" if methods else "without a teacher"
         return f"trained on {', '.join(self.cfg.DATASETS.TRAIN)} {how}"
 
     def _test_pictures(self, images: str | None) -> tuple[list[dict[str, Any]] | None, str]:
@@ -75,6 +74,10 @@ class DetectorExport:
             pictures, what = [Image.fromarray(pixels) for pixels in noise], "4 random images"
         inputs = [self.student.preprocess(picture) for picture in pictures]
         return inputs, f"{what}, without AP, as there are no test images ({reason})"
+
+    def _first_test_image(self) -> dict[str, Any]:
+        (example,) = next(iter(build_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])))
+        return example
 
     def _run(
         self, detect: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -98,24 +101,20 @@ class DetectorExport:
             record([entry])
         return found, {}
 
-    def _example(self) -> dict[str, Any]:
-        return self.inputs[0] if self.inputs else next(iter(build_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])))[0]
-
     def write(self, form: str, path: Path) -> None:
         """Write a file of one of :attr:`formats`."""
         if form == "safetensors":
             return save_safetensors(self.student.network, self.student.description, path)
         save = {"torchscript": save_ts, "onnx": save_onnx}[form]
-        network = load(self.file).network
-        return save(network, self._example()["image"].float(), self.student.description, path)
+        network = copy.deepcopy(self.student.network).cpu()
+        return save(network, self.example["image"].float(), self.student.description, path)
 
     def check(self, path: Path) -> Row:
         """The row of a file, read again and run on all pictures."""
         opened = load(path, str(self.device))
         found, metrics = self._run(opened)
-        return Row(
-            path.name, None, None, path.stat().st_size, self._latency(opened), metrics, _difference(self.found, found)
-        )
+        difference = _difference(self.found, found)
+        return Row(path.name, None, None, path.stat().st_size, self._latency(opened), metrics, difference)
 
     def student_row(self) -> Row:
         row = self._row("student", self.student.network, self.student)
@@ -141,16 +140,14 @@ class DetectorExport:
 
     def _row(self, label: str, network: nn.Module, detect: Callable) -> Row:
         flops = (
-            FlopCountAnalysis(network, [self._example()])
-            .unsupported_ops_warnings(False)
-            .uncalled_modules_warnings(False)
+            FlopCountAnalysis(network, [self.example]).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         )
         parameters = sum(p.numel() for p in network.parameters())
         return Row(label, parameters, int(flops.total()), state_bytes(network), self._latency(detect))
 
     def _latency(self, detect: Callable) -> dict[int, float]:
         # Images differ in size, and a file takes one at a time.
-        inputs = [self._example()]
+        inputs = [self.example]
         with torch.no_grad():
             return {1: median_ms(lambda: detect(inputs), self.device)}
 

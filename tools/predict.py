@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from glob import glob
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +110,10 @@ def predict(
     paths: Sequence[Path], preprocess: Callable[[Path], Any], run: Callable[[list[Any]], list[dict]], batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """A record for each picture, in order: ``file`` and what `run` found; or ``error``, which is printed as well."""
-    waiting = iter(paths)
-    while batch := list(islice(waiting, batch_size)):
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(paths), batch_size), disable=None):  # only on a terminal
+        batch = paths[start : start + batch_size]
         inputs, errors = {}, {}
         for path in batch:
             try:

@@ -20,7 +20,7 @@ from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.run_folder import write_run_folder
 from d2distill.common.errors import CheckpointError
 from d2distill.tools.export import main as export
-from d2distill.tools.export_classification import ClassifierExport
+from d2distill.tools.export_classification import Export
 from tests.classification.tiny_training import run, small_cfg
 from tests.dataset_files import write_image_folder
 
@@ -147,15 +147,23 @@ def test_without_the_test_images(command, tmp_path):
     assert code == 0 and "checked on 32 random images, without accuracy" in printed
     assert "without the teacher resnet8: MODEL.TEACHER.WEIGHTS is empty" in printed
     assert ModelCard.load(tmp_path / "run/export/README.md").data.eval_results is None
+    (tmp_path / "run/results.json").write_text(json.dumps({"top1": 12.5, "best_top1": 50.0}))
     code, printed, _ = command(export, tmp_path / "run", *only, "--images", tmp_path / "moved/val")
     assert code == 0 and f"pictures of {tmp_path / 'moved/val'}, without accuracy" in printed
+    (known,) = ModelCard.load(tmp_path / "run/export/README.md").data.eval_results
+    assert (known.metric_type, known.metric_value) == ("top1", 12.5)
     code, printed, _ = command(export, tmp_path / "run", "DATASETS.ROOT", tmp_path / "moved", *only)
     assert code == 0 and "test images of folder" in printed and "top1" in printed
+    for split in ("train", "val"):
+        for folder in (tmp_path / "moved" / split).iterdir():
+            folder.rename(folder.with_name(f"other_{folder.name}"))
+    code, _, errors = command(export, tmp_path / "run", "DATASETS.ROOT", tmp_path / "moved", *only)
+    assert code == 2 and "other classes than the student (other_" in errors
 
 
 @pytest.mark.slow
 def test_a_file_that_differs_is_seen(student, digits, tmp_path):
-    job = ClassifierExport(student / "student_best.pth", [], None, torch.device("cpu"))
+    job = Export(student / "student_best.pth", [], None, torch.device("cpu"))
     with torch.no_grad():
         job.student.network.fc.bias[3] += 100
     job.write("safetensors", tmp_path / "wrong.safetensors")
