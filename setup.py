@@ -26,6 +26,7 @@ setup(
             "d2distill-eval = d2distill.tools.eval_cls:main",
             "d2distill-predict = d2distill.tools.predict:main",
             "d2distill-export = d2distill.tools.export:main",
+            "d2distill-check-data = d2distill.tools.check_data:main",
         ]
     },
     python_requires=">=3.10",

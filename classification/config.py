@@ -5,11 +5,12 @@ import os
 import torch
 
 from d2distill.classification.data import dataset_info
+from d2distill.classification.data.splits import read_class_names
 from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
 from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import BELOW_ONE, INCREASING, NUMBERS, STR_OR_LIST, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, NUMBERS, STR_OR_LIST, Rule, at_least, check_rules
 
 __all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "schedule_notes", "teacher_nodes", "validate"]
 
@@ -20,22 +21,35 @@ _RULES = {
     at_least(0): (
         "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.RESIZE",
         "INPUT.MIXUP", "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
-        "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS",
+        "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS", "DATASETS.SPLIT_SEED",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
         "SOLVER.ACCUMULATE", "TEST.EVAL_PERIOD", "TEST.IMS_PER_BATCH",
     ),
     STR_OR_LIST: ("MODEL.TEACHER.NAME", "MODEL.TEACHER.WEIGHTS"),
+    Rule(
+        "a file, or a list of names (numbers in quotes)", STR_OR_LIST.predicate
+    ): ("DATASETS.CLASSES",),
+    Rule(
+        '"balanced", or a list of numbers of at least 0, one per class in their order',
+        lambda value: value in ("", "balanced") or (NUMBERS.predicate(value) and min(value, default=0) >= 0),
+    ): ("SOLVER.CLASS_WEIGHTS",),
+    Rule(
+        "two increasing numbers, e.g. [0, 4095]",
+        lambda value: NUMBERS.predicate(value) and len(value) == 2 and value[0] < value[1],
+    ): ("INPUT.RANGE_16BIT",),
+    Rule("shuffle or balanced", ("shuffle", "balanced").__contains__): ("DATALOADER.SAMPLER",),
+    Rule("raise or skip", ("raise", "skip").__contains__): ("DATALOADER.ON_ERROR",),
     NUMBERS: ("MODEL.TEACHER.SHARES",),
-    BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY"),
+    BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY", "DATASETS.VAL_FRACTION"),
     INCREASING: ("SOLVER.STEPS",),
 }  # fmt: skip
 
 
 class _CfgNode(CfgNode):
-    #: Keys that take one value, or a list of one per teacher.
-    LISTABLE = ("MODEL.TEACHER.NAME", "MODEL.TEACHER.WEIGHTS")
+    #: Keys that take one value, or a list of one per teacher, or per class.
+    LISTABLE = ("MODEL.TEACHER.NAME", "MODEL.TEACHER.WEIGHTS", "DATASETS.CLASSES", "SOLVER.CLASS_WEIGHTS")
 
 
 def get_cfg() -> CfgNode:
@@ -82,6 +96,13 @@ def get_cfg() -> CfgNode:
     cfg.DATASETS.ROOT = ""
     # Train on the first so many samples of a fixed shuffle. 0: all.
     cfg.DATASETS.TRAIN_SIZE = 0
+    # Class names in the order of the labels: a list, or a file with a name a line, or JSON. Empty: sorted, or the data
+    # set's own order.
+    cfg.DATASETS.CLASSES = []
+    # Evaluate on this share of each class's training images, and train on the rest. 0: on the data set's test images.
+    cfg.DATASETS.VAL_FRACTION = 0.0
+    # Of that draw. Not SEED: with another split the student is tested on images that its teacher was trained on.
+    cfg.DATASETS.SPLIT_SEED = 0
 
     cfg.INPUT = _CfgNode()
     # Side of the square images the networks see. 0: the data set's; where its images are of any size, that of a student
@@ -91,6 +112,11 @@ def get_cfg() -> CfgNode:
     cfg.INPUT.RESIZE = 0
     # Of that: bilinear or bicubic. Empty: as the student was published, else bilinear.
     cfg.INPUT.INTERPOLATION = ""
+    # Turn images as their EXIF data says. torchvision's ImageFolder, and so most published results, do not.
+    cfg.INPUT.EXIF_ORIENTATION = False
+    # Which values of gray images of more than 8 bits become 0 and 255. Another range than that of 16 bits is for images
+    # of 32 bits as well, which else are refused.
+    cfg.INPUT.RANGE_16BIT = [0, 65535]
     # A recipe of classification/data/augment.py. Empty: the data set's.
     cfg.INPUT.AUGMENTATION = ""
     # Mixup (ICLR 2018) and cutmix (ICCV 2019): alpha of the Beta distribution; 0: off. Both: one of them in each step.
@@ -117,6 +143,10 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.WARMUP_EPOCHS = 0
     # Share of the target's probability that goes to all classes alike.
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
+    # Weight of each class in the cross-entropy, a list in their order, or balanced: samples / (classes * samples of the
+    # class). The sum over a batch is divided by its size. Multi-label: of a class's positives; balanced: negatives /
+    # positives. Empty: 1.
+    cfg.SOLVER.CLASS_WEIGHTS = []
     # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
     cfg.SOLVER.ACCUMULATE = 1
     # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
@@ -133,6 +163,11 @@ def get_cfg() -> CfgNode:
     cfg.DATALOADER = _CfgNode()
     # Per process. The result does not depend on it.
     cfg.DATALOADER.NUM_WORKERS = 4
+    # shuffle: every image once an epoch. balanced: as many, with replacement, all classes alike.
+    cfg.DATALOADER.SAMPLER = "shuffle"
+    # An image that cannot be read. raise: ends the run. skip: is reported, and left out; in training the next one that
+    # can be read takes its place.
+    cfg.DATALOADER.ON_ERROR = "raise"
 
     cfg.TEST = _CfgNode()
     # Measure the teacher on the test images before it teaches.
@@ -150,6 +185,8 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER):
         several = not isinstance(node.WEIGHTS, str)
         node.WEIGHTS = [*map(absolute_file, node.WEIGHTS)] if several else absolute_file(node.WEIGHTS)
+    # The names themselves: a run folder needs no other file.
+    cfg.DATASETS.CLASSES = read_class_names(cfg.DATASETS.CLASSES)
     if cfg.DATASETS.ROOT:
         cfg.DATASETS.ROOT = os.path.abspath(os.path.expanduser(cfg.DATASETS.ROOT))
     return cfg
@@ -218,9 +255,18 @@ def validate(cfg: CfgNode) -> None:
     if methods_needing_teacher and not teachers:
         raise ConfigError(f"DISTILL.METHODS {methods_needing_teacher} need a teacher, but MODEL.TEACHER.NAME is empty")
     try:
-        dataset_info(cfg.DATASETS.NAME)
+        info = dataset_info(cfg.DATASETS.NAME)
     except ValueError as error:
         raise ConfigError(f"DATASETS.NAME: {error}") from None
+    if info.multi_label:
+        keys = {"INPUT.MIXUP": cfg.INPUT.MIXUP, "INPUT.CUTMIX": cfg.INPUT.CUTMIX}
+        keys |= {"SOLVER.LABEL_SMOOTHING": solver.LABEL_SMOOTHING}
+        keys |= {"DATALOADER.SAMPLER balanced": cfg.DATALOADER.SAMPLER == "balanced"}
+        if used := [key for key, value in keys.items() if value]:
+            raise ConfigError(
+                f"{', '.join(used)}: needs images of one class each, but those of {info.name} have several; leave it "
+                "at its default"
+            )
     for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES), ("AMP", PRECISIONS)):
         if solver[key] not in known:
             names = ", ".join(name or "''" for name in known)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from d2distill.classification.config import get_cfg, teacher_nodes
 from d2distill.classification.data import ImageDataset, dataset_info
 from d2distill.classification.data.augment import CenterFit, eval_transform
-from d2distill.classification.data.datasets import read_image
+from d2distill.classification.data.datasets import read_image, to_rgb
+from d2distill.classification.data.splits import read_options
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import Normalize
 from d2distill.common.config import CfgNode, chosen_methods
@@ -54,12 +55,21 @@ class Preprocess:
         mean, std: of each channel, in 0..255.
         size, resize, interpolation: as :class:`.CenterFit`.
         channels: their order; always RGB.
+        read_options: of :func:`.read_image`.
     """
 
     def __init__(
-        self, mean: list[float], std: list[float], size: int, resize: int, interpolation: str, channels: str = "RGB"
+        self,
+        mean: list[float],
+        std: list[float],
+        size: int,
+        resize: int,
+        interpolation: str,
+        channels: str = "RGB",
+        **read_options: Any,
     ) -> None:
         self.fit, self.normalize = CenterFit(size, resize, interpolation), Normalize(mean, std)
+        self.read_options = read_options
 
     def __call__(self, image: str | Path | Image.Image) -> Tensor:
         """A normalized float tensor (3, size, size); a DataError for a file that cannot be read."""
@@ -67,8 +77,8 @@ class Preprocess:
 
     def pixels(self, image: str | Path | Image.Image) -> Tensor:
         """The same before normalization: uint8 (3, size, size)."""
-        image = image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
-        return eval_transform(image, self.fit)
+        read = to_rgb if isinstance(image, Image.Image) else read_image
+        return eval_transform(read(image, **self.read_options), self.fit)
 
 
 def shipped_methods(cfg: CfgNode) -> list[str]:
@@ -98,6 +108,7 @@ def describe_student(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDatas
         "task": "classification",
         "network": " + ".join([student.NAME, *shipped]),
         "classes": train_set.classes,
+        "multi_label": train_set.info.multi_label,
         "preprocess": {
             "mean": list(student.PIXEL_MEAN),
             "std": list(student.PIXEL_STD),
@@ -105,6 +116,7 @@ def describe_student(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDatas
             "resize": cfg.INPUT.RESIZE,
             "interpolation": cfg.INPUT.INTERPOLATION,
             "channels": "RGB",
+            **read_options(cfg),
         },
         "imports": [Path(name).name for name in cfg.IMPORTS],
         "config": yaml.safe_dump(config, sort_keys=False),

@@ -1,6 +1,7 @@
 """The student with its teachers and methods: what the trainer calls."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class DistillModel(nn.Module):
         distillers: methods by lower-case name.
         student_norm, teacher_norms: each network's normalization.
         ce_weight: weight of the cross-entropy.
+        class_weights: (C,), or None: of each class in the cross-entropy, of its positives where images have several.
+        multi_label: images have several classes: the cross-entropy is that of a sigmoid per class.
         finite: whether the outputs of ``student`` and ``teacher`` in the last training step were finite, 0-d.
     """
 
@@ -45,13 +48,16 @@ class DistillModel(nn.Module):
         student_norm: Normalize,
         teacher_norms: Sequence[Normalize],
         ce_weight: float,
+        class_weights: Tensor | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         self.student, self.student_norm = student, student_norm
         self.teacher = (nn.ModuleList(teachers) if len(teachers) > 1 else teachers[0]) if teachers else None
         self.distillers = nn.ModuleDict(distillers)
         self.teacher_norms = nn.ModuleList(teacher_norms)
-        self.teacher_source, self.ce_weight = source, ce_weight
+        self.teacher_source, self.ce_weight, self.multi_label = source, ce_weight, multi_label
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.finite: dict[str, Tensor | None] = {}
         self._student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
@@ -74,8 +80,8 @@ class DistillModel(nn.Module):
 
         Args:
             batch: ``image`` (N, 3, H, W), uint8 or float in 0..255, not normalized; in training mode also
-                ``label`` (N,) and, where known, ``soft_target`` (N, C) in its place, ``index`` (N,), ``progress`` (a
-                :class:`.Progress`), and whatever else a method may use.
+                ``label`` (N,), multi-label (N, C), and, where known, ``soft_target`` (N, C) in its place, ``index``
+                (N,), ``progress`` (a :class:`.Progress`), and whatever else a method may use.
             epoch: counted from 1, where the batch has no ``progress``; warm-ups depend on it.
 
         Returns:
@@ -85,13 +91,12 @@ class DistillModel(nn.Module):
         if not self.training:
             return self.deployed_student()(images)
         step = _batch_info({name: part for name, part in batch.items() if name != "image"}, epoch, images.device)
+        if self.multi_label:
+            step = replace(step, target=None, soft_target=step.target)
         with captured_extras(self.student, self._student_needs) as captured:
             student = self.student.outputs(images)
         student.extras.update(captured)
-        target = step.target if step.soft_target is None else step.soft_target
-        # The sum over an empty batch is 0; its mean would be NaN.
-        cross_entropy = F.cross_entropy(student.logits.float(), target, reduction="sum") / max(len(target), 1)
-        losses = {"loss_ce": self.ce_weight * cross_entropy}
+        losses = {"loss_ce": self.ce_weight * self._cross_entropy(student.logits.float(), step)}
         self.finite = {"student": student.is_finite()}
         teacher = None
         if self.teacher_source is not None:
@@ -101,6 +106,19 @@ class DistillModel(nn.Module):
             term = method(student, method.pick_teacher(teacher), step)
             losses[f"loss_{name}"] = method.weight(step.progress) * term
         return losses
+
+    def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The mean over the images, and over the classes where each is a problem of its own.
+
+        Not divided by the weights of the images, as torch does: with parts of a batch, in several processes or one by
+        one, the step would be another than with the whole.
+        """
+        target, weights = batch.target if batch.soft_target is None else batch.soft_target, self.class_weights
+        # The sum over an empty batch is 0; its mean would be NaN.
+        if self.multi_label:
+            total = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="sum")
+            return total / max(target.numel(), 1)
+        return F.cross_entropy(logits, target, weights, reduction="sum") / max(len(target), 1)
 
 
 def _batch_info(batch: Mapping[str, Any], epoch: float, device: torch.device) -> Batch:
@@ -142,7 +160,9 @@ def build_distiller(
         teachers = given or [build_network(cfg, "MODEL.TEACHER", node, num_classes) for node in nodes]
         weights = [node.SHARE for node in nodes]
         norms = [Normalize.of(node, info) for node in nodes]
-    student_info, *teacher_infos = (network_info(network, image_size(cfg)) for network in (student, *teachers))
+    student_info, *teacher_infos = (
+        replace(network_info(network, image_size(cfg)), sigmoid=info.multi_label) for network in (student, *teachers)
+    )
     distillers = _build_methods(cfg, student_info, teacher_infos, TrainingData(num_samples, labels))
     source = None
     if teachers:
@@ -150,8 +170,31 @@ def build_distiller(
         source = sources[0] if len(sources) == 1 else TeacherEnsemble(sources, weights)
         source.serve(method for method in distillers.values() if method.needs_teacher)
     student_norm = Normalize.of(cfg.MODEL.STUDENT, info)
-    model = DistillModel(student, teachers, source, distillers, student_norm, norms, cfg.DISTILL.CE_WEIGHT)
+    class_weights = _class_weights(cfg.SOLVER.CLASS_WEIGHTS, num_classes)
+    model = DistillModel(
+        student,
+        teachers,
+        source,
+        distillers,
+        student_norm,
+        norms,
+        cfg.DISTILL.CE_WEIGHT,
+        class_weights,
+        info.multi_label,
+    )
     return model.to(resolve_device(cfg))
+
+
+def _class_weights(weights: str | Sequence[float], num_classes: int) -> Tensor | None:
+    if not weights:
+        return None
+    if isinstance(weights, str):
+        raise ConfigError(
+            f"SOLVER.CLASS_WEIGHTS {weights} depends on the data set: load_datasets(cfg) sets the numbers"
+        )
+    if len(weights) != num_classes:
+        raise ConfigError(f"SOLVER.CLASS_WEIGHTS has {len(weights)} numbers for {num_classes} classes")
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def _build_methods(
@@ -165,11 +208,16 @@ def _build_methods(
         if method.needs_teacher and not 0 <= number < len(teachers):
             key = f"DISTILL.{name.upper()}.TEACHER"
             raise ConfigError(f"{name} needs teacher {number} ({key}), but MODEL.TEACHER.NAME names {len(teachers)}")
-        if mixed and not method.takes_soft_target:
-            able = ", ".join(other for other, kind in DISTILLERS if kind.takes_soft_target)
+        if (mixed or student.sigmoid) and not method.takes_soft_target:
+            # Methods that read logits are for softmaxes, unless they say otherwise.
+            able = ", ".join(
+                other
+                for other, kind in DISTILLERS
+                if kind.takes_soft_target and (kind.takes_sigmoid or not student.sigmoid or "logits" not in kind.needs)
+            )
+            several = f"INPUT.{mixed[0]} mixes images; set it to 0, or" if mixed else "these have several;"
             raise ConfigError(
-                f"DISTILL.METHODS: {name} needs the one class of each image, but INPUT.{mixed[0]} mixes images; set it "
-                f"to 0, or choose among {able}"
+                f"DISTILL.METHODS: {name} needs the one class of each image, but {several} choose among {able}"
             )
         classes = {teacher.num_classes for teacher in teachers}
         if "logits" in method.needs and "TEACHER" not in node and len(classes) > 1:

@@ -2,27 +2,37 @@
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from detectron2.evaluation import inference_context, inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from d2distill.classification.config import PRECISIONS, schedule_notes, teacher_nodes
-from d2distill.classification.data import ImageDataset, build_dataset
+from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import CenterFit, build_augmentation
+from d2distill.classification.data.datasets import shortened
+from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
+from d2distill.classification.data.splits import load_splits, load_test_set, read_options
+from d2distill.classification.data.unreadable import UnreadableImages
 from d2distill.classification.deployed import describe_student, shipped_methods
-from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.classification.evaluation import build_evaluator, report_classes
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats, network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
 from d2distill.common.config import CfgNode, resolve_device
-from d2distill.common.engine.distributed import broadcast_buffers, synchronize_batch_norms, wrap_student
+from d2distill.common.engine.distributed import (
+    broadcast_buffers,
+    run_on_main_process,
+    synchronize_batch_norms,
+    wrap_student,
+)
 from d2distill.common.engine.dot import DOT
 from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
@@ -37,34 +47,46 @@ from d2distill.common.outputs import Progress
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
 
 logger = logging.getLogger("detectron2.d2distill")
-_NETWORKS = ("STUDENT", "TEACHER")
+_STATISTICS = [(node, key) for node in ("STUDENT", "TEACHER") for key in ("MEAN", "STD")]
 #: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
 _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
     "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR", "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA",
     "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY",
-    "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS", "TEST.*",
+    "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS", "DATALOADER.ON_ERROR", "TEST.*",
 )  # fmt: skip
 
 
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
     """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
+    # The run's settings stay as they were given.
     given, cfg = cfg, resolve_inputs(cfg)
+    if cfg.SOLVER.CLASS_WEIGHTS == "balanced":
+        cfg.SOLVER.CLASS_WEIGHTS = _balanced_weights(train_set)
+        weights = shortened((f"{weight:.3f}" for weight in cfg.SOLVER.CLASS_WEIGHTS), 20)
+        logger.info(f"SOLVER.CLASS_WEIGHTS balanced: {weights}")
     solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, _center_fit(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
     seed_step(cfg.SEED, 0, rank=0)
     student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
-    model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=train_set.labels)
+    labels = None if train_set.info.multi_label else train_set.labels
+    model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=labels)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
     optimizer = build_optimizer(model, solver)
-    sampler = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED)
+    drawn_alike = labels if cfg.DATALOADER.SAMPLER == "balanced" else None
+    unreadable = UnreadableImages(cfg.OUTPUT_DIR) if cfg.DATALOADER.ON_ERROR == "skip" else None
+
+    def build_sampler(start: int = 0) -> EpochBatchSampler:
+        return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike)
+
+    sampler = build_sampler()
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers)
+    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers, unreadable)
+    evaluator, per_class = build_evaluator(test_set.info), {}
 
     def build_batches(start: int) -> Any:
-        order = EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start)
-        return build_train_loader(train_set, order, fit, augmentation, workers)
+        return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}
@@ -86,11 +108,16 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             # Running statistics differ between the processes after a step; the main one's are those that are saved.
             broadcast_buffers(network)
         with inference_context(network):
-            return inference_on_dataset(
-                lambda batch: network(model.student_norm(batch["image"])),
-                interruptible(test_loader),
-                AccuracyEvaluator(),
+            results = inference_on_dataset(
+                lambda batch: network(model.student_norm(batch["image"])), interruptible(test_loader), evaluator
             )
+        if unreadable is not None:
+            unreadable.summarize()
+        if trainer.ema is None or network is not trainer.ema.network:
+            per_class.update(
+                run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion.csv")))
+            )
+        return results
 
     backward = dot_backward if isinstance(optimizer, DOT) else None
     teacher = None if model.teacher is None else weights_digest(model.teacher)
@@ -104,7 +131,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         build_batches=build_batches,
         deployed_student=model.deployed_student,
         evaluate=evaluate_student,
-        best_metric="top1",
+        best_metric=evaluator.best_metric,
         max_iter=len(sampler),
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
@@ -114,9 +141,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             "the teacher's weights": teacher,
             # What was left open in the settings, and what is not: the run's, whatever a library says later.
             **{f"INPUT.{key}": cfg.INPUT[key] for key in ("SIZE", "RESIZE", "INTERPOLATION")},
-            **{
-                f"MODEL.{side}.{key}": cfg.MODEL[side][key] for side in _NETWORKS for key in ("PIXEL_MEAN", "PIXEL_STD")
-            },
+            **{f"MODEL.{node}.PIXEL_{key}": cfg.MODEL[node][f"PIXEL_{key}"] for node, key in _STATISTICS},
         },
         epoch_length=epoch_length,
         precision=PRECISIONS[solver.AMP],
@@ -126,17 +151,21 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         backward=backward,
         model_stats=lambda network: model_stats(network, fit.size),
         description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
-        facts=lambda: teacher_results,
+        facts=lambda: {**teacher_results, "per_class": per_class},
         finite_outputs=lambda: model.finite,
     )
-    return Trainer(given, task)
+    trainer = Trainer(given, task)  # a name that evaluate_student knows
+    return trainer
 
 
 def _measure_teachers(
     cfg: CfgNode, model: DistillModel, loader: DataLoader, test_set: ImageDataset
 ) -> dict[str, float]:
-    """Accuracy of each teacher with trained weights on the test images as the student sees them."""
-    results = {}
+    """Metrics of each teacher with trained weights on the test images as the student sees them."""
+    results, evaluator, shares = {}, build_evaluator(test_set.info), np.array(test_set.samples_per_class())
+    # Of guesses alike for all images: accuracy is the largest class's share, average precision each class's own.
+    shares = 100 * shares[shares > 0] / len(test_set)
+    chance, metric = shares.mean() if test_set.info.multi_label else shares.max(), evaluator.best_metric
     for number, (node, norm) in enumerate(zip(teacher_nodes(cfg), model.teacher_norms, strict=False)):
         several = isinstance(model.teacher, nn.ModuleList)
         network, name = (model.teacher[number], f"teacher_{number}_") if several else (model.teacher, "teacher_")
@@ -146,18 +175,18 @@ def _measure_teachers(
         def measure(network: nn.Module = network, norm: nn.Module = norm) -> dict[str, float]:
             with inference_context(network):
                 predict = lambda batch: network(norm(batch["image"]))  # noqa: E731
-                return inference_on_dataset(predict, loader, AccuracyEvaluator()) or {}
+                return inference_on_dataset(predict, loader, evaluator) or {}
 
-        facts = (weights_digest(network), test_set.fingerprint(), _center_fit(cfg), node.PIXEL_MEAN, node.PIXEL_STD)
+        data = (test_set.fingerprint(), read_options(cfg))
+        facts = (weights_digest(network), *data, _center_fit(cfg), node.PIXEL_MEAN, node.PIXEL_STD)
         try:
             found = measured(repr(facts), measure)
         except DivergedError as error:
             raise CheckpointError(f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: its logits are not finite") from error
         logger.info(f"The teacher {node.NAME}: {', '.join(f'{key} {value:.2f}' for key, value in found.items())}")
-        chance = 100 * torch.bincount(test_set.labels).max().item() / len(test_set)
-        if found["top1"] < chance + (100 - chance) / 10:
+        if found[metric] < chance + (100 - chance) / 10:
             logger.warning(
-                f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: a top-1 accuracy of {found['top1']:.2f} is near chance "
+                f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: {metric} {found[metric]:.2f} is near chance "
                 f"({chance:.2f}): are the classes in another order, or PIXEL_MEAN and PIXEL_STD others than in its "
                 "training?"
             )
@@ -176,13 +205,21 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
             build_augmentation(cfg.INPUT.AUGMENTATION)
         except ValueError as error:
             raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
-    train_set, test_set = (build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split) for split in ("train", "val"))
+    train_set, test_set = load_splits(cfg)
     _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
     if cfg.DATASETS.TRAIN_SIZE:
         train_set = FixedSubset(train_set, cfg.DATASETS.TRAIN_SIZE)
     return train_set, test_set
+
+
+def _balanced_weights(dataset: ImageDataset) -> list[float]:
+    samples, counts = len(dataset), dataset.samples_per_class()
+    if dataset.info.multi_label:
+        return [(samples - count) / max(count, 1) for count in counts]
+    # As scikit-learn's; a class without samples has no use for one.
+    return [samples / (len(counts) * count) if count else 0.0 for count in counts]
 
 
 def _take_classes(cfg: CfgNode, dataset: ImageDataset) -> None:
@@ -198,7 +235,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     """One process's part of a training run: ``tools/train_cls.py`` without its command line.
 
     Returns:
-        ``top1, top5, best_top1, best_top5`` on the main process.
+        ``top1, top5, best_top1, best_top5`` on the main process; of a multi-label data set ``mAP, best_mAP``.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
@@ -208,7 +245,11 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     start_logs(cfg.OUTPUT_DIR)
     for note in schedule_notes(cfg):
         logger.warning(note)
-    trainer = build_trainer(cfg, *load_datasets(cfg))
+    train_set, test_set = load_datasets(cfg)
+    if comm.is_main_process():
+        for line in describe_dataset({"training": train_set, "test": test_set}):
+            logger.info(line)
+    trainer = build_trainer(cfg, train_set, test_set)
     results = trainer.run(resume)
     if results:
         logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
@@ -216,19 +257,29 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Accuracy of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks."""
+    """Metrics of MODEL.STUDENT.WEIGHTS on the test split; empty on other ranks.
+
+    If OUTPUT_DIR exists and can be written to, the confusion matrix is in its ``confusion_eval.csv``.
+    """
     weights = cfg.MODEL.STUDENT.WEIGHTS
     cfg = resolve_inputs(cfg)
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
-    test_set = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, "val")
+    test_set = load_test_set(cfg)
     _take_classes(cfg, test_set)
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped_methods(cfg), "", ""
+    cfg.SOLVER.CLASS_WEIGHTS = []
     model = build_distiller(cfg).to(resolve_device(cfg))
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS", cfg.MODEL.STUDENT.USE_EMA)
-    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), cfg.DATALOADER.NUM_WORKERS)
+    unreadable = UnreadableImages() if cfg.DATALOADER.ON_ERROR == "skip" else None
+    workers, evaluator = cfg.DATALOADER.NUM_WORKERS, build_evaluator(test_set.info)
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), workers, unreadable)
     try:
-        return inference_on_dataset(model, loader, AccuracyEvaluator())
+        results = inference_on_dataset(model, loader, evaluator)
     except DivergedError as error:
         raise CheckpointError(
             f"MODEL.STUDENT.WEIGHTS {weights}: {error.what} Its training diverged, or the file is damaged"
         ) from error
+    if unreadable is not None:
+        unreadable.summarize()
+    run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion_eval.csv")))
+    return results

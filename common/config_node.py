@@ -136,8 +136,8 @@ def _shown(value: Any) -> str:
 def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a YAML file over those of its ``_BASE_`` files.
 
-    Files that it names in IMPORTS and TEACHER.CONFIG_FILE become absolute here, where their folder is known. `above`
-    are the files that led here by their ``_BASE_``, outermost first.
+    Files that it names in IMPORTS, TEACHER.CONFIG_FILE and DATASETS.CLASSES become absolute here, where their folder is
+    known. `above` are the files that led here by their ``_BASE_``, outermost first.
     """
     where = f"{filename} (_BASE_ of {above[-1]})" if above else filename
     if os.path.realpath(filename) in map(os.path.realpath, above):
@@ -149,11 +149,13 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: settings are lines of `KEY: value`, but this is a {type(settings).__name__}")
-    folder, teacher = os.path.dirname(filename), settings.get("TEACHER")
+    folder = os.path.dirname(filename)
     if isinstance(settings.get("IMPORTS"), list):
         settings["IMPORTS"] = [absolute_file(name, folder) for name in settings["IMPORTS"]]
-    if isinstance(teacher, dict) and "CONFIG_FILE" in teacher:
-        teacher["CONFIG_FILE"] = absolute_file(teacher["CONFIG_FILE"], folder)
+    for name, key in (("TEACHER", "CONFIG_FILE"), ("DATASETS", "CLASSES")):
+        node = settings.get(name)
+        if isinstance(node, dict) and key in node:
+            node[key] = absolute_file(node[key], folder)
     bases, merged = settings.pop(BASE_KEY, None) or [], {}
     for base in [bases] if isinstance(bases, str) else bases:
         overlay(merged, load_yaml(os.path.join(folder, os.path.expanduser(base)), (*above, filename)))

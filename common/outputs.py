@@ -67,7 +67,8 @@ class NetworkInfo:
         feats, preacts: (C_i, H_i, W_i) per map, or (C_i,) where the size changes with the image.
         pooled: D.
         sigmoid: the class logits are those of independent sigmoids, as in dense detectors (background is where all
-            are low, and has no column); False: of one softmax over all. Shapes do not show it.
+            are low, and has no column) and multi-label classifiers; False: of one softmax over all. Shapes do not show
+            it.
         classifier: the last layer, from `pooled` to the logits; frozen in a teacher. None where there is no such layer.
         module: the network. A method that keeps it must not register it as its own submodule.
     """
@@ -120,9 +121,9 @@ class Batch:
 
     Attributes:
         target: (R,) class of each row of the logits. Rows that do not count are left out beforehand, as the detectors
-            here do, or negative, which few methods take.
+            here do, or negative, which few methods take. None where images have several classes.
         soft_target: (N, C) class probabilities that take the place of `target` (mixup, cutmix, label smoothing), or
-            None.
+            None. Where images have several classes, 0 or 1 each.
         index: (N,) positions of the samples in the training set.
         key: (N,) which augmentation each sample has, where a data set numbers them.
         progress: how far the training is.

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from d2distill.common.engine.cli import CommandParser, find_config, user_errors
-from d2distill.common.errors import require_detectron2
+from d2distill.common.errors import CheckpointError, require_detectron2
 
 _EXAMPLES = """
   %(prog)s --config-file {example}
@@ -46,7 +46,10 @@ def _main(task: str, network: str, weights_key: str, example: str) -> None:
 
                 # Of a run its own student, whatever weights its training began with.
                 weights = dict(zip(args.opts[::2], args.opts[1::2], strict=True)).get(weights_key)
-                weights = weights or str(student_file(cfg.OUTPUT_DIR))
+                try:
+                    weights = weights or str(student_file(cfg.OUTPUT_DIR))
+                except CheckpointError as error:
+                    raise CheckpointError(f"--eval-only without {weights_key}: OUTPUT_DIR {error}") from error
                 cfg.merge_from_list([weights_key, weights])
                 main, arguments = _evaluate, (trainer.evaluate, cfg, weights)
             if processes := processes_to_start(args.num_gpus, args.num_machines):

@@ -46,12 +46,12 @@ def load(path: str | Path, device: str = "cpu") -> nn.Module:
 
 def student_file(path: str | Path) -> Path:
     """`path` itself, or the student to take of a run folder."""
-    if not Path(path).is_dir():
+    if Path(path).suffix and not Path(path).is_dir():
         return Path(path)
     for name in ("student_best.pth", "student_final.pth"):
         if Path(path, name).is_file():
             return Path(path, name)
     raise CheckpointError(
-        f"{path} has no student_best.pth or student_final.pth: name the folder of a run that has been evaluated at "
-        "least once, or a file"
+        f"{path} has no student_best.pth or student_final.pth: name a checkpoint, or the folder of a run that has been "
+        "evaluated at least once"
     )

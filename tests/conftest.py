@@ -35,19 +35,6 @@ def caches(tmp_path_factory):
 
 
 @pytest.fixture
-def log(caplog):
-    """What the package logs: pytest's caplog, from level INFO on."""
-    # Detectron2's logger may not hand on what it gets.
-    logger = logging.getLogger("detectron2.d2distill")
-    logger.addHandler(caplog.handler)
-    before, logger.propagate = logger.propagate, False
-    caplog.set_level(logging.INFO, logger.name)
-    yield caplog
-    logger.propagate = before
-    logger.removeHandler(caplog.handler)
-
-
-@pytest.fixture
 def command(monkeypatch, capsys):
     """Calls a command line in this process: ``command(main, *arguments)`` gives exit code, stdout and stderr."""
 
@@ -61,3 +48,18 @@ def command(monkeypatch, capsys):
         return 0, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def log(caplog):
+    """What this package logs, as caplog."""
+    # A run in this process may have told Detectron2's logger to hand on nothing.
+    logger = logging.getLogger("detectron2.d2distill")
+    logger.addHandler(caplog.handler)
+    before, level = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.propagate = before
+    logger.setLevel(level)
+    logger.removeHandler(caplog.handler)

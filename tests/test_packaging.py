@@ -79,7 +79,7 @@ def test_the_wheel_trains_beside_a_users_own_common(dist, tmp_path):
     printed = run(sys.executable, "-c", USE, cwd=tmp_path)
     assert "Decoupled" in printed and f"FROM {tmp_path}" in printed
     assert "top1" in json.loads((tmp_path / "output" / "digits_vgg8_r8_dkd" / "results.json").read_text())
-    for command in ("d2distill-train-cls", "d2distill-train-det", "d2distill-eval"):
+    for command in ("d2distill-train-cls", "d2distill-train-det", "d2distill-eval", "d2distill-check-data"):
         assert run(tmp_path / "bin" / command, "--version", cwd=tmp_path) == f"d2distill {d2distill.__version__}\n"
 
 

@@ -1,6 +1,6 @@
 """Data sets and augmentation for image classification."""
 
-from . import arrays, folders  # noqa: F401  (importing them registers their data sets)
+from . import arrays, folders, multilabel  # noqa: F401  (importing them registers their data sets)
 from .augment import AUGMENTATION_REGISTRY, Augmentation, AugmentedDataset
 from .datasets import (
     DATASET_REGISTRY,
@@ -9,6 +9,7 @@ from .datasets import (
     ImageDataset,
     build_dataset,
     dataset_info,
+    read_image,
     register_dataset,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "ImageDataset",
     "build_dataset",
     "dataset_info",
+    "read_image",
     "register_dataset",
 ]

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from d2distill.classification.registry import NamedRegistry
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
@@ -16,6 +17,14 @@ from d2distill.common.errors import DataError
 
 Array = np.ndarray | torch.Tensor
 Labels = Sequence[int] | Array
+#: The range of 16-bit pixels as they are stored.
+FULL_16BIT = (0, 65535)
+
+
+def shortened(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, by commas, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class DatasetInfo:
         model_family: where bare model names are looked up first: "cifar", "tiny_imagenet" or "imagenet".
         augmentation: name of the training recipe in :mod:`d2distill.classification.data.augment`.
         source: one sentence or command that says how to get the files.
+        multi_label: an image has any number of the classes, not one.
     """
 
     name: str
@@ -40,6 +50,7 @@ class DatasetInfo:
     model_family: str
     augmentation: str
     source: str
+    multi_label: bool = False
 
 
 class ImageDataset:
@@ -48,11 +59,14 @@ class ImageDataset:
     Attributes:
         info: the :class:`DatasetInfo` it was built from.
         classes: class names, in the order of the labels; ``num_classes`` is their number.
-        labels: (n,) int64 tensor.
+        labels: (n,) int64 tensor; of a multi-label data set (n, num_classes) bool.
+        passed_over: of the files beside the images their number and an example, by ending or kind.
 
     Raises:
         DataError: no samples, or labels or classes that do not fit ``info``.
     """
+
+    passed_over: Mapping[str, tuple[int, str]] = {}
 
     def __init__(self, info: DatasetInfo, labels: Labels, classes: Sequence[str]):
         self.info, self.classes, self.num_classes = info, list(classes), len(classes)
@@ -61,6 +75,14 @@ class ImageDataset:
         values = np.asarray(labels)
         if not len(values):
             raise DataError(f"{info.name}: no images")
+        if info.multi_label:
+            if values.shape != (len(values), self.num_classes) or not np.isin(values, (0, 1)).all():
+                raise DataError(
+                    f"{info.name}: labels must be 0 or 1 for each of {self.num_classes} classes, found {values.dtype} "
+                    f"{values.shape}"
+                )
+            self.labels = torch.from_numpy(values.astype(bool))
+            return
         whole = values.dtype.kind in "iu"
         if not whole or not 0 <= values.min() <= values.max() < self.num_classes:
             raise DataError(
@@ -72,9 +94,23 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
+    def load(self, index: int) -> tuple[torch.Tensor | Image.Image, int | torch.Tensor]:
         """The image at ``index`` as stored, a uint8 RGB tensor (3, H, W) or an RGB ``PIL.Image``, and its label."""
         raise NotImplementedError
+
+    def label(self, index: int) -> int | torch.Tensor:
+        """The class of the sample at ``index``; of a multi-label data set float (num_classes,), 0 or 1 each."""
+        return self.labels[index].float() if self.info.multi_label else int(self.labels[index])
+
+    def path(self, index: int) -> str | None:
+        """The file of the sample at ``index``; None where samples have no files of their own."""
+        return None
+
+    def samples_per_class(self) -> list[int]:
+        """How many samples each class has, in the order of ``classes``."""
+        if self.info.multi_label:
+            return self.labels.sum(0).tolist()
+        return torch.bincount(self.labels, minlength=self.num_classes).tolist()
 
     def fingerprint(self) -> str:
         """SHA-256 of the classes, and of which sample has which label; of image files it is their names that count."""
@@ -85,6 +121,39 @@ class ImageDataset:
 
     def _samples(self) -> list[Array]:
         return []
+
+
+class ImageSelection(ImageDataset):
+    """Some samples of a data set, or its classes in another order."""
+
+    def __init__(self, dataset: ImageDataset, positions: Sequence[int] | Array) -> None:
+        super().__init__(dataset.info, dataset.labels[positions], dataset.classes)
+        self.dataset, self.positions, self.passed_over = dataset, np.asarray(positions), dataset.passed_over
+
+    @classmethod
+    def with_classes(cls, dataset: ImageDataset, classes: Sequence[str]) -> "ImageSelection":
+        """All samples, labeled by the position of their class in `classes`, which has every class of `dataset`."""
+        selection = cls(dataset, np.arange(len(dataset)))
+        places = torch.tensor([classes.index(name) for name in dataset.classes])
+        selection.info = replace(dataset.info, num_classes=len(classes))
+        selection.classes, selection.num_classes = list(classes), len(classes)
+        if dataset.info.multi_label:
+            labels = torch.zeros(len(dataset), len(classes), dtype=torch.bool)
+            labels[:, places] = dataset.labels
+            selection.labels = labels
+        else:
+            selection.labels = places[dataset.labels]
+        return selection
+
+    def load(self, index: int) -> tuple[torch.Tensor | Image.Image, int | torch.Tensor]:
+        image, _ = self.dataset.load(int(self.positions[index]))
+        return image, self.label(index)
+
+    def path(self, index: int) -> str | None:
+        return self.dataset.path(int(self.positions[index]))
+
+    def _samples(self) -> list[Array]:
+        return [*self.dataset._samples(), self.positions]
 
 
 class ArrayDataset(ImageDataset):
@@ -108,11 +177,17 @@ class ArrayDataset(ImageDataset):
 
     def load(self, index: int) -> tuple[torch.Tensor, int]:
         # A view would let a caller change the data set, and would drag all of it along to another process.
-        return self.images[index].clone(), int(self.labels[index])
+        return self.images[index].clone(), self.label(index)
 
 
 class FileDataset(ImageDataset):
-    """One image file per sample; ``paths`` are relative to ``folder``."""
+    """One image file per sample; ``paths`` are relative to ``folder``.
+
+    Attributes:
+        read_options: keyword arguments of :func:`read_image`.
+    """
+
+    read_options: Mapping[str, Any] = {}
 
     def __init__(self, info: DatasetInfo, folder: Path, paths: Sequence[str], labels: Labels, classes: Sequence[str]):
         super().__init__(info, labels, classes)
@@ -124,28 +199,53 @@ class FileDataset(ImageDataset):
         return [self._paths]
 
     def path(self, index: int) -> str:
-        """The file of the sample at ``index``."""
         return os.path.join(self.folder, os.fsdecode(self._paths[index]))
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.path(index)), int(self.labels[index])
+    def load(self, index: int) -> tuple[Image.Image, int | torch.Tensor]:
+        return read_image(self.path(index), **self.read_options), self.label(index)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file as 8-bit RGB; a DataError says what is wrong with it."""
+def read_image(
+    path: str | Path, exif_orientation: bool = False, range_16bit: Sequence[float] = FULL_16BIT
+) -> Image.Image:
+    """Decode an image file, of several frames the first, as 8-bit RGB; a DataError says what is wrong with it.
+
+    The other arguments are those of :func:`to_rgb`.
+    """
     try:
         with Image.open(path) as image:
-            if image.mode in ("I", "F"):
-                raise ValueError(f"pixel mode {image.mode} has no defined range; store the image with 8 or 16 bits")
-            if image.mode.startswith("I;16"):
-                # PIL's own conversion clips at 255, which turns nearly every 16-bit image white.
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # PIL warns on the direct way; the colors are the same
-            return image.convert("RGB")
+            return to_rgb(image, exif_orientation, range_16bit)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
         raise DataError(f"cannot read image {path}: {reason}; repair or replace the file") from error
+
+
+def to_rgb(
+    image: Image.Image, exif_orientation: bool = False, range_16bit: Sequence[float] = FULL_16BIT
+) -> Image.Image:
+    """An image of any mode as 8-bit RGB.
+
+    Args:
+        exif_orientation: turn the image as its EXIF data says. Off, as in torchvision's ImageFolder.
+        range_16bit: the values of gray images of more than 8 bits that become 0 and 255; others are clipped. Images of
+            32 bits, integers or floats, have no usual range: they are taken where it is not the default.
+    """
+    low, high = range_16bit
+    if exif_orientation:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") and (low, high) == FULL_16BIT:
+        raise ValueError(
+            f"pixel mode {image.mode} has no defined range; store the image with 8 or 16 bits, or set "
+            "INPUT.RANGE_16BIT to the lowest and highest value"
+        )
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # PIL's own conversion clips at 255, which turns nearly every 16-bit image white. In double precision the
+        # division is exact wherever the result is whole.
+        values = np.asarray(image).astype(np.float64).clip(low, high)
+        image = Image.fromarray(((values - low) * 255 / (high - low)).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns on the direct way; the colors are the same
+    return image.convert("RGB")
 
 
 DATASET_REGISTRY = NamedRegistry("data set")

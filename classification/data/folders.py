@@ -2,27 +2,47 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from PIL import Image
+from torchvision.datasets.folder import make_dataset
 
 from d2distill.common.errors import DataError
 
-from .datasets import DatasetInfo, FileDataset, find_folder, register_dataset
+from .datasets import DatasetInfo, FileDataset, find_folder, register_dataset, shortened
 
 logger = logging.getLogger("detectron2.d2distill")
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+#: Formats that Pillow recognizes, but does not decode by itself.
+_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
-def _is_image(path: str) -> bool:
-    # "._x.jpg" are what macOS leaves beside the files of an archive.
-    return has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith(".")
+class ImageFiles:
+    """Tells image files by their ending, one that Pillow can open, and counts the files that are none.
+
+    Attributes:
+        passed_over: number of files and an example, by ending; hidden ones together. "._x.jpg" are what macOS leaves
+            beside the files of an archive.
+    """
+
+    def __init__(self) -> None:
+        formats = Image.registered_extensions()
+        self.endings = {ending for ending, kind in formats.items() if kind in Image.OPEN and kind not in _NOT_DECODED}
+        self.passed_over: dict[str, tuple[int, str]] = {}
+
+    def __call__(self, path: str) -> bool:
+        name = os.path.basename(path)
+        ending = os.path.splitext(name)[1].lower()
+        hidden = name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+        if ending in self.endings and not hidden:
+            return True
+        kind = "hidden" if hidden else ending or "no ending"
+        count, example = self.passed_over.get(kind, (0, path))
+        self.passed_over[kind] = (count + 1, example)
+        return False
 
 
 def _class_folders(folder: Path, skip: str = "") -> list[str]:
@@ -52,12 +72,14 @@ def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: str = "") -
     folder = folder / split
     index = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in names if name not in index]:
-        raise DataError(f"{folder} has class folders that the training images do not have: {_some(unknown)}")
-    samples = make_dataset(folder, {name: index[name] for name in names}, is_valid_file=_is_image, allow_empty=True)
+        raise DataError(f"{folder} has class folders that the training images do not have: {shortened(unknown)}")
+    files = ImageFiles()
+    samples = make_dataset(folder, {name: index[name] for name in names}, is_valid_file=files, allow_empty=True)
     present = {label for _, label in samples}
     if empty := [name for name in names if index[name] not in present]:
+        other = f"; files that it does not open there: {', '.join(files.passed_over)}" if files.passed_over else ""
         raise FileNotFoundError(
-            f"{folder} has class folders without images ({'/'.join(IMG_EXTENSIONS)}): {_some(empty)}"
+            f"{folder} has class folders without images that Pillow opens: {shortened(empty)}{other}"
         )
     if split == "train" and info.num_classes not in (None, len(classes)):
         logger.warning(
@@ -66,7 +88,9 @@ def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: str = "") -
         )
     prefix = len(str(folder)) + 1
     paths, labels = [path[prefix:] for path, _ in samples], [label for _, label in samples]
-    return FileDataset(replace(info, num_classes=len(classes)), folder, paths, labels, classes)
+    dataset = FileDataset(replace(info, num_classes=len(classes)), folder, paths, labels, classes)
+    dataset.passed_over = files.passed_over
+    return dataset
 
 
 _IMAGENET = DatasetInfo(
@@ -81,7 +105,10 @@ _IMAGENET = DatasetInfo(
     'them into ROOT/imagenet and unpack them: python -c "import torchvision; '
     "[torchvision.datasets.ImageNet('ROOT/imagenet', split) for split in ('train', 'val')]\"",
 )
-_OWN_IMAGES = "put your images into ROOT/train/<class>/ and ROOT/val/<class>/."
+_OWN_IMAGES = (
+    "put your images into ROOT/train/<class>/ and ROOT/val/<class>/, or into ROOT/<class>/ and set "
+    "DATASETS.VAL_FRACTION."
+)
 
 
 @register_dataset(_IMAGENET)
@@ -92,11 +119,23 @@ def build_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset:
 
 @register_dataset(replace(_IMAGENET, name="folder", num_classes=None, source=_OWN_IMAGES))
 def build_folder(info: DatasetInfo, root: str, split: str) -> FileDataset:
-    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train (else val), sorted."""
+    """Any images in ROOT/{train,val}/<class>/; the classes are the folders of ROOT/train (else val), sorted.
+
+    Without the two folders ROOT/<class>/ are the training images, of which DATASETS.VAL_FRACTION sets some apart.
+    """
+    folder = Path(root)
+    undivided = not any((folder / name).is_dir() for name in ("train", "val")) and folder.is_dir()
+    if undivided and any(p.is_dir() and p.name[0] != "." for p in folder.iterdir()):
+        if split == "train":
+            return _image_folder(info, folder, "")
+        raise DataError(
+            f"{folder} has class folders, but neither train nor val: set DATASETS.VAL_FRACTION, e.g. to 0.2, to set "
+            "images of each class apart for evaluation, or sort the images into train/<class> and val/<class>"
+        )
     return _image_folder(info, _find(info, root, [""], split), split)
 
 
-def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
+def _annotations(folder: Path, classes: Sequence[str], files: ImageFiles) -> dict[str, str]:
     """Class by file of Tiny-ImageNet's validation images: val_annotations.txt has file, wnid and a box, by tabs."""
     annotations = folder / "val_annotations.txt"
     wnids: dict[str, str] = {}
@@ -105,9 +144,9 @@ def _annotations(folder: Path, classes: Sequence[str]) -> dict[str, str]:
         if not wnid or (classes and wnid not in classes):
             raise DataError(f"{annotations}, line {number}: class {wnid!r} is not among the training classes")
         wnids[os.path.join("images", file)] = wnid
-    present = {os.path.join("images", name) for name in os.listdir(folder / "images") if _is_image(name)}
+    present = {os.path.join("images", name) for name in sorted(os.listdir(folder / "images")) if files(name)}
     if different := sorted(wnids.keys() ^ present):
-        raise DataError(f"{annotations} does not name the files that are there: {_some(different)}")
+        raise DataError(f"{annotations} does not name the files that are there: {shortened(different)}")
     return wnids
 
 
@@ -129,12 +168,15 @@ def build_tiny_imagenet(info: DatasetInfo, root: str, split: str) -> FileDataset
     images = folder / "val" / "images"
     # Scripts that sort the images by class leave val_annotations.txt, and often an empty val/images, behind.
     original = (folder / "val" / "val_annotations.txt").is_file() and images.is_dir()
-    original = original and any(map(_is_image, os.listdir(images)))
+    original = original and any(map(ImageFiles(), os.listdir(images)))
     if split == "train" or not original:
         return _image_folder(info, folder, split, skip="images")
     classes = _train_classes(folder)
-    wnids = _annotations(folder / "val", classes)
+    files = ImageFiles()
+    wnids = _annotations(folder / "val", classes, files)
     classes = classes or sorted(set(wnids.values()))
     index = {name: label for label, name in enumerate(classes)}
     info = replace(info, num_classes=len(classes))
-    return FileDataset(info, folder / "val", list(wnids), [index[wnid] for wnid in wnids.values()], classes)
+    dataset = FileDataset(info, folder / "val", list(wnids), [index[wnid] for wnid in wnids.values()], classes)
+    dataset.passed_over = files.passed_over
+    return dataset

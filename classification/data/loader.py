@@ -9,7 +9,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler
 
 from d2distill.classification.data.augment import AugmentedDataset, CenterFit
-from d2distill.classification.data.datasets import ImageDataset
+from d2distill.classification.data.datasets import ImageDataset, ImageSelection
+from d2distill.classification.data.unreadable import SkippingLoader, UnreadableImages
 from d2distill.common.engine.loading import WorkerLoader
 
 __all__ = ["EpochBatchSampler", "FixedSubset", "build_test_loader", "build_train_loader"]
@@ -25,11 +26,21 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     Args:
         batch_size: over all ranks.
         start: the first step (batch) to give, counted over all epochs.
+        labels: (num_samples,) classes that are to be drawn alike: each sample of an epoch is then drawn with
+            replacement, first its class, then one of it.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, epochs: int, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        labels: torch.Tensor | None = None,
+    ) -> None:
         self.num_samples, self.batch_size, self.epochs = num_samples, batch_size, epochs
-        self.seed, self.start = seed, start
+        self.seed, self.start, self.labels = seed, start, labels
         self.epoch_length = -(-num_samples // batch_size)
 
     def __len__(self) -> int:
@@ -39,13 +50,19 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         first_epoch, first_batch = divmod(self.start, self.epoch_length)
         for epoch in range(first_epoch + 1, self.epochs + 1):
             # The spawn key keeps this stream apart from the augmentation's, which is seeded by the same numbers.
-            stream = np.random.SeedSequence([self.seed, epoch], spawn_key=(0,))
-            order = np.random.default_rng(stream).permutation(self.num_samples)
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch], spawn_key=(0,)))
+            order = rng.permutation(self.num_samples) if self.labels is None else self._draw_classes_alike(rng)
             for batch in range(first_batch, self.epoch_length):
                 indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
                 own = indices[comm.get_rank() :: comm.get_world_size()]
                 yield [(epoch, int(index)) for index in (own if len(own) else indices[:1])]
             first_batch = 0
+
+    def _draw_classes_alike(self, rng: np.random.Generator) -> np.ndarray:
+        labels = self.labels.numpy()
+        _, first, counts = np.unique(np.sort(labels), return_index=True, return_counts=True)
+        drawn = rng.integers(len(counts), size=self.num_samples)
+        return np.argsort(labels, kind="stable")[first[drawn] + rng.integers(counts[drawn])]
 
     def rank_loss_weight(self, step: int) -> float:
         """Factor for this rank's mean loss, with which the average over the ranks is the mean over the whole batch."""
@@ -55,36 +72,42 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         return own * comm.get_world_size() / size
 
 
-class FixedSubset(ImageDataset):
+class FixedSubset(ImageSelection):
     """The first `size` samples of a fixed shuffle of a data set, with all its classes."""
 
     def __init__(self, dataset: ImageDataset, size: int, seed: int = 0) -> None:
-        self.positions = np.random.default_rng(seed).permutation(len(dataset))[:size]
-        super().__init__(dataset.info, dataset.labels[self.positions], dataset.classes)
-        self.dataset = dataset
-
-    def _samples(self) -> list:
-        return [self.positions]
-
-    def load(self, index: int):
-        return self.dataset.load(int(self.positions[index]))
+        super().__init__(dataset, np.random.default_rng(seed).permutation(len(dataset))[:size])
 
 
 def build_train_loader(
-    dataset: ImageDataset, batch_sampler: EpochBatchSampler, size: int | CenterFit, augmentation: str, num_workers: int
+    dataset: ImageDataset,
+    batch_sampler: EpochBatchSampler,
+    size: int | CenterFit,
+    augmentation: str,
+    num_workers: int,
+    unreadable: UnreadableImages | None = None,
 ) -> DataLoader:
-    """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`."""
+    """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`.
+
+    Images that cannot be read are a DataError; with `unreadable` they are put there, and the next one that can be read
+    takes their place.
+    """
     samples = AugmentedDataset(dataset, size, batch_sampler.seed, augmentation)
-    pin = torch.cuda.is_available()
-    return WorkerLoader(samples, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=pin)
-
-
-def build_test_loader(dataset: ImageDataset, batch_size: int, size: int | CenterFit, num_workers: int) -> DataLoader:
-    """Every sample once, in order, split over the ranks."""
-    return WorkerLoader(
-        AugmentedDataset(dataset, size),
-        batch_size=batch_size,
-        sampler=InferenceSampler(len(dataset)),
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+    options = {"batch_sampler": batch_sampler, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    return (
+        WorkerLoader(samples, **options) if unreadable is None else SkippingLoader(samples, unreadable, True, **options)
     )
+
+
+def build_test_loader(
+    dataset: ImageDataset,
+    batch_size: int,
+    size: int | CenterFit,
+    num_workers: int,
+    unreadable: UnreadableImages | None = None,
+) -> DataLoader:
+    """Every sample once, in order, split over the ranks; with `unreadable` without those that cannot be read."""
+    samples, sampler = AugmentedDataset(dataset, size), InferenceSampler(len(dataset))
+    pin = torch.cuda.is_available()
+    options = {"batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "pin_memory": pin}
+    return WorkerLoader(samples, **options) if unreadable is None else SkippingLoader(samples, unreadable, **options)

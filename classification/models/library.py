@@ -186,8 +186,7 @@ def build_torchvision(name: str, num_classes: int, image_size: ImageSize = None)
     """``torchvision.models.get_model(name, weights=None, num_classes=...)`` with ``outputs``.
 
     ``image_size`` goes to ViT (a side only) and MaxViT, which have a fixed one; the others ignore it. GoogLeNet and
-    Inception-v3 are built without auxiliary heads, whose weights in a checkpoint are skipped; for torchvision's own
-    weights of these two set the pixel mean and standard deviation to 127.5, as their ``transform_input`` would.
+    Inception-v3 are built without auxiliary heads, whose weights in a checkpoint are skipped.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:

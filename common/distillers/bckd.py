@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import upcast
+from d2distill.common.distillers._numerics import safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["BCKD", "bckd_loss"]
 
 
-def bckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
+def bckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor | None) -> Tensor:
     """Each class of each row as a binary problem, weighted by how far the networks are apart in it.
 
     Yang et al.: Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, ICCV 2023,
@@ -32,11 +32,14 @@ def bckd_loss(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) ->
 
     Args:
         logits_student, logits_teacher: (N, C), one row per anchor, or per image in classification.
-        target: (N,) class of each row: 0 to C - 1 is foreground, C background, negative ignored.
+        target: (N,) class of each row: 0 to C - 1 is foreground, C background, negative ignored. None for images with
+            several classes: F is N.
     """
     student, p_teacher = upcast(logits_student), upcast(logits_teacher).detach().sigmoid()
     weight = (p_teacher - student.sigmoid()).abs()
     per_row = (weight * F.binary_cross_entropy_with_logits(student, p_teacher, reduction="none")).sum(1)
+    if target is None:
+        return safe_mean(per_row)
     counted = target >= 0
     foreground = (counted & (target < student.shape[1])).sum().clamp_min(1)
     return per_row.masked_fill(~counted, 0.0).sum() / foreground

@@ -23,10 +23,11 @@ from tests.interruptions import fail_in_evaluation, terminate_in_evaluation
 
 # An epoch of 41 samples ends with a batch that 2 processes get 5 and 4 of, one of 33 with a single sample.
 SYNCED = {"MODEL.SYNC_BN": True, "SOLVER.BASE_LR": 0.002, "SOLVER.EPOCHS": 2, "LOG_PERIOD": 1, "DISTILL.DKD.WARMUP": 0}
+BALANCED = {"SOLVER.CLASS_WEIGHTS": "balanced", "DATALOADER.SAMPLER": "balanced"}
 CASES = {
     "plain": {**SYNCED, "DISTILL.METHODS": [], "DATASETS.TRAIN_SIZE": 33},
     "nine": {**SYNCED, "DISTILL.METHODS": ["KD", "DKD", "AT"], "DATASETS.TRAIN_SIZE": 41},
-    "one": {**SYNCED, "DISTILL.METHODS": ["KD", "DKD", "AT"], "DATASETS.TRAIN_SIZE": 33},
+    "one": {**SYNCED, **BALANCED, "DISTILL.METHODS": ["KD", "DKD", "AT"], "DATASETS.TRAIN_SIZE": 33},
     "dot": {**SYNCED, "SOLVER.OPTIMIZER": "DOT", "DATASETS.TRAIN_SIZE": 33},
     # Of 2 samples in 3 processes: a third that is there twice would show.
     "two": {**SYNCED, "SOLVER.IMS_PER_BATCH": 12, "DATASETS.TRAIN_SIZE": 26},

@@ -1,7 +1,6 @@
 """Data sets: what is read is what was written, and everything else is refused in words."""
 
 import hashlib
-import logging
 import shutil
 from pathlib import Path
 
@@ -29,17 +28,6 @@ from tests import dataset_files as write
 def no_other_data(monkeypatch, tmp_path):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     monkeypatch.setattr(arrays, "DEBIAN_FOLDER", str(tmp_path / "debian"))
-
-
-@pytest.fixture
-def log(caplog):
-    # A run in this process may have told Detectron2's logger to hand on nothing.
-    logger = logging.getLogger("detectron2.d2distill")
-    logger.addHandler(caplog.handler)
-    before, logger.propagate = logger.propagate, False
-    yield caplog
-    logger.propagate = before
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="module")

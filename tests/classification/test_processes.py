@@ -120,6 +120,7 @@ def test_every_process_evaluates_with_the_main_ones_statistics(tmp_path, monkeyp
     trainer = build_trainer(cfg, *load_datasets(cfg))
     monkeypatch.setattr("d2distill.classification.trainer.broadcast_buffers", sent.append)
     monkeypatch.setattr("d2distill.classification.trainer.inference_on_dataset", lambda *_: {"sent": list(sent)})
+    monkeypatch.setattr("d2distill.classification.trainer.run_on_main_process", lambda action: {})
     assert trainer.evaluate() == {"sent": []}
     monkeypatch.setattr("d2distill.classification.trainer.comm.get_world_size", lambda: 2)
     assert trainer.evaluate() == {"sent": [trainer.task.model.student]}
