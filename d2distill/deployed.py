@@ -21,18 +21,20 @@ def load(path: str | Path, device: str = "cpu") -> nn.Module:
         A module in eval mode with ``classes``, ``preprocess`` and ``description``: a
         :class:`~d2distill.classification.deployed.DeployedClassifier`, which turns a batch of preprocessed images into
         logits, or a :class:`~d2distill.detection.deployed.DeployedDetector`, which turns a list of preprocessed images
-        into Detectron2's results. Of a program (.pt2, .ts, .onnx) an
-        :class:`~d2distill.exported.ExportedClassifier` or :class:`~d2distill.exported.ExportedDetector`, used alike.
+        into Detectron2's results. Of an exported program an
+        :class:`~d2distill.classification.deployed.ExportedClassifier` or
+        :class:`~d2distill.detection.deployed.ExportedDetector`, used alike.
 
     Raises:
         CheckpointError: there is no student, or it is damaged, or its file says nothing of its network.
     """
     require_detectron2()
     from d2distill.common.engine.weight_files import read_description, read_weights
-    from d2distill.exported import SUFFIXES, load_program
+    from d2distill.exported import SUFFIXES, open_program
 
     if Path(path).suffix in SUFFIXES:
-        return load_program(path, device)
+        program, description = open_program(Path(path), device)
+        return import_module(f"d2distill.{description['task']}.deployed").load_program(program, description)
     file = str(student_file(path))
     weights, description = read_weights(file), read_description(file)
     task = description.get("task")

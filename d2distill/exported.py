@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from d2distill.common.errors import CheckpointError, MissingDependencyError
 
 __all__ = [
-    "SUFFIXES", "ExportedClassifier", "ExportedDetector", "load_program", "quantize_onnx", "require", "save_onnx",
-    "save_pt2", "save_safetensors", "save_ts",
+    "SUFFIXES", "Program", "open_program", "quantize_onnx", "require", "save_onnx", "save_pt2", "save_safetensors",
+    "save_ts",
 ]  # fmt: skip
 
-#: What an opened file is called with, and what it returns.
+#: Takes images, or one, and returns the outputs of its task.
 Program = Callable[[Tensor], Sequence[Tensor]]
 #: Names of a program's input and outputs by task, with what is dynamic.
 _INPUT = {"classification": {"images": {0: "batch"}}, "detection": {"image": {1: "height", 2: "width"}}}
@@ -49,72 +49,15 @@ _SENTENCES = {
 }
 
 
-class ExportedClassifier(nn.Module):
-    """A classifier from a file, used as a :class:`.DeployedClassifier`; its images are not normalized, but 0..255.
-
-    Attributes:
-        classes, preprocess, description: as there; `preprocess` gives what :meth:`forward` takes.
-    """
-
-    def __init__(self, program: Program, description: Mapping[str, Any]) -> None:
-        super().__init__()
-        from d2distill.classification.deployed import Preprocess
-
-        self.program, self.description = program, dict(description)
-        self.classes = list(description["classes"])
-        self.preprocess = Preprocess(**description["preprocess"]).pixels
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C) of images (N, 3, S, S) in 0..255."""
-        return self.program(images.float())[0]
-
-
-class ExportedDetector(nn.Module):
-    """A detector from a file, used as a :class:`.DeployedDetector`. It is run image by image.
-
-    Attributes:
-        classes, preprocess, description: as there.
-    """
-
-    def __init__(self, program: Program, description: Mapping[str, Any]) -> None:
-        super().__init__()
-        import yaml
-        from detectron2.config import CfgNode, get_cfg
-
-        from d2distill.detection.deployed import Preprocess
-
-        self.program, self.description = program, dict(description)
-        self.classes = list(description["classes"])
-        cfg = get_cfg()
-        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(description["config"])))
-        self.preprocess = Preprocess(cfg)
-
-    def forward(self, batched_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Detectron2's ``[{"instances": Instances}]`` in pixels of each input's ``height`` and ``width``."""
-        from detectron2.modeling.postprocessing import detector_postprocess
-        from detectron2.structures import Boxes, Instances
-
-        results = []
-        for entry in batched_inputs:
-            image = entry["image"]
-            boxes, scores, classes = self.program(image.float())
-            found = Instances(tuple(image.shape[1:]), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
-            height, width = (
-                entry.get(key, side) for key, side in zip(("height", "width"), image.shape[1:], strict=True)
-            )
-            results.append({"instances": detector_postprocess(found, height, width)})
-        return results
-
-
 def save_pt2(network: nn.Module, images: Tensor, description: Mapping[str, Any], path: Path) -> None:
-    """Write a classifier with torch.export. `images` are two or more, as :class:`ExportedClassifier` takes them."""
+    """Write a classifier with torch.export. `images` are two or more, as an :class:`.ExportedClassifier` takes them."""
     with _quiet(), torch.no_grad():
         program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         torch.export.save(program, path, extra_files={"d2distill": _described(description)})
 
 
 def save_ts(detector: nn.Module, image: Tensor, description: Mapping[str, Any], path: Path) -> None:
-    """Write Detectron2's detector as a trace of TorchScript. `image` is any, as :class:`ExportedDetector` takes it."""
+    """Write Detectron2's detector as TorchScript, by a trace with an image as :class:`.ExportedDetector` takes it."""
     with _quiet():
         traced = torch.jit.trace(_traceable(detector, image), (image,), check_trace=False)
     torch.jit.save(traced, str(path), _extra_files={"d2distill": _described(description)})
@@ -172,13 +115,12 @@ def quantize_onnx(path: Path, output: Path, images: Iterable[Tensor]) -> None:
         quantize_static(prepared, output, Reader(), per_channel=True)
 
 
-def load_program(path: str | Path, device: str | torch.device = "cpu") -> ExportedClassifier | ExportedDetector:
-    """The student in a file with one of :data:`SUFFIXES`.
+def open_program(path: Path, device: str | torch.device) -> tuple[Program, dict[str, Any]]:
+    """What a file with one of :data:`SUFFIXES` computes, on a device, and its description.
 
     Raises:
         CheckpointError: missing, damaged, or not of these functions.
     """
-    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path.absolute()}")
     try:
@@ -191,8 +133,7 @@ def load_program(path: str | Path, device: str | torch.device = "cpu") -> Export
     description = json.loads(text or "{}")
     if "task" not in description:
         raise CheckpointError(f"{path} says nothing of its classes: only files of d2distill-export can be opened")
-    kind = ExportedDetector if description["task"] == "detection" else ExportedClassifier
-    return kind(program, description).eval()
+    return program, description
 
 
 def require(*names: str) -> list[Any]:
@@ -272,7 +213,7 @@ def _on_device(program: Program, device: torch.device) -> Program:
 
 
 _OPEN = {".pt2": _open_pt2, ".ts": _open_ts, ".onnx": _open_onnx}
-#: Endings of the files that :func:`load_program` opens.
+#: Endings of the files that :func:`open_program` opens.
 SUFFIXES = tuple(_OPEN)
 
 

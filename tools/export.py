@@ -41,6 +41,7 @@ def _main() -> None:
     require_detectron2()
     import torch
 
+    from d2distill.common.config import CfgNode, resolve_device
     from d2distill.common.engine.run_folder import write_text
     from d2distill.common.engine.weight_files import read_description
     from d2distill.deployed import student_file
@@ -55,7 +56,8 @@ def _main() -> None:
     require("huggingface_hub", *(["onnx", "onnxruntime", "onnxscript"] if "onnx" in formats else []))
     from d2distill.tools.model_card import model_card
 
-    export = kind(file, args.opts, args.images, torch.device(args.device))
+    device = resolve_device(CfgNode({"MODEL": {"DEVICE": args.device}}))
+    export = kind(file, args.opts, args.images, device)
     output = Path(args.output) if args.output else file.parent / "export"
     output.mkdir(parents=True, exist_ok=True)
     print(f"checked on {export.pictures}", flush=True)
@@ -73,7 +75,7 @@ def _main() -> None:
         rows.append(export.check(path))
         print(f"{path}: {rows[-1].difference}; calibrated on {calibrated}", flush=True)
 
-    text = f"{table(rows, export.metrics)}\n\nLatency: median, on {_machine(torch, args.device)}. {export.caption}\n"
+    text = f"{table(rows, export.metrics)}\n\nLatency: median, on {_machine(torch, device)}. {export.caption}\n"
     write_text(output / "export.md", text)
     metrics = student.metrics or _results(file, export.metrics)
     card = model_card(
@@ -98,9 +100,10 @@ def _check(known: dict[str, str], formats: list[str], int8: bool, task: str) -> 
         raise ConfigError("--int8 quantizes the ONNX file of a classifier: add onnx to --format, or leave it out")
 
 
-def _machine(torch, device: str) -> str:
+def _machine(torch, device) -> str:
     threads = torch.get_num_threads()
-    return f"the CPU ({threads} thread{'s' * (threads > 1)})" if device == "cpu" else torch.cuda.get_device_name(device)
+    cpu = f"the CPU ({threads} thread{'s' * (threads > 1)})"
+    return cpu if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 if __name__ == "__main__":

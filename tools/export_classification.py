@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from d2distill.classification.config import load_cfg, teacher_nodes
-from d2distill.classification.data import build_dataset, dataset_info
+from d2distill.classification.data import dataset_info
 from d2distill.classification.data.loader import FixedSubset, build_test_loader
-from d2distill.classification.deployed import DeployedClassifier
-from d2distill.classification.evaluation import AccuracyEvaluator
+from d2distill.classification.data.splits import load_splits, load_test_set
+from d2distill.classification.data.unreadable import UnreadableImages
+from d2distill.classification.deployed import DeployedClassifier, ExportedClassifier
+from d2distill.classification.evaluation import build_evaluator
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.networks import Normalize, build_network, model_stats, network_info
 from d2distill.common.errors import DataError, UserError
 from d2distill.deployed import load
-from d2distill.exported import ExportedClassifier, quantize_onnx, save_onnx, save_pt2, save_safetensors
+from d2distill.exported import quantize_onnx, save_onnx, save_pt2, save_safetensors
 from d2distill.tools.measuring import Row, median_ms, state_bytes
 from d2distill.tools.predict import find_pictures
 
@@ -32,13 +34,14 @@ class Export:
         formats: that there are, with the endings of their files.
         student: as loaded.
         pictures: which they are, for the log.
-        metrics: names of what the evaluator gives, the most important one first.
+        metrics: names of what evaluators of test images give.
         caption: what the numbers of a row are of.
         dataset: the name of the run's; empty where it is not known.
         origin: how the student was trained, a part of a sentence.
     """
 
     formats = {"safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
+    metrics = ("top1", "top5", "mAP")
 
     def __init__(self, file: Path, opts: list[str], images: str | None, device: torch.device) -> None:
         self.device = device
@@ -47,7 +50,7 @@ class Export:
         self.cfg = resolve_inputs(load_cfg(str(config), ["MODEL.DEVICE", "cpu", *opts])) if config.is_file() else None
         self.student = load(file)
         self.size = self.student.preprocess.fit.size
-        self.evaluator, self.metrics = AccuracyEvaluator(), ["top1", "top5"]
+        self.evaluator = None
         self.batches, self.pictures = self._test_pictures(images)
         self.eager = _takes_pixels(self.student).to(device)
         self.logits, self.accuracy = self._run(self.eager)
@@ -63,20 +66,21 @@ class Export:
         return f"trained on {self.dataset} {how}"
 
     def _test_pictures(self, images: str | None) -> tuple[Any, str]:
+        test_set, reason = None, "the run's config.yaml is not beside it"
         try:
-            test_set = build_dataset(self.cfg.DATASETS.NAME, self.cfg.DATASETS.ROOT, "val") if self.cfg else None
+            test_set = load_test_set(self.cfg) if self.cfg else None
         except (UserError, FileNotFoundError) as error:
-            test_set, reason = None, str(error).splitlines()[0]
-        else:
-            reason = "the run's config.yaml is not beside it"
+            reason = str(error).splitlines()[0]
         if test_set is not None:
-            fit, loading = self.student.preprocess.fit, self.cfg.DATALOADER.NUM_WORKERS
             if test_set.classes != self.student.classes:
                 raise DataError(
                     f"the test images have other classes than the student ({', '.join(test_set.classes[:5])} ...): "
                     "see DATASETS.ROOT"
                 )
-            loader = build_test_loader(test_set, self.cfg.TEST.IMS_PER_BATCH, fit, loading)
+            self.evaluator = build_evaluator(test_set.info)
+            unreadable = UnreadableImages() if self.cfg.DATALOADER.ON_ERROR == "skip" else None
+            fit, workers = self.student.preprocess.fit, self.cfg.DATALOADER.NUM_WORKERS
+            loader = build_test_loader(test_set, self.cfg.TEST.IMS_PER_BATCH, fit, workers, unreadable)
             return loader, f"{len(test_set)} test images of {test_set.info.name}"
         if images:
             pixels = [self.student.preprocess.pixels(path) for path in find_pictures([images])]
@@ -91,14 +95,14 @@ class Export:
     @torch.no_grad()
     def _run(self, network: nn.Module) -> tuple[Tensor, dict[str, float]]:
         """Logits of all pictures, on the CPU, and the accuracy where they have labels."""
-        logits, labeled = [], False
-        self.evaluator.reset()
+        logits = []
+        if self.evaluator is not None:
+            self.evaluator.reset()
         for batch in self.batches:
             logits.append(network(batch["image"].to(self.device).float()).cpu())
-            labeled = "label" in batch
-            if labeled:
+            if self.evaluator is not None:
                 self.evaluator.process(batch, logits[-1])
-        return torch.cat(logits), self.evaluator.evaluate() if labeled else {}
+        return torch.cat(logits), {} if self.evaluator is None else self.evaluator.evaluate()
 
     def write(self, form: str, path: Path) -> None:
         """Write a file of one of :attr:`formats`."""
@@ -114,9 +118,13 @@ class Export:
         opened = _takes_pixels(load(path, str(self.device))).to(self.device)
         logits, metrics = self._run(opened)
         differing = (logits - self.logits).abs().max().item()
-        same = (logits.argmax(1) == self.logits.argmax(1)).sum().item()
-        difference = f"{differing:.2g} in a logit; {same} of {len(logits)} have the same class"
+        same = (self._chosen(logits) == self._chosen(self.logits)).all(1).sum().item()
+        difference = f"{differing:.2g} in a logit; {same} of {len(logits)} pictures have the same class"
         return Row(path.name, None, None, path.stat().st_size, self._latency(opened), metrics, difference)
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """The classes of each picture, (N, 1), or (N, C) for those that have several."""
+        return logits > 0 if self.student.description.get("multi_label") else logits.argmax(1, keepdim=True)
 
     def student_row(self) -> Row:
         row = self._row("student", self.student.network, self.eager)
@@ -155,7 +163,7 @@ class Export:
     def quantize(self, path: Path, output: Path) -> str:
         """Write an ONNX file once more with weights and activations of 8 bits; returns what it was calibrated on."""
         try:
-            train_set = build_dataset(self.cfg.DATASETS.NAME, self.cfg.DATASETS.ROOT, "train") if self.cfg else None
+            train_set = load_splits(self.cfg)[0] if self.cfg else None
         except (UserError, FileNotFoundError):
             train_set = None
         batches, what = self.batches, self.pictures

@@ -11,6 +11,7 @@ exit code is then 1.
 
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,10 +48,11 @@ def _main() -> None:
     import torch
     from tabulate import tabulate
 
+    from d2distill.common.config import CfgNode, resolve_device
     from d2distill.deployed import load
 
-    output, auto = Path(args.output), "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.model, auto if args.device == "auto" else args.device)
+    output, device = Path(args.output), resolve_device(CfgNode({"MODEL": {"DEVICE": args.device}}))
+    model = load(args.model, str(device))
     detects = model.description["task"] == "detection"
     paths = find_pictures(args.input, output)
 
@@ -77,11 +79,11 @@ def _main() -> None:
 
 def find_pictures(inputs: Sequence[str], output: Path | None = None) -> list[Path]:
     """Files, those in folders that have an ending of pictures, and what globs match; each once, without `output`'s."""
-    from PIL import Image
+    from d2distill.classification.data.folders import ImageFiles
 
-    opened = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: dict[Path, None] = {}
-    passed_over: Counter[str] = Counter()
+    is_picture = ImageFiles()
+    own = {os.path.realpath(folder) for folder in (output, output / "pictures")} if output else set()
     for item in inputs:
         matches = [item] if Path(item).exists() else sorted(glob(item, recursive=True))
         if not matches:
@@ -90,17 +92,13 @@ def find_pictures(inputs: Sequence[str], output: Path | None = None) -> list[Pat
             if not match.is_dir():
                 found[match] = None
                 continue
-            for path in sorted(path for path in match.rglob("*") if path.is_file()):
-                hidden = any(part.startswith(".") for part in path.relative_to(match).parts)
-                if hidden or (output and output.resolve() in path.resolve().parents):
-                    continue
-                if path.suffix.lower() in opened:
-                    found[path] = None
-                else:
-                    passed_over[path.suffix or path.name] += 1
-    if passed_over:
-        endings = ", ".join(f"{ending} ({number})" for ending, number in passed_over.most_common(5))
-        print(f"passed over as no pictures, by their ending: {endings}", file=sys.stderr)
+            for folder, subfolders, names in os.walk(match):
+                visible = (name for name in sorted(subfolders) if not name.startswith("."))
+                subfolders[:] = [name for name in visible if os.path.realpath(os.path.join(folder, name)) not in own]
+                found |= {Path(folder, name): None for name in sorted(names) if is_picture(name)}
+    if is_picture.passed_over:
+        kinds = ", ".join(f"{kind} ({number})" for kind, (number, _) in is_picture.passed_over.items())
+        print(f"passed over as no pictures, by their ending: {kinds}", file=sys.stderr)
     if not found:
         raise DataError(f"no pictures in {', '.join(inputs)}")
     return list(found)
@@ -131,7 +129,7 @@ def _classes(model: Any, images: Any, top: int, threshold: float) -> list[dict[s
 
     with torch.inference_mode():
         logits = model(images.to(_device(model))).float().cpu()
-    several = bool(model.description.get("multilabel"))
+    several = bool(model.description.get("multi_label"))
     probabilities = logits.sigmoid() if several else logits.softmax(1)
     ranked = probabilities.sort(dim=1, descending=True, stable=True)
     records = []
@@ -181,8 +179,6 @@ def write_csv(path: Path, records: Iterable[dict[str, Any]], columns: Sequence[s
 
 def _names_below(output: Path, paths: Sequence[Path]) -> list[Path]:
     """Where each picture is drawn: below the output as they are below the folder that holds all of them."""
-    import os
-
     whole = [path.absolute() for path in paths]
     root = os.path.commonpath([path.parent for path in whole])
     # Two that differ in their ending alone stay two.

@@ -16,11 +16,14 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import d2distill
 from d2distill.classification.data import build_dataset
+from d2distill.classification.evaluation import average_precision
 from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.run_folder import write_run_folder
 from d2distill.common.errors import CheckpointError
 from d2distill.tools.export import main as export
 from d2distill.tools.export_classification import Export
+from tests.classification.test_multilabel import cfg_of as multi_label_cfg
+from tests.classification.test_multilabel import write_colors
 from tests.classification.tiny_training import run, small_cfg
 from tests.dataset_files import write_image_folder
 
@@ -81,7 +84,7 @@ def predict(model, pictures):
 @pytest.mark.slow
 def test_every_file_predicts_as_the_student(student, exported, digits):
     folder, printed = exported
-    assert "checked on 500 test images of digits" in printed and "500 of 500 have the same class" in printed
+    assert "checked on 500 test images of digits" in printed and "500 of 500 pictures have the same class" in printed
     assert "calibrated on 256 training images" in printed
     eager, pictures = d2distill.load(student), digits[0][:64]
     logits = predict(eager, pictures)
@@ -162,6 +165,24 @@ def test_without_the_test_images(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_pictures_with_several_classes(tmp_path, command):
+    write_colors(tmp_path / "data")
+    save(multi_label_cfg(tmp_path / "data", "OUTPUT_DIR", str(tmp_path / "run")))
+    code, printed, _ = command(export, tmp_path / "run", "--format", "pt2")
+    assert code == 0 and "12 of 12 pictures have the same class" in printed
+    card = ModelCard.load(tmp_path / "run/export/README.md")
+    student, model = d2distill.load(tmp_path / "run"), d2distill.load(tmp_path / "run/export/student.pt2")
+    test_set = build_dataset("multilabel", tmp_path / "data", "val")
+    pictures = [test_set.load(index)[0] for index in range(len(test_set))]
+    torch.testing.assert_close(predict(model, pictures), predict(student, pictures), rtol=1e-4, atol=1e-5)
+    columns = zip(predict(student, pictures).T, test_set.labels.T.bool(), strict=True)
+    average = [average_precision(*column).item() for column in columns]
+    (known,) = card.data.eval_results
+    assert (known.metric_type, known.metric_value) == ("mAP", pytest.approx(100 * sum(average) / 3, abs=0.01))
+    assert model.description["multi_label"]
+
+
+@pytest.mark.slow
 def test_a_file_that_differs_is_seen(student, digits, tmp_path):
     job = Export(student / "student_best.pth", [], None, torch.device("cpu"))
     with torch.no_grad():
@@ -181,6 +202,7 @@ def test_a_file_that_differs_is_seen(student, digits, tmp_path):
         ),
         (["--format", "pt2", "--int8"], "add onnx to --format"),
         (["DATASETS.ROT", "x"], "DATASETS.ROT"),
+        (["--device", "gpu"], "use cpu, cuda or auto"),
     ],
 )
 def test_errors_are_one_line(student, command, arguments, message):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from d2distill.classification.deployed import ExportedClassifier
 from d2distill.common.errors import DataError
-from d2distill.exported import ExportedClassifier, ExportedDetector
+from d2distill.detection.deployed import ExportedDetector
 from d2distill.tools.predict import find_pictures
 from d2distill.tools.predict import main as predict
 
@@ -33,7 +34,7 @@ def model(monkeypatch):
 
 @pytest.fixture
 def classifier(model):
-    """Logits (v, 0, 1) of images whose pixels are v / 10; several classes for each with `multilabel`."""
+    """Logits (v, 0, 1) of images whose pixels are v / 10; several classes for each with `multi_label`."""
 
     def build(**description):
         def program(images):
@@ -48,16 +49,29 @@ def classifier(model):
 
 def test_which_files_are_taken(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("in/b.png", "in/deep/a.JPG", "in/c.webp", "in/.hidden/d.png", "in/._e.png", "in/out/f.png", "g.png"):
+    for name in (
+        "in/b.png",
+        "in/deep/a.JPG",
+        "in/c.webp",
+        "in/.hidden/d.png",
+        "in/._e.png",
+        "in/out/f.png",
+        "g.png",
+        "in/pictures/h.png",
+    ):
         gray(tmp_path / name, 0)
     (tmp_path / "in/notes.txt").write_text("no picture")
     found = find_pictures(["g.png", "in", "in/*.png", "i*/**/*.JPG"], tmp_path / "in/out")
-    assert [str(path) for path in found] == ["g.png", "in/b.png", "in/c.webp", "in/deep/a.JPG"]
-    assert "by their ending: .txt (1)" in capsys.readouterr().err
+    assert [str(path) for path in found] == [
+        "g.png", "in/b.png", "in/c.webp", "in/deep/a.JPG", "in/pictures/h.png",
+    ]  # fmt: skip
+    assert "by their ending: hidden (1), .txt (1)" in capsys.readouterr().err
+    assert "in/pictures/h.png" not in map(str, find_pictures(["in"], tmp_path / "in"))
     with pytest.raises(DataError, match=r"^x\*\.png: no such picture"):
         find_pictures(["x*.png"])
-    with pytest.raises(DataError, match=r"no pictures in in/\.hidden"):
-        find_pictures(["in/.hidden/"], tmp_path / "in")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures in empty"):
+        find_pictures(["empty"])
 
 
 def test_classes_with_probabilities(classifier, command, tmp_path):
@@ -89,7 +103,7 @@ def test_classes_with_probabilities(classifier, command, tmp_path):
 
 
 def test_a_picture_with_several_classes(classifier, command, tmp_path):
-    classifier(multilabel=True)
+    classifier(multi_label=True)
     files = [gray(tmp_path / "a.png", 20), gray(tmp_path / "b.png", 0)]
     code, _, _ = command(predict, "model", *files, "--output", tmp_path, "--top", 1, "--threshold", 0.6)
     first, second = json.loads((tmp_path / "predictions.json").read_text())
