@@ -15,7 +15,7 @@ from d2distill.classification.data.splits import load_splits, split_positions
 from d2distill.classification.evaluation import AveragePrecisionEvaluator, average_precision
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.models import build_model
-from d2distill.classification.trainer import evaluate, load_datasets, train
+from d2distill.classification.trainer import build_trainer, evaluate, load_datasets, train
 from d2distill.common.distillers import DISTILLERS, bckd_loss
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import ConfigError, DataError, DivergedError
@@ -170,8 +170,8 @@ def test_class_weights_are_those_of_positives(tmp_path):
     torch.testing.assert_close(model(batch)["loss_ce"], expected)
     labels = write_colors(tmp_path)["train"]
     cfg = cfg_of(tmp_path, "SOLVER.CLASS_WEIGHTS", "balanced")
-    load_datasets(cfg)
-    assert cfg.SOLVER.CLASS_WEIGHTS == pytest.approx((24 - labels.sum(0)) / labels.sum(0))
+    weights = build_trainer(cfg, *load_datasets(cfg)).task.model.class_weights
+    assert weights.tolist() == pytest.approx((24 - labels.sum(0)) / labels.sum(0))
 
 
 def test_bckd_counts_every_image():
