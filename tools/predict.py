@@ -61,9 +61,10 @@ def _main() -> None:
             return _boxes(model, inputs, args.threshold)
         return _classes(model, torch.stack(inputs), args.top, args.threshold)
 
-    records = list(predict(paths, model.preprocess, run, args.batch_size or (1 if detects else 32)))
     output.mkdir(parents=True, exist_ok=True)
-    (output / "predictions.json").write_text(json.dumps(records, indent=2) + "\n")
+    records = list(predict(paths, model.preprocess, run, args.batch_size or (1 if detects else 32)))
+    text = json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+    (output / "predictions.json").write_text(text, encoding="utf-8")
     write_csv(output / "predictions.csv", records, ["class", "score", "x0", "y0", "x1", "y1"] if detects else None)
     if detects or args.draw:
         for record, name in zip(records, _names_below(output, paths), strict=True):
@@ -166,7 +167,7 @@ def _device(model: Any) -> Any:
 
 def write_csv(path: Path, records: Iterable[dict[str, Any]], columns: Sequence[str] | None) -> None:
     """A line for each class, or for each box where there are `columns`."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", *(columns or ["rank", "class", "probability"])])
         for record in records:

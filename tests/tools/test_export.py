@@ -119,6 +119,7 @@ def test_the_table_and_the_card_have_the_accuracies(student, exported, digits):
     assert card.data.eval_results[0].metric_value == best and card.data.eval_results[0].dataset_name == "digits"
     assert "trained on digits by KD from resnet8" in card.text and table.strip() in card.text
     assert table in printed
+    assert '"source": "student_final.pth", "sha256"' in card.text and str(student.parent) not in card.text
 
 
 @pytest.mark.slow
