@@ -23,7 +23,7 @@ THRESHOLDS = {"MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.091, "MODEL__RETINANET__S
 
 def save(name, folder):
     """A run folder without a training."""
-    cfg = tiny_cfg(name, folder, **THRESHOLDS)
+    cfg = tiny_cfg(name, folder, TEST__TEACHER=False, **THRESHOLDS)
     register_datasets(cfg)
     trainer = build_trainer(cfg, load_training_set(cfg))
     folder.mkdir()

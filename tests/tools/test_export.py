@@ -49,12 +49,16 @@ def save(cfg):
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def untrained(tmp_path_factory):
+    return save(small_cfg(tmp_path_factory.mktemp("runs") / "teacher", DISTILL__METHODS=[]))
+
+
+@pytest.fixture(scope="module")
+def student(untrained):
     """A run on digits that distils from a teacher whose weights are there."""
-    folder = tmp_path_factory.mktemp("runs")
-    save(small_cfg(folder / "teacher", DISTILL__METHODS=[]))
+    folder = untrained.parent
     short = {"SOLVER__EPOCHS": 3, "DATASETS__TRAIN_SIZE": 400, "TEST__TEACHER": False, "TEST__EVAL_PERIOD": 3}
-    teacher = {"MODEL__TEACHER__NAME": "resnet8", "MODEL__TEACHER__WEIGHTS": str(folder / "teacher/student_final.pth")}
+    teacher = {"MODEL__TEACHER__NAME": "resnet8", "MODEL__TEACHER__WEIGHTS": str(untrained / "student_final.pth")}
     run(small_cfg(folder / "student", **short, **teacher, DISTILL__METHODS=["KD"], DISTILL__KD__WEIGHT=0.01))
     return folder / "student"
 
@@ -206,14 +210,14 @@ def test_a_file_that_differs_is_seen(student, digits, tmp_path):
         (["--device", "gpu"], "use cpu, cuda or auto"),
     ],
 )
-def test_errors_are_one_line(student, command, arguments, message):
-    code, _, errors = command(export, student, *arguments)
+def test_errors_are_one_line(untrained, command, arguments, message):
+    code, _, errors = command(export, untrained, *arguments)
     assert code == 2 and message in errors and errors.count("\n") == 1
 
 
-def test_missing_packages_are_named(student, command, monkeypatch):
+def test_missing_packages_are_named(untrained, command, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, errors = command(export, student)
+    code, _, errors = command(export, untrained)
     assert code == 2 and "pip install onnx onnxruntime" in errors
 
 
