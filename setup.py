@@ -24,6 +24,8 @@ setup(
             "d2distill-train-cls = d2distill.commands:train_cls",
             "d2distill-train-det = d2distill.commands:train_det",
             "d2distill-eval = d2distill.tools.eval_cls:main",
+            "d2distill-predict = d2distill.tools.predict:main",
+            "d2distill-export = d2distill.tools.export:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
         ]
     },
@@ -53,10 +55,15 @@ setup(
     extras_require={
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
+        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.6", "huggingface_hub>=0.34"],
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
         "dev": [
             "scikit-learn>=1.3",
             "timm>=1.0.15",
+            "onnx>=1.19",
+            "onnxruntime>=1.23",
+            "onnxscript>=0.5.6",
+            "huggingface_hub>=0.34",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.9",

@@ -1,6 +1,6 @@
 """What a student needs when it is used: described beside its weights, and built again from there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from d2distill.common.distillers import Distiller
 from d2distill.common.engine.weight_files import compare_states, source_digest
 from d2distill.common.errors import CheckpointError
 
-__all__ = ["DeployedClassifier", "describe_student", "load_student_file", "shipped_methods"]
+__all__ = [
+    "DeployedClassifier", "ExportedClassifier", "describe_student", "load_program", "load_student_file",
+    "shipped_methods",
+]  # fmt: skip
 
 #: A data set of this package for each family of models, in place of one that may not be known where a student is used.
 _STOCK = {"cifar": "cifar100", "tiny_imagenet": "tiny_imagenet", "imagenet": "folder"}
@@ -46,6 +49,24 @@ class DeployedClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+
+class ExportedClassifier(nn.Module):
+    """A student from a file of ``d2distill-export`` that normalizes by itself. Images (N, 3, S, S) to logits (N, C).
+
+    Attributes:
+        classes, description: as :class:`DeployedClassifier`'s.
+        preprocess: makes a uint8 tensor (3, S, S) of a path or a PIL image.
+    """
+
+    def __init__(self, program: Callable[[Tensor], Sequence[Tensor]], description: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.program, self.description = program, dict(description)
+        self.classes = list(description["classes"])
+        self.preprocess = Preprocess(**description["preprocess"]).pixels
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.program(images.float())[0]
 
 
 class Preprocess:
@@ -145,3 +166,8 @@ def load_student_file(file: str, weights: Mapping[str, Tensor], description: Map
         raise CheckpointError(f"{file}: the weights are not of the network that it describes: {differing}")
     network.load_state_dict(weights, strict=False)
     return student
+
+
+def load_program(program: Callable[[Tensor], Sequence[Tensor]], description: Mapping[str, Any]) -> ExportedClassifier:
+    """The student of an exported file."""
+    return ExportedClassifier(program, description).eval()

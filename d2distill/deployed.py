@@ -14,20 +14,27 @@ def load(path: str | Path, device: str = "cpu") -> nn.Module:
     """The student of a run, ready for use.
 
     Args:
-        path: a run folder, of which the best student is taken, or else the final one; or a ``student_*.pth`` file.
+        path: a run folder, of which the best student is taken, or else the final one; a ``student_*.pth`` file; or a
+            file of ``d2distill-export``.
 
     Returns:
         A module in eval mode with ``classes``, ``preprocess`` and ``description``: a
         :class:`~d2distill.classification.deployed.DeployedClassifier`, which turns a batch of preprocessed images into
         logits, or a :class:`~d2distill.detection.deployed.DeployedDetector`, which turns a list of preprocessed images
-        into Detectron2's results.
+        into Detectron2's results. Of an exported program an
+        :class:`~d2distill.classification.deployed.ExportedClassifier` or
+        :class:`~d2distill.detection.deployed.ExportedDetector`, used alike.
 
     Raises:
         CheckpointError: there is no student, or it is damaged, or its file says nothing of its network.
     """
     require_detectron2()
     from d2distill.common.engine.weight_files import read_description, read_weights
+    from d2distill.exported import SUFFIXES, open_program
 
+    if Path(path).suffix in SUFFIXES:
+        program, description = open_program(Path(path), device)
+        return import_module(f"d2distill.{description['task']}.deployed").load_program(program, description)
     file = str(student_file(path))
     weights, description = read_weights(file), read_description(file)
     task = description.get("task")

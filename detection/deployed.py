@@ -1,6 +1,6 @@
 """What a student detector needs when it is used: described beside its weights, and built again from there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import build_augmentation, convert_PIL_to_numpy, read_image
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from d2distill.common.engine.weight_files import compare_states, source_digest
 from d2distill.common.errors import CheckpointError, DataError
 from d2distill.detection.config import copy_settings
 
-__all__ = ["DeployedDetector", "describe_student", "load_student_file"]
+__all__ = ["DeployedDetector", "ExportedDetector", "describe_student", "load_program", "load_student_file"]
 
 #: What is built in place of this package's detectors where there is no teacher.
 _STOCK = {"DistillRCNN": "GeneralizedRCNN", "DistillRetinaNet": "RetinaNet"}
@@ -47,6 +49,30 @@ class DeployedDetector(nn.Module):
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return self.network(batched_inputs)
+
+
+class ExportedDetector(nn.Module):
+    """A student from a file of ``d2distill-export``, used as a :class:`DeployedDetector`; it is run image by image.
+
+    Attributes:
+        classes, preprocess, description: as there.
+    """
+
+    def __init__(self, program: Callable[[Tensor], Sequence[Tensor]], description: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.program, self.description = program, dict(description)
+        self.classes = list(description["classes"])
+        self.preprocess = Preprocess(_described_cfg(description))
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        results = []
+        for entry in batched_inputs:
+            size = entry["image"].shape[1:]
+            boxes, scores, classes = self.program(entry["image"].float())
+            found = Instances(tuple(size), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+            height, width = entry.get("height", size[0]), entry.get("width", size[1])
+            results.append({"instances": detector_postprocess(found, height, width)})
+        return results
 
 
 class Preprocess:
@@ -113,8 +139,7 @@ def load_student_file(file: str, weights: Mapping[str, Tensor], description: Map
         CheckpointError: they do not belong together, or the network is of a user's own code that is not imported.
     """
     try:
-        cfg = detectron2_cfg()
-        cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(description["config"])))
+        cfg = _described_cfg(description)
         with torch.random.fork_rng(devices=[]):
             network = build_model(cfg)
         student = DeployedDetector(network, cfg, description)
@@ -130,3 +155,14 @@ def load_student_file(file: str, weights: Mapping[str, Tensor], description: Map
         for name in own_state.keys() & weights.keys():
             own_state[name].copy_(weights[name])
     return student
+
+
+def load_program(program: Callable[[Tensor], Sequence[Tensor]], description: Mapping[str, Any]) -> ExportedDetector:
+    """The student of an exported file."""
+    return ExportedDetector(program, description).eval()
+
+
+def _described_cfg(description: Mapping[str, Any]) -> CfgNode:
+    cfg = detectron2_cfg()
+    cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(description["config"])))
+    return cfg

@@ -1,4 +1,4 @@
-"""A picture of what several detectors find in the same images, beside the ground truth."""
+"""Pictures with boxes: one alone, or what several detectors find in the same images, beside the ground truth."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -19,7 +19,7 @@ from d2distill.detection.data import build_test_loader, load_test_set, register_
 from d2distill.detection.weights import load_student
 from d2distill.tools.comparison import Comparison
 
-__all__ = ["draw_detections"]
+__all__ = ["draw_detections", "draw_picture"]
 
 #: A box x0, y0, x1, y1 in pixels, its class, and its label.
 Box = tuple[Sequence[float], int, str]
@@ -71,6 +71,25 @@ def draw_detections(comparison: Comparison, path: str | Path, num_images: int = 
             axes.axis("off")
             for box in per_image:
                 _draw(axes, box, image.shape)
+    figure.savefig(path)
+
+
+def draw_picture(source: str | Path, boxes: Sequence[Box], path: str | Path, title: str = "") -> None:
+    """Draw an image file upright as a PNG, with boxes in its pixels, the last on top, and a title at its upper edge."""
+    image = read_image(str(source), "RGB")
+    height, width = image.shape[:2]
+    # 8 inches long, so that letters and lines have the same share of every picture. Small ones are enlarged.
+    inches, dpi = 8 / max(height, width), max(80, max(height, width) / 8)
+    figure = Figure(figsize=(width * inches, height * inches), dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1))
+    # Boxes begin at the edges of pixels.
+    axes.imshow(image, interpolation="bicubic", aspect="auto", extent=(0, width, height, 0))
+    axes.axis("off")
+    for box in boxes:
+        _draw(axes, box, image.shape)
+    if title:
+        background = {"facecolor": "black", "edgecolor": "none", "alpha": 0.6}
+        axes.text(0.01, 0.99, title, transform=axes.transAxes, va="top", color="white", bbox=background, wrap=True)
     figure.savefig(path)
 
 
