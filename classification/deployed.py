@@ -122,7 +122,7 @@ def describe_student(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDatas
         config["DISTILL"] = {"METHODS": shipped} | {n.upper(): dict(cfg.DISTILL[n.upper()]) for n in shipped}
     weights = {"MODEL.STUDENT.WEIGHTS": student.WEIGHTS}
     weights |= {f"MODEL.TEACHER.WEIGHTS {i}": node.WEIGHTS for i, node in enumerate(teacher_nodes(cfg))}
-    data = {"source": cfg.DATASETS.NAME, "root": cfg.DATASETS.ROOT}
+    data: dict[str, Any] = {"source": cfg.DATASETS.NAME}
     splits = {"training images": train_set, "test images": test_set}
     data |= {name: {"number": len(split), "sha256": split.fingerprint()} for name, split in splits.items()}
     return {

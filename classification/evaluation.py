@@ -145,16 +145,18 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     return (precision * hits.diff(prepend=hits.new_zeros(1))).sum() / hits[-1]
 
 
-def report_classes(evaluator: Evaluator, dataset: ImageDataset, confusion: str | Path) -> dict[str, float | None]:
+def report_classes(
+    evaluator: Evaluator, dataset: ImageDataset, confusion: str | Path | None
+) -> dict[str, float | None]:
     """The metric of each class in percent, None where it is not defined; the three lowest are logged.
 
     Args:
-        confusion: the CSV file for the confusion matrix, written if its folder can be written to, the images have one
-            class each, and there are at most 1000 classes: of many more it would be of gigabytes.
+        confusion: the CSV file for the confusion matrix, or None; written if its folder can be written to, the images
+            have one class each, and there are at most 1000 classes: of many more it would be of gigabytes.
     """
     names, values = dataset.classes, evaluator.per_class.tolist()
     known = isinstance(evaluator, AccuracyEvaluator) and len(names) <= 1000
-    if known and os.access(Path(confusion).parent, os.W_OK):
+    if known and confusion is not None and os.access(Path(confusion).parent, os.W_OK):
         _write_confusion(confusion, evaluator.pairs, names)
     per_class = {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
     worst = sorted((value, name) for name, value in per_class.items() if value is not None)[:3]

@@ -1,14 +1,13 @@
 """How each network's images are made: settings, else what belongs to its weights, else what the data set says."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from d2distill.classification.config import teacher_nodes
 from d2distill.classification.data import dataset_info
 from d2distill.classification.models.published import InputSpec, published_input
 from d2distill.common.config import CfgNode
-from d2distill.common.engine.weight_files import LIBRARIES, read_description
+from d2distill.common.engine.weight_files import LIBRARIES, preprocess_in, read_description
 
 __all__ = ["resolve_inputs"]
 
@@ -27,6 +26,7 @@ def resolve_inputs(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     info, inputs, student = dataset_info(cfg.DATASETS.NAME), cfg.INPUT, cfg.MODEL.STUDENT
     own, source = _input_spec(student.NAME, student.WEIGHTS)
+    is_open = not (inputs.SIZE and inputs.RESIZE and inputs.INTERPOLATION)
     if inputs.SIZE == 0:
         any_size = own is not None and info.model_family == "imagenet"
         inputs.SIZE = own.size if any_size else info.image_size
@@ -35,7 +35,7 @@ def resolve_inputs(cfg: CfgNode) -> CfgNode:
         inputs.RESIZE = round(inputs.SIZE * resize / size)
     if not inputs.INTERPOLATION:
         inputs.INTERPOLATION = own.interpolation if own is not None else "bilinear"
-    if own is not None:
+    if own is not None and is_open:
         logger.info(
             f"MODEL.STUDENT: test images are resized to {inputs.RESIZE} pixels ({inputs.INTERPOLATION}) and cropped to "
             f"{inputs.SIZE}, after {source}"
@@ -64,11 +64,9 @@ def _set_statistics(key: str, node: CfgNode, own: InputSpec | None, source: str,
 def _input_spec(name: str, weights: str) -> tuple[InputSpec | None, str]:
     """What a network with such weights expects, and who says so."""
     if weights and weights.partition(":")[0] not in LIBRARIES:
-        description = read_description(weights)
-        prepared = description.get("preprocess") if isinstance(description, Mapping) else None
-        if isinstance(prepared, Mapping):
-            keys = ("mean", "std", "size", "resize", "interpolation")
-            mean, std, *rest = (prepared[key] for key in keys)
+        found = preprocess_in(read_description(weights), "mean", "std", "size", "resize", "interpolation")
+        if found is not None:
+            mean, std, *rest = found
             return InputSpec(tuple(mean), tuple(std), *rest), f"the run that made {weights}"
     for source in (weights, name):
         if (found := published_input(source)) is not None:

@@ -281,5 +281,6 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
         ) from error
     if unreadable is not None:
         unreadable.summarize()
-    run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion_eval.csv")))
+    confusion = Path(cfg.OUTPUT_DIR, "confusion_eval.csv") if cfg.OUTPUT_DIR else None
+    run_on_main_process(lambda: report_classes(evaluator, test_set, confusion))
     return results

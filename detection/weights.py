@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from d2distill.common.engine.weight_files import (
     Mismatch,
     check_finite,
     compare_states,
+    description_in,
+    preprocess_in,
     read_content,
     state_dict_of,
 )
@@ -32,7 +34,7 @@ __all__ = ["DetectorWeights", "has_teacher", "load_student", "load_teacher", "re
 logger = logging.getLogger("detectron2.d2distill")
 
 # What the libraries' classifiers were trained with, of 0..255.
-_IMAGENET_MEAN, _IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_IMAGENET = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class DetectorWeights:
         state: tensors by Detectron2's names; only ``backbone.bottom_up.*`` if the file is a classifier's.
         teacher: those of the file's ``teacher.*``, without this prefix.
         author: as Detectron2's files name it; ``torchvision`` or ``timm`` for their classifiers.
+        images: the channels' order, mean and deviation that it was trained with, where that is known.
         matching_heuristics: the names lack their prefixes, and Detectron2's ``align_and_update_state_dicts`` finds
             where the tensors belong.
     """
@@ -53,6 +56,7 @@ class DetectorWeights:
     teacher: dict[str, Tensor]
     author: str = ""
     matching_heuristics: bool = False
+    images: tuple[str, Sequence[float], Sequence[float]] | None = None
 
 
 def read_detector(source: str) -> DetectorWeights:
@@ -86,10 +90,11 @@ def read_detector(source: str) -> DetectorWeights:
     state = nested_mobilenetv2_names(state)
     backbone = convert_classifier_backbone(state, source)
     if backbone is not None:
-        return DetectorWeights(source, backbone, {}, author or LIBRARIES[0])
+        return DetectorWeights(source, backbone, {}, author or LIBRARIES[0], images=_IMAGENET)
     teacher = {n.removeprefix("teacher."): v for n, v in state.items() if n.startswith("teacher.")}
     state = {n: v for n, v in state.items() if not n.startswith(("teacher.", "distillers."))}
-    return DetectorWeights(source, _without_constants(state), _without_constants(teacher), author)
+    images = preprocess_in(description_in(content), "format", "mean", "std")
+    return DetectorWeights(source, _without_constants(state), _without_constants(teacher), author, images=images)
 
 
 def has_teacher(source: str) -> bool:
@@ -113,9 +118,7 @@ def load_student(model: nn.Module, source: str, key: str = "MODEL.WEIGHTS", comp
     """
     if not source:
         return
-    weights = _load(model, source, key, complete)
-    if weights.author in LIBRARIES:
-        _check_input(model, weights, key)
+    _load(model, source, key, complete)
 
 
 def load_teacher(teacher: nn.Module, source: str, key: str = "TEACHER.MODEL.WEIGHTS") -> None:
@@ -130,7 +133,7 @@ def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if n not in ("pixel_mean", "pixel_std") and "cell_anchors" not in n}
 
 
-def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "MODEL") -> DetectorWeights:
+def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "MODEL") -> None:
     """Load `source`; `node` is where the configuration has the model's settings."""
     try:
         weights = read_detector(source)
@@ -187,7 +190,8 @@ def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "
     rest = Mismatch([n for n in found.missing if n.startswith(BOTTOM_UP)], unexpected, {})
     if any(rest):
         logger.warning(f"{where} is not exactly of this network: {rest}")
-    return weights
+    if weights.images is not None:
+        _check_input(model, weights, where, node.removesuffix("MODEL"))
 
 
 def _stage_depths(names: Iterable[str]) -> Counter[str]:
@@ -195,15 +199,16 @@ def _stage_depths(names: Iterable[str]) -> Counter[str]:
     return Counter(stage for stage, _ in blocks)
 
 
-def _check_input(model: nn.Module, weights: DetectorWeights, key: str) -> None:
-    """Warn if a classifier's weights would see other images, or strides, than in their training."""
-    wanted = []
-    if model.input_format != "RGB":
-        wanted.append("INPUT.FORMAT RGB")
-    for node, values in (("pixel_mean", _IMAGENET_MEAN), ("pixel_std", _IMAGENET_STD)):
+def _check_input(model: nn.Module, weights: DetectorWeights, where: str, prefix: str) -> None:
+    """Warn if weights would see other images, or a classifier's other strides, than in their training."""
+    wanted, (channels, mean, std) = [], weights.images
+    if model.input_format != channels:
+        wanted.append(f"{prefix}INPUT.FORMAT {channels}")
+    for node, values in (("pixel_mean", mean), ("pixel_std", std)):
         if (getattr(model, node).flatten().cpu() - torch.tensor(values)).abs().max() > 5:
-            wanted.append(f"MODEL.{node.upper()} {list(values)}")
-    if any(isinstance(block, BottleneckBlock) and block.conv1.stride != (1, 1) for block in model.modules()):
+            wanted.append(f"{prefix}MODEL.{node.upper()} {list(values)}")
+    blocks = (block for block in model.modules() if isinstance(block, BottleneckBlock))
+    if weights.author in LIBRARIES and any(block.conv1.stride != (1, 1) for block in blocks):
         wanted.append("MODEL.RESNETS.STRIDE_IN_1X1 False")
     if wanted:
-        logger.warning(f"{key}: {weights.source} ({weights.author}) was trained with other settings: set {wanted}")
+        logger.warning(f"{where} ({weights.author or 'd2distill'}) was trained with other settings: set {wanted}")

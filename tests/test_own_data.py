@@ -58,10 +58,10 @@ SMALL_RUN = {
     "MODEL.DEVICE": "cpu", "INPUT.SIZE": 32, "SOLVER.EPOCHS": 6, "SOLVER.IMS_PER_BATCH": 12, "DATALOADER.NUM_WORKERS": 0
 }  # fmt: skip
 NETWORKS = {
-    "folder_teacher": {"MODEL.STUDENT.NAME": "timm:test_resnet", "MODEL.STUDENT.WEIGHTS": "imagenet_resnet.pth"},
+    "folder_teacher": {"MODEL.STUDENT.NAME": "timm:test_convnext2", "MODEL.STUDENT.WEIGHTS": "imagenet_convnext2.pth"},
     "folder_student": {"MODEL.STUDENT.NAME": "timm:test_convnext", "MODEL.STUDENT.WEIGHTS": "imagenet_convnext.pth"},
 }
-NETWORKS["folder_dkd"] = NETWORKS["folder_student"] | {"MODEL.TEACHER.NAME": "timm:test_resnet"}
+NETWORKS["folder_dkd"] = NETWORKS["folder_student"] | {"MODEL.TEACHER.NAME": "timm:test_convnext2"}
 
 
 def write_fruit(folder):
@@ -78,7 +78,7 @@ def test_pictures_in_folders(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     write_fruit(tmp_path / "photos")
     torch.manual_seed(0)
-    for name in ("resnet", "convnext"):  # as ImageNet's: 1000 classes
+    for name in ("convnext2", "convnext"):  # as ImageNet's: 1000 classes
         torch.save({"state_dict": timm.create_model(f"test_{name}").state_dict()}, f"imagenet_{name}.pth")
     *others, last = [line for line in COMMANDS if "-det" not in line and "own" not in line and "found" not in line]
     assert len(others) == 6 and last.startswith("d2distill-predict shipped/student.onnx")
@@ -112,7 +112,8 @@ SMALL_DETECTOR = {
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 100, "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50, "MODEL.RPN.PRE_NMS_TOPK_TEST": 100,
     "MODEL.RPN.POST_NMS_TOPK_TEST": 20, "INPUT.MIN_SIZE_TRAIN": "(96,)", "INPUT.MIN_SIZE_TEST": 96,
     "SOLVER.BASE_LR": 0.005, "SOLVER.WARMUP_ITERS": 10, "SOLVER.CLIP_GRADIENTS.ENABLED": True, "TEST.EVAL_PERIOD": 0,
-    "DATALOADER.NUM_WORKERS": 0,
+    # The same for teacher and student, as the student begins with the teacher's weights.
+    "INPUT.FORMAT": "RGB", "MODEL.PIXEL_MEAN": [120.0] * 3, "MODEL.PIXEL_STD": [60.0] * 3, "DATALOADER.NUM_WORKERS": 0,
 }  # fmt: skip
 STEPS = {
     "own_teacher": {"MODEL.WEIGHTS": "coco.pth", "SOLVER.MAX_ITER": 100},
@@ -153,7 +154,9 @@ def test_boxes_in_cocos_format(tmp_path, monkeypatch, command):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     write_shapes(tmp_path / "datasets/own")
     shapes = [part for pair in SMALL_DETECTOR.items() for part in pair]
-    coco = load_cfg("configs/det/own_teacher.yaml", [*shapes, "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 80])
+    coco = load_cfg(
+        str(ROOT / "configs/det/own_teacher.yaml"), [*shapes, "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", 80]
+    )
     torch.manual_seed(0)
     torch.save({"model": build_model(coco).state_dict()}, "coco.pth")
     *others, last = [line for line in COMMANDS if "own_" in line or "shipped_detector" in line]

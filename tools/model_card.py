@@ -97,16 +97,10 @@ def model_card(
         "table": table.strip(),
         "classes": ", ".join(f"{number} {label}" for number, label in enumerate(description["classes"])),
         "preprocess": _lines(description["preprocess"]),
-        "made_from": _lines(_without_paths(description["made_from"])),
+        "made_from": _lines(description["made_from"]),
     }
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{_TEXT.format_map(facts)}")
 
 
 def _lines(entries: Mapping[str, Any]) -> str:
     return "\n".join(f"- {key}: `{json.dumps(value, ensure_ascii=False)}`" for key, value in entries.items())
-
-
-def _without_paths(made_from: Mapping[str, Any]) -> dict[str, Any]:
-    """What a student was made from, without the folders of the machine where it was."""
-    facts = {key: {name: value for name, value in made.items() if name != "root"} for key, made in made_from.items()}
-    return {key: made | {"source": made["source"].rpartition("/")[2]} for key, made in facts.items()}

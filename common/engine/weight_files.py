@@ -236,22 +236,35 @@ def read_description(source: str) -> dict[str, Any]:
     Files that cannot be read have none either: loading their weights will say why.
     """
     try:
-        content = read_content(source)
+        return description_in(read_content(source))
+    except CheckpointError:
+        return {}
+
+
+def description_in(content: Any) -> dict[str, Any]:
+    """The same of what :func:`read_content` returned."""
+    try:
         found = json.loads(content[DESCRIPTION]) if isinstance(content, Mapping) and DESCRIPTION in content else {}
-    except (CheckpointError, TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def preprocess_in(description: Mapping[str, Any], *keys: str) -> tuple[Any, ...] | None:
+    """These entries of a description's ``preprocess``; None where not all of them are there."""
+    found = description.get("preprocess")
+    return tuple(found[key] for key in keys) if isinstance(found, dict) and set(keys) <= found.keys() else None
+
+
 def source_digest(source: str) -> dict[str, str]:
-    """Where weights came from, and the SHA-256 of the file."""
+    """The name of a file of weights or annotations, without the folders of this machine, and its SHA-256."""
     if source.partition(":")[0] in LIBRARIES:
         return {"source": source}
     digest = hashlib.sha256()
     with open(_local_path(source), "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {"source": source, "sha256": digest.hexdigest()}
+    return {"source": os.path.basename(source), "sha256": digest.hexdigest()}
 
 
 def weights_digest(network: nn.Module) -> str:

@@ -14,6 +14,7 @@ import d2distill
 from d2distill.common.errors import DataError
 from d2distill.detection.data import load_training_set, register_datasets
 from d2distill.detection.trainer import build_trainer
+from d2distill.detection.weights import load_student
 from tests.detection.tiny_training import TINY, tiny_cfg
 
 
@@ -55,3 +56,18 @@ def test_stock_detectron2_builds_and_loads_it(tiny, tmp_path):
     DetectionCheckpointer(model).load(str(tmp_path / "student_final.pth"))
     own = trainer.task.deployed_student().state_dict()
     assert all(torch.equal(own[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_students_own_images_are_compared(tiny, tmp_path, log):
+    """Its file says with which it was trained; another order of channels would go unseen."""
+    cfg = tiny_cfg("rcnn", tmp_path)
+    register_datasets(cfg)
+    trainer = build_trainer(cfg, load_training_set(cfg))
+    trainer.save_student("final")
+    log.clear()
+    student = str(tmp_path / "student_final.pth")
+    load_student(trainer.task.model, student)
+    assert "was trained with other settings" not in log.text
+    trainer.task.model.input_format = "BGR" if cfg.INPUT.FORMAT == "RGB" else "RGB"
+    load_student(trainer.task.model, student)
+    assert f"was trained with other settings: set ['INPUT.FORMAT {cfg.INPUT.FORMAT}']" in log.text
