@@ -72,7 +72,7 @@ def test_distill_on_cifar100_and_evaluate(cifar, tmp_path, command):
     results = json.loads((run / "results.json").read_text())
     assert results["parameters"] == 1233540 and 0 <= results["top1"] <= results["best_top1"] <= 100
     student = torch.load(run / "student_final.pth", weights_only=True)
-    assert list(student) == ["model"]
+    assert list(student) == ["model", "d2distill"]
     build_model("resnet8x4", 100).load_state_dict(student["model"])
     final = ("-m", "resnet8x4", "-d", "cifar100", "-c", run / "student_final.pth")
     _, printed, _ = command(eval_cls, *final, "DATASETS.ROOT", cifar, *FAST[2:])

@@ -40,13 +40,15 @@ def load(path, *opts):
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_config_is_built_and_stepped(path):
     # Networks of convolutions take small images as well.
-    cfg = load(path, *(["INPUT.SIZE", "64"] if "imagenet" in path.stem and "deit" not in path.stem else []))
+    large = path.stem.startswith(("imagenet", "folder")) and "deit" not in path.stem
+    own = path.stem.startswith("folder")
+    cfg = load(path, *(["INPUT.SIZE", "64"] if large else []), *(["MODEL.NUM_CLASSES", "6"] if own else []))
     assert cfg.OUTPUT_DIR == str(Path("output", path.stem).resolve())
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=50)
     optimizer = build_optimizer(model, cfg.SOLVER)
     build_lr_scheduler(optimizer, cfg.SOLVER, epoch_length=10)
-    size, classes = image_size(cfg), dataset_info(cfg.DATASETS.NAME).num_classes
+    size, classes = image_size(cfg), cfg.MODEL.NUM_CLASSES or dataset_info(cfg.DATASETS.NAME).num_classes
     batch = {"image": array(0, 2, 3, size, size) * 50 + 120, "label": torch.tensor([0, classes - 1])}
     batch["index"] = torch.tensor([3, 4])
     losses = model(batch, 1)
