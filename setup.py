@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     packages=["d2distill", *(f"d2distill.{name}" for name in find_packages(include=[f"{f}*" for f in FOLDERS]))],
     package_dir={f"d2distill.{folder}": folder for folder in FOLDERS},
-    package_data={"d2distill.configs": ["*/*.yaml"]},
+    package_data={"d2distill.configs": ["*/*.yaml"], "d2distill.tools": ["*.yaml"]},
     entry_points={
         "console_scripts": [
             "d2distill-train-cls = d2distill.commands:train_cls",
@@ -27,6 +27,9 @@ setup(
             "d2distill-predict = d2distill.tools.predict:main",
             "d2distill-export = d2distill.tools.export:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
+            "d2distill-sweep = d2distill.tools.sweep:main",
+            "d2distill-list = d2distill.tools.list:main",
+            "d2distill-convert-config = d2distill.tools.convert_config:main",
         ]
     },
     python_requires=">=3.10",
@@ -56,6 +59,7 @@ setup(
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.6", "huggingface_hub>=0.34"],
+        "slurm": ["submitit>=1.5"],  # for d2distill-sweep --slurm
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
         "dev": [
             "scikit-learn>=1.3",
@@ -64,6 +68,7 @@ setup(
             "onnxruntime>=1.23",
             "onnxscript>=0.5.6",
             "huggingface_hub>=0.34",
+            "submitit>=1.5",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.9",

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import d2distill
-from d2distill.common.engine.cli import find_config
 from d2distill.common.errors import MissingDependencyError, require_detectron2
+from d2distill.configs import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
@@ -31,7 +31,7 @@ sys.argv = ["train", "--config-file", "configs/cls/digits_vgg8_r8_dkd.yaml", "SO
 d2distill.commands.train_cls()
 
 from d2distill.detection.config import load_cfg
-from d2distill.common.engine.cli import find_config
+from d2distill.configs import find_config
 assert load_cfg(find_config("det/dkd_r101_r18.yaml")).DISTILL.METHODS == ["DKD"]
 print("FROM", d2distill.detection.__file__)
 """
