@@ -10,6 +10,7 @@ from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _CfgNode
 
 from d2distill.common.errors import ConfigError, did_you_mean
+from d2distill.common.foreign import our_key
 from d2distill.configs import find_config
 
 
@@ -78,6 +79,8 @@ def _unknown_key(name: str, value: Any, root: _CfgNode) -> ConfigError:
     while isinstance(value, dict) and len(value) == 1:
         ((key, value),) = value.items()
         name = f"{name}.{key}"
+    if ours := our_key(name, root.get("DISTILL", ())):
+        return ConfigError(f"unknown config key {name}, which is MDistiller's: here it is {ours}")
     return ConfigError(f"unknown config key {name}{did_you_mean(name, _all_keys(root))}")
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from d2distill import __version__
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
+from d2distill.common.foreign import FLAGS
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -43,8 +44,10 @@ class CommandParser(argparse.ArgumentParser):
         parse = self.parse_known_intermixed_args if self.intermixed else self.parse_known_args
         parsed, unknown = parse(args, namespace)
         if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
-            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
+            flags, flag = re.findall(r"--[\w-]+", self.format_usage()), unknown[0].partition("=")[0]
+            if flag in FLAGS and "--config-file" in flags:
+                self.error(f"unknown argument {unknown[0]}: here it is {FLAGS[flag]}")
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
