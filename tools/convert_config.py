@@ -89,7 +89,8 @@ def convert_classifier(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]
         ConfigError: a data set or a method that d2distill has not, or a value that it refuses.
     """
     from d2distill.classification.config import get_cfg
-    from d2distill.classification.data import DATASET_REGISTRY
+    from d2distill.classification.data import DATASET_REGISTRY, dataset_info
+    from d2distill.classification.models import model_names
     from d2distill.common.distillers import DISTILLERS
     from d2distill.common.foreign import our_key
 
@@ -121,6 +122,10 @@ def convert_classifier(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]
             notes.append(f"{key} {value}: there is no such setting")
     if data not in _TEACHERS:
         notes.append(f"DATASET.TYPE {data} has no recipe of MDistiller: CIFAR-100's is the _BASE_")
+    family = dataset_info(data).model_family
+    for side in ("STUDENT", "TEACHER") if kind != "NONE" else ("STUDENT",):
+        if f"{family}/{(name := theirs[f'DISTILLER.{side}'])}" not in model_names():
+            notes.append(f"DISTILLER.{side} {name}: no model of {family} here; timm: and torchvision: have many")
     ours["MODEL.STUDENT.NAME"] = theirs["DISTILLER.STUDENT"]
     if kind != "NONE":
         ours["DISTILL.METHODS"], ours["MODEL.TEACHER.NAME"] = [names[kind]], theirs["DISTILLER.TEACHER"]

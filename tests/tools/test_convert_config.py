@@ -143,16 +143,19 @@ def test_what_has_no_place_is_said_and_settings_may_follow(tmp_path, command):
     code, out, _ = command(main, tmp_path / "theirs.yaml", "SOLVER.LR", "0.01")
     assert code == 0 and out.startswith("# MDistiller's theirs.yaml, by d2distill-convert-config.\n_BASE_: ")
     found = yaml.safe_load(out)
-    assert (
-        found["_BASE_"] == "cls/base_cifar100.yaml"
-        and found["SOLVER"] == {"BASE_LR": 0.01}
-        and found["DISTILL"]["CRD"] == {"FEAT_DIM": 64}
-    )
+    assert found["_BASE_"] == "cls/base_cifar100.yaml" and found["SOLVER"] == {"BASE_LR": 0.01}
+    assert found["DISTILL"]["CRD"] == {"FEAT_DIM": 64}
     notes = [line.removeprefix("# Not converted: ") for line in out.splitlines() if line.startswith("# Not")]
     assert notes == [
         "LOG.WANDB False: loggers are chosen by LOGGERS, e.g. LOGGERS: [tensorboard, wandb]",
         "CRD.LAYERS 3: there is no such setting",
     ]
+    theirs = imagenet("NONE").replace("ResNet18", "MobileNetV2")
+    (tmp_path / "theirs.yaml").write_text(theirs)
+    assert (
+        "DISTILLER.STUDENT MobileNetV2: no model of imagenet here; timm: and"
+        in command(main, tmp_path / "theirs.yaml")[1]
+    )
 
 
 @pytest.mark.parametrize(
