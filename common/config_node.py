@@ -79,7 +79,8 @@ def _unknown_key(name: str, value: Any, root: _CfgNode) -> ConfigError:
     while isinstance(value, dict) and len(value) == 1:
         ((key, value),) = value.items()
         name = f"{name}.{key}"
-    if ours := our_key(name, root.get("DISTILL", ())):
+    methods = {key: node for key, node in root.get("DISTILL", {}).items() if isinstance(node, dict)}
+    if ours := our_key(name, methods):
         return ConfigError(f"unknown config key {name}, which is MDistiller's: here it is {ours}")
     return ConfigError(f"unknown config key {name}{did_you_mean(name, _all_keys(root))}")
 

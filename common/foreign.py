@@ -5,6 +5,7 @@ from typing import Any
 
 __all__ = ["FLAGS", "is_of_mdistiller", "our_key"]
 
+_DETECTOR_TYPE = "KD.TYPE"
 #: MDistiller's keys for which there is one here.
 _KEYS = {
     "DATASET.TYPE": "DATASETS.NAME",
@@ -27,8 +28,7 @@ _KEYS = {
     "SOLVER.TRAINER": "SOLVER.OPTIMIZER",
     "SOLVER.TYPE": "SOLVER.OPTIMIZER",
     "SOLVER.DOT.DELTA": "SOLVER.DELTA",
-    # Detection.
-    "KD.TYPE": "DISTILL.METHODS",
+    _DETECTOR_TYPE: "DISTILL.METHODS",
 }
 #: Of a method's node.
 _RENAMED = {
@@ -81,23 +81,25 @@ FLAGS = {
 }
 
 
-def our_key(key: str, methods: Container[str]) -> str:
+def our_key(key: str, methods: Mapping[str, Container[str]]) -> str:
     """Our name of MDistiller's key; empty where there is none.
 
     Args:
-        methods: the names of the methods' nodes below DISTILL.
+        methods: the settings of each method, by its node below DISTILL.
     """
     node, _, rest = key.partition(".")
-    if rest.partition(".")[0] in methods:  # detection has them below KD
+    if _DETECTOR_TYPE.startswith(f"{node}.") and rest.partition(".")[0] in methods:
         node, _, rest = rest.partition(".")
-    if key in _KEYS or node not in methods or not rest:
+    if key in _KEYS or node not in methods:
         return _KEYS.get(key, "")
     if rest in ("CE_WEIGHT", "LOSS.CE_WEIGHT"):
         return "DISTILL.CE_WEIGHT"
-    return f"DISTILL.{node}.{_RENAMED.get(rest, rest)}"
+    name = _RENAMED.get(rest, rest)
+    return f"DISTILL.{node}.{name}" if name in methods[node] else ""
 
 
 def is_of_mdistiller(settings: Mapping[str, Any]) -> bool:
     """Whether a YAML file's settings are those of an MDistiller configuration, for classifiers or detectors."""
-    of_detector = isinstance(settings.get("KD"), dict) and "TYPE" in settings["KD"]
+    node, key = _DETECTOR_TYPE.split(".")
+    of_detector = isinstance(settings.get(node), dict) and key in settings[node]
     return "DISTILLER" in settings or of_detector or {"EXPERIMENT", "DATASET"} <= settings.keys()

@@ -65,7 +65,7 @@ def _main() -> None:
         raise ConfigError(f"{args.file} is no configuration of MDistiller: it has neither DISTILLER nor KD.TYPE")
     for key, value in zip(args.opts[::2], args.opts[1::2], strict=True):
         overlay(settings, _nested({key: yaml.safe_load(value)}))
-    convert = _convert_detector if "KD" in settings and "DISTILLER" not in settings else convert_classifier
+    convert = convert_classifier if settings.keys() & {"DISTILLER", "EXPERIMENT"} else _convert_detector
     base, changed, notes = convert(settings)
     text = yaml.safe_dump({"_BASE_": base, **changed}, sort_keys=False, default_flow_style=None, width=110)
     text = "".join([f"# MDistiller's {Path(args.file).name}, by d2distill-convert-config.\n", text])
@@ -106,8 +106,9 @@ def convert_classifier(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     cfg = get_cfg()
     cfg.merge_from_file(find_config(base))
     known, ours, notes = _flat(cfg), {}, []
+    settings_of = {node: cfg.DISTILL[node] for node in names}
     for key, value in theirs.items():
-        node, target = key.partition(".")[0], our_key(key, names) or key
+        node, target = key.partition(".")[0], our_key(key, settings_of) or key
         if node in names and node != kind:
             continue  # of another method
         if key in _NOTES:
@@ -132,7 +133,7 @@ def convert_classifier(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]
         ours["MODEL.TEACHER.WEIGHTS"] = _TEACHERS.get(data, _TEACHERS["cifar100"]).format(theirs["DISTILLER.TEACHER"])
     if theirs["SOLVER.TRAINER"].endswith("dot"):
         ours |= {"SOLVER.OPTIMIZER": "DOT", "SOLVER.DELTA": theirs["SOLVER.DOT.DELTA"]}
-    elif theirs["SOLVER.TYPE"] != "SGD" or theirs["SOLVER.TRAINER"] not in ("base", "crd"):
+    elif theirs["SOLVER.TYPE"] != "SGD" or theirs["SOLVER.TRAINER"] not in ("base", kind.lower()):
         notes.append(f"SOLVER.TYPE {theirs['SOLVER.TYPE']}, SOLVER.TRAINER {theirs['SOLVER.TRAINER']}: SGD is used")
     if any(key.startswith("EXPERIMENT.") or key == "LOG.PREFIX" for key in given):
         name = theirs["EXPERIMENT.NAME"] or theirs["EXPERIMENT.TAG"]
@@ -150,7 +151,6 @@ def _convert_detector(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any],
     if theirs["KD.TYPE"] not in types:
         raise ConfigError(f"KD.TYPE {theirs['KD.TYPE']}: MDistiller has {', '.join(types)}")
     methods = types[theirs["KD.TYPE"]]
-    nodes = [name.upper() for name in methods]
     mobile = "mobilenet" in theirs.get("MODEL.BACKBONE.NAME", "")
     student = "mv2" if mobile else f"r{theirs.get('MODEL.RESNETS.DEPTH', 50)}"
     base = f"det/{student}{'_mask' * theirs.get('MODEL.MASK_ON', False)}.yaml"
@@ -159,15 +159,16 @@ def _convert_detector(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any],
     cfg = get_cfg()
     cfg.merge_from_file(find_config(base))
     known, notes = _flat(cfg), []
+    settings_of = {name.upper(): cfg.DISTILL[name.upper()] for name in methods}
     kind = ("InstanceSegmentation/mask" if theirs.get("TEACHER.MODEL.MASK_ON") else "Detection/faster") + "_rcnn"
     ours = {
         "MODEL.META_ARCHITECTURE": "DistillRCNN",
         "TEACHER.CONFIG_FILE": f"COCO-{kind}_R_{theirs.get('TEACHER.MODEL.RESNETS.DEPTH', 50)}_FPN_3x.yaml",
         "DISTILL.METHODS": methods,
-        **{f"DISTILL.{node}.WARMUP": 0 for node in nodes},
+        **{f"DISTILL.{node}.WARMUP": 0 for node in settings_of},
     }
     for key, value in theirs.items():
-        target = our_key(key, nodes) or key
+        target = our_key(key, settings_of) or key
         if target in known and not key.startswith(_FROM_BASE):
             ours[target] = value
         elif target not in known and not key.startswith((*_FROM_BASE, "KD.")):

@@ -142,9 +142,12 @@ class _Command:
 
     def __call__(self) -> int:
         self.process = subprocess.Popen(self.command, env={**os.environ, **_ENVIRONMENT})
-        # Not wait(), whose lock checkpoint(), called in a signal handler, could not get.
-        while self.process.poll() is None:
-            time.sleep(0.2)
+        try:
+            # Not wait(), whose lock checkpoint(), called in a signal handler, could not get.
+            while self.process.poll() is None:
+                time.sleep(0.2)
+        finally:
+            self.process.terminate()  # of a job that is cancelled
         return self.process.returncode
 
     def checkpoint(self) -> Any:

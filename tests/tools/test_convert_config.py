@@ -201,6 +201,8 @@ def test_keys_and_flags_of_other_libraries_are_answered_with_ours(command, argum
 
 
 def test_keys_of_detection():
-    assert our_key("KD.DKD.BETA", ["DKD", "KD"]) == "DISTILL.DKD.BETA"
-    assert our_key("KD.REVIEWKD.LOSS_WEIGHT", ["REVIEWKD"]) == "DISTILL.REVIEWKD.WEIGHT"
-    assert our_key("KD.TYPE", ["KD"]) == "DISTILL.METHODS" and our_key("MINE.X", ["KD"]) == ""
+    settings = {"DKD": ["BETA"], "KD": ["T"], "REVIEWKD": ["WEIGHT"]}
+    assert our_key("KD.DKD.BETA", settings) == "DISTILL.DKD.BETA"
+    assert our_key("KD.REVIEWKD.LOSS_WEIGHT", settings) == "DISTILL.REVIEWKD.WEIGHT"
+    assert our_key("KD.TYPE", settings) == "DISTILL.METHODS"
+    assert our_key("MINE.X", settings) == our_key("DKD.BTEA", settings) == our_key("DISTILL.DKD.BTEA", settings) == ""
