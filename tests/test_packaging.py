@@ -62,6 +62,7 @@ def test_contents(dist):
         names = set(wheel.namelist())
     configs = {f"d2distill/{path.relative_to(ROOT)}" for path in (ROOT / "configs").glob("*/*.yaml")}
     assert configs <= names and len(configs) > 100
+    assert {f"d2distill/tools/{name}.yaml" for name in ("mdistiller", "published")} <= names
     assert {name.split("/")[0] for name in names} == {"d2distill", f"d2distill-{d2distill.__version__}.dist-info"}
     folders = {name.split("/")[1] for name in names if name.startswith("d2distill/") and name.count("/") > 1}
     assert folders == {"common", "classification", "detection", "tools", "configs"}

@@ -49,6 +49,7 @@ def main() -> None:
     from detectron2.utils.collect_env import collect_env_info
 
     from d2distill.tools.comparison import CLASSIFICATION, Comparison, Entry
+    from d2distill.tools.leaderboard import write_leaderboard
 
     configs = students(args.teacher, args.student)
     for name in args.only or ():
@@ -65,7 +66,9 @@ def main() -> None:
     everything = Comparison(CLASSIFICATION, rows, args.output)
     Comparison(CLASSIFICATION, [*rows[:2], *chosen], args.output).run(args.jobs)
     ended = [row for row in rows if len(everything.results(row)) == len(row.seeds)]
-    table = Comparison(CLASSIFICATION, ended, args.output).table()
+    comparison = Comparison(CLASSIFICATION, ended, args.output)
+    table = comparison.table()
+    write_leaderboard(comparison, plain, "python tools/benchmark_methods.py")
     text = f"`python tools/benchmark_methods.py`, seeds {args.seeds}, {args.teacher} -> {args.student}\n\n{table}\n"
     device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     folders = [Path(args.output), *([ROOT / "benchmarks" / "results"] if ended == rows else [])]

@@ -50,6 +50,7 @@ def main() -> None:
 
     from d2distill.classification.data import build_dataset
     from d2distill.tools.comparison import CLASSIFICATION, Comparison
+    from d2distill.tools.leaderboard import write_leaderboard
 
     comparison = Comparison(CLASSIFICATION, entries(), args.output)
     print("A teacher learns from 1,297 digits; nine students learn from 100 of them, alone and with it", flush=True)
@@ -58,6 +59,7 @@ def main() -> None:
     comparison.draw_curves(comparison.entries[1:], picture, "resnet8 on 100 real digits, teacher vgg8")
     results = comparison.table()
     Path(args.output, "results.md").write_text(results + "\n")
+    write_leaderboard(comparison, comparison.entries[1], "make demo")
     print(f"\nTop-1 on 500 test digits, last and best epoch:\n\n{results}\n\nLearning curves: {picture}")
     digit, student = Path(args.output, "digit.png"), Path(args.output, comparison.entries[-1].run_name(SEEDS[0]))
     pixels, _ = build_dataset("digits", "", "val").load(250)

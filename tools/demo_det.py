@@ -50,6 +50,7 @@ def main() -> None:
     from d2distill.detection.data.digits_coco import ensure_generated
     from d2distill.tools.comparison import DETECTION, Comparison
     from d2distill.tools.drawing import draw_detections
+    from d2distill.tools.leaderboard import write_leaderboard
 
     comparison = Comparison(DETECTION, entries(args.seeds, args.opts), args.output)
     print("1/3: drawing 500 pictures of digits, or finding them in DETECTRON2_DATASETS", flush=True)
@@ -61,6 +62,7 @@ def main() -> None:
     draw_detections(comparison, picture)
     results = comparison.table()
     Path(args.output, "results.md").write_text(results + "\n")
+    write_leaderboard(comparison, comparison.entries[1], "make demo-det")
     print(f"\nAverage precisions on 100 pictures, in percent:\n\n{results}\n\nDetections (first seed): {picture}")
     last = comparison.entries[-1]
     student = Path(args.output, last.run_name(args.seeds[0]))

@@ -59,6 +59,7 @@ def _main() -> None:
     if not configs or not seeds:
         raise ConfigError(f"name at least one {'CONFIG' if seeds else 'seed'}; see {parser.prog} --help")
     require_detectron2()
+    from d2distill.common.config_node import parse_as
     from d2distill.tools.comparison import Comparison, RunsFailed
     from d2distill.tools.launchers import LocalLauncher, SlurmLauncher
     from d2distill.tools.leaderboard import write_leaderboard
@@ -76,8 +77,9 @@ def _main() -> None:
     baseline = labels.get(args.baseline, first)
     launcher = LocalLauncher()
     if slurm:
-        settings = dict(item.split("=", 1) for item in slurm)
-        settings = {key: yaml.safe_load(value) for key, value in settings.items()}
+        # Not YAML, to which a time of 10:00:00 is a number.
+        pairs = (item.split("=", 1) for item in slurm)
+        settings = {key: parse_as(value, (int, float, bool, str)) for key, value in pairs}
         launcher = SlurmLauncher(comparison.output_dir / "slurm", settings)
     print(f"{len(rows)} rows, {sum(len(row.seeds) for row in rows)} runs in {args.output}", flush=True)
     failed = ""
