@@ -39,7 +39,7 @@ class FeatureDistiller(Distiller):
     def common_defaults(cls) -> dict[str, object]:
         return {
             **super().common_defaults(),
-            # Number of the first map that is compared: 1 leaves out a classifier's stem; in detection 0 is the first level.
+            # Number of the first map that is compared. 1 leaves out a classifier's stem; in detection 0 is p2 or p3.
             "FIRST": 1,
         }
 

@@ -50,7 +50,7 @@ class AT(FeatureDistiller):
             "WEIGHT": 1000.0,
             # Exponent p of the activations before the mean over channels.
             "P": 2.0,
-            # Stages that are paired in networks with different numbers of them: the last ("deep"), the first ("shallow").
+            # Which stages are paired if their numbers differ: the last ("deep") or the first ("shallow").
             "ALIGN": "deep",
         }
 
