@@ -37,7 +37,7 @@ def dkd_loss(
 
     Zhao et al.: Decoupled Knowledge Distillation, CVPR 2022, arXiv:2203.08679, equation 7.
 
-        T^2 * mean over samples of (alpha * TCKD + beta * NCKD), the parts of :func:`decoupled_kl`
+        T^2 * mean over samples of (alpha * TCKD + beta * NCKD), the parts of `decoupled_kl`
 
     Args:
         logits_student, logits_teacher: (N, C), C >= 2.
