@@ -119,13 +119,17 @@ def card(name: str) -> str:
     )
 
 
-def on_config(config: Any) -> Any:
-    """Lay out the packages as an installation has them, where mkdocstrings reads them, and list the cards."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Lay out the packages as an installation has them. mkdocstrings looks for the folder before `on_config`."""
     package = ROOT / "build" / "docs" / "d2distill"
     shutil.rmtree(package, ignore_errors=True)
     for source in (ROOT / "d2distill", *(ROOT / name for name in ("common", "classification", "detection"))):
         copy = package if source.name == "d2distill" else package / source.name
         shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
+
+def on_config(config: Any) -> Any:
+    """List the cards below the pages on methods."""
     (methods,) = (entry["Methods"] for entry in config.nav if "Methods" in entry)
     methods += [{name: f"methods/{name.lower()}.md"} for name, _ in DISTILLERS]
     return config
