@@ -18,10 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "digits_methods_cpu.md"
 
 
-def first_sentence(text: str) -> str:
-    return re.match(r".*?\.(?=\s|$)", " ".join(text.split()))[0]
-
-
 def setting_comments(method: type[Distiller]) -> dict[str, str]:
     """The comment before each setting in `defaults()` and `common_defaults()` of the class and its bases."""
     comments = {}
