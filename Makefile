@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 JOBS ?= 2
 
 .DEFAULT_GOAL := env
-.PHONY: help env demo demo-det test test-fast lint format clean
+.PHONY: help env demo demo-det test test-fast lint format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,5 +34,10 @@ format: env ## fix what ruff can fix
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+# A warning, such as a broken link, is an error.
+docs: env ## build the pages: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "Pages: site/index.html"
+
 clean: ## remove .venv, output and what was built
-	rm -rf $(VENV) output build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) output build site *.egg-info .pytest_cache .ruff_cache
