@@ -27,6 +27,7 @@ setup(
             "d2distill-predict = d2distill.tools.predict:main",
             "d2distill-export = d2distill.tools.export:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
+            "d2distill-visualize = d2distill.tools.visualize:main",
         ]
     },
     python_requires=">=3.10",
@@ -69,6 +70,8 @@ setup(
             "ruff>=0.9",
             "wheel>=0.43",
             "import-linter>=2.5",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
     },
 )
