@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     packages=["d2distill", *(f"d2distill.{name}" for name in find_packages(include=[f"{f}*" for f in FOLDERS]))],
     package_dir={f"d2distill.{folder}": folder for folder in FOLDERS},
-    package_data={"d2distill.configs": ["*/*.yaml"]},
+    package_data={"d2distill.configs": ["*/*.yaml"], "d2distill.tools.visualizations": ["*.ipynb"]},
     entry_points={
         "console_scripts": [
             "d2distill-train-cls = d2distill.commands:train_cls",

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from d2distill.common.config import CfgNode
 from d2distill.common.errors import ConfigError, DataError
 from d2distill.deployed import load, student_file
-from d2distill.detection.config import load_cfg
+from d2distill.detection.config import load_cfg, num_classes
 from d2distill.detection.data import load_test_set, register_datasets
 from d2distill.detection.deployed import DeployedDetector
 from d2distill.detection.teacher import build_teacher
@@ -98,7 +98,9 @@ def _load_detector(path: str | Path, device: str) -> DeployedDetector:
 
 
 def _detector(label: str, model: DeployedDetector) -> _Detector:
-    return _Detector(label, model.classes, lambda file: model([model.preprocess(file)])[0]["instances"])
+    return _Detector(
+        label, _class_names(model.cfg, model.classes), lambda file: model([model.preprocess(file)])[0]["instances"]
+    )
 
 
 def _teacher(cfg: CfgNode, student: DeployedDetector) -> _Detector:
@@ -107,6 +109,12 @@ def _teacher(cfg: CfgNode, student: DeployedDetector) -> _Detector:
     teacher.load_weights()
     return _Detector(
         f"teacher {Path(cfg.TEACHER.CONFIG_FILE).stem}".strip(),
-        student.classes,
+        _class_names(teacher.cfg, student.classes),
         lambda file: teacher.detect([student.preprocess(file)])[0]["instances"],
     )
+
+
+def _class_names(cfg: CfgNode, names: Sequence[str]) -> list[str]:
+    """The names, or numbers where a detector has other classes than these."""
+    number = num_classes(cfg)[1]
+    return list(names) if len(names) == number else [str(kind) for kind in range(number)]
