@@ -24,18 +24,20 @@ def curves_figure(folders: Sequence[str | Path]) -> Figure:
     """
     runs = read_runs(folders)
     groups, metric = group_by_seed(runs), best_metric(runs)
-    labels = unique_labels(
-        [run_label(group[0].settings, group[0].folder) for group in groups], [g[0].folder for g in groups]
-    )
+    firsts = [group[0] for group in groups]
+    labels = unique_labels([run_label(run.settings, run.folder) for run in firsts], [run.folder for run in firsts])
     losses = {key: None for run in runs for line in run.lines for key in line if key.startswith("loss_")}
     shown = {"top1": "top-1"}.get(metric, metric.replace("bbox/", "box "))
+    known = {key for run in runs for line in run.lines for key in line}
     panels = {metric: f"test {shown} (%)"} if metric else {}
     panels |= {"total_loss": "total loss, training"} if len(losses) > 1 else {}
-    panels |= {key: f"{key}, training" for key in losses} | {"lr": "learning rate"}
+    panels |= {key: f"{key}, training" for key in losses}
+    others = {"test_loss": "test loss", f"train_{metric}": f"training {shown} (%)", "lr": "learning rate"}
+    panels |= {key: label for key, label in others.items() if key in known}
     seeds = any(len(group) > 1 for group in groups)
     title = f"Learning curves on {', '.join(dict.fromkeys(map(data_name, runs)))}"
     title += "\nmean over the seeds, band from the lowest to the highest" if seeds else ""
-    figure, all_axes = grid(title, len(panels), 2 if len(panels) <= 4 else 3, 3.4, wide=True)
+    figure, all_axes = grid(title, len(panels), 3.4, wide=True)
     unit = "epoch" if runs[0].task == "classification" else "iteration"
     for axes, (key, label) in zip(all_axes, panels.items(), strict=True):
         lowest, highest = [], []
@@ -54,16 +56,13 @@ def curves_figure(folders: Sequence[str | Path]) -> Figure:
             highest.append(np.nanmax(high))
         if key == metric:
             for number, (teacher, value) in enumerate(teacher_values(runs, metric).items()):
-                axes.axhline(
-                    value, color="black", linestyle=("--", ":", "-.")[number % 3], label=f"{teacher}: {value:.1f}"
-                )
+                style = ("--", ":", "-.")[number % 3]
+                axes.axhline(value, color="black", linestyle=style, label=f"{teacher}: {value:.1f}")
         elif min(lowest) > 0 and max(highest) > 50 * min(lowest):
             axes.set_yscale("log")
         axes.set(xlabel=unit, ylabel=label, xlim=(0, None))
         axes.grid(True)
-    figure.legend(
-        *all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1 if len(labels) > 4 else 2
-    )
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps, patheffects
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -14,12 +16,23 @@ from d2distill.common.errors import DataError, MissingDependencyError
 from d2distill.deployed import student_file
 from d2distill.tools.visualizations.classifiers import load_lineup
 from d2distill.tools.visualizations.runs import run_label, run_settings, unique_labels
-from d2distill.tools.visualizations.style import COLORS, grid, square_row, styled, text_color, tick_classes, wrap
+from d2distill.tools.visualizations.style import (
+    COLORS,
+    MOST_NAMES,
+    grid,
+    square_row,
+    styled,
+    text_color,
+    tick_classes,
+    wrap,
+)
 
 __all__ = ["class_correlation", "confusion_figure", "correlation_figure", "mean_logits", "tsne_figure"]
 
-#: One for each further round through the colors.
 _MARKERS = "o^sDvP*X"
+_OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]
+#: Colors of many classes: a map without its palest part.
+_MANY = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))
 
 
 @styled
@@ -52,43 +65,37 @@ def tsne_figure(
         raise DataError(f"t-SNE needs at least 5 test images, not {len(dataset)}: raise --samples")
     shown = [lineup.classes.index(name) for name in classes] or list(range(len(lineup.classes)))
     title = f"t-SNE of the features before the classifier, {_images(dataset)}, colored by class"
-    figure, all_axes = grid(title, len(lineup.networks), 3, 4.4)
-    width = 12 / min(len(all_axes), 3)
+    figure, all_axes = grid(title, len(lineup.networks), 4.4)
     for axes, network in zip(all_axes, lineup.networks, strict=True):
         outputs, labels = lineup.run(network, dataset)
         if outputs.pooled is None:
             raise DataError(f"{network.label} has no vector before its classifier")
         tsne = TSNE(random_state=seed, init="pca", perplexity=min(30, (len(dataset) - 1) / 3))
         points = tsne.fit_transform(outputs.pooled.flatten(1).numpy())
-        accuracy = f"\ntop-1 {_top1(outputs.logits, labels):.1f} %" if outputs.logits is not None else ""
-        axes.set(
-            title=f"{wrap(network.label, width)}{accuracy}", xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[]
-        )
+        known = outputs.logits is not None and outputs.logits.shape[1] == len(lineup.classes)
+        accuracy = f"\ntop-1 {_top1(outputs.logits, labels):.1f} %" if known else ""
+        axes.set_title(f"{wrap(network.label, 3.5)}{accuracy}")
+        axes.set(xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
         for number, label in enumerate(shown):
             own = points[(labels == label).numpy()]
             color, marker = class_style(number, len(shown))
             axes.scatter(*own.T, s=14, color=color, marker=marker, linewidths=0.3, edgecolors="white", alpha=0.9)
-        outline = [patheffects.withStroke(linewidth=3, foreground="white")]
-        for label in shown if len(shown) <= 20 else []:
-            own = points[(labels == label).numpy()]
-            if len(own):
-                axes.text(
-                    *np.median(own, 0),
-                    lineup.classes[label],
-                    ha="center",
-                    va="center",
-                    fontweight="bold",
-                    path_effects=outline,
-                )
+        style = {"ha": "center", "va": "center", "fontweight": "bold", "path_effects": _OUTLINE}
+        for label in shown if len(shown) <= MOST_NAMES else []:
+            if (labels == label).any():
+                axes.text(*np.median(points[(labels == label).numpy()], 0), lineup.classes[label], **style)
+    if len(shown) > MOST_NAMES:
+        numbers = ScalarMappable(Normalize(0, len(shown) - 1), _MANY)
+        figure.colorbar(numbers, ax=all_axes, label="class (number)", shrink=0.8)
     return figure
 
 
 def class_style(number: int, count: int) -> tuple[object, str]:
-    """Color and marker of one of `count` classes."""
-    palette = [*COLORS, "#000000"]
-    if count <= len(palette) * len(_MARKERS):
+    """Color and marker of one of `count` classes; of more than are named, the color says its number."""
+    if count <= MOST_NAMES:
+        palette = [*COLORS, "#000000"]
         return palette[number % len(palette)], _MARKERS[number // len(palette)]
-    return colormaps["twilight"](number / count), _MARKERS[number % len(_MARKERS)]
+    return _MANY(number / (count - 1)), _MARKERS[number % len(_MARKERS)]
 
 
 @styled
@@ -126,7 +133,6 @@ def correlation_figure(
     figure, all_axes = grid(
         f"{what}: {networks[0].label} minus student, {_images(dataset)}",
         len(differences),
-        3,
         square_row(len(differences)),
     )
     for axes, student, difference in zip(all_axes, lineup.students, differences, strict=True):
@@ -168,9 +174,7 @@ def confusion_figure(
     sources = [*map(str, filter(None, [teacher])), *map(str, runs)]
     matrices = [_confusion(source, opts, device) for source in sources]
     labels = unique_labels([label for label, *_ in matrices], [*map(Path, sources)])
-    figure, all_axes = grid(
-        "Confusion, in percent of the images of each class", len(sources), 3, square_row(len(sources))
-    )
+    figure, all_axes = grid("Confusion, in percent of the images of each class", len(sources), square_row(len(sources)))
     for axes, name, (_, classes, counts, origin) in zip(all_axes, labels, matrices, strict=True):
         shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)

@@ -13,6 +13,8 @@ __all__ = ["COLORS", "grid", "new_figure", "save_figure", "square_row", "styled"
 
 #: Okabe and Ito: Color Universal Design, without its black, which is the teacher's. The pale yellow comes last.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
+#: More classes than these are not named in a figure.
+MOST_NAMES = 20
 _WIDTH, _DPI = 12.0, 100
 _STYLE = {
     "font.size": 11,
@@ -40,13 +42,13 @@ def wrap(text: str, inches: float) -> str:
     return "\n".join(fill(line, max(int(9 * inches), 10)) for line in text.splitlines())
 
 
-def grid(title: str, panels: int, columns: int, row_height: float, wide: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with `panels` axes, at most `columns` in a row of `row_height` inches.
+def grid(title: str, panels: int, row_height: float, wide: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` axes, at most three in a row of `row_height` inches.
 
     Args:
         wide: the first takes the room that is left; otherwise the last row is shorter.
     """
-    columns = min(panels, columns)
+    columns = 2 if panels == 4 else min(panels, 3)
     rows = -(-panels // columns)
     figure = new_figure(title, rows * row_height + 0.4 * (wrap(title, _WIDTH).count("\n") + 1))
     cells, left = figure.add_gridspec(rows, columns), rows * columns - panels if wide else 0
@@ -56,13 +58,13 @@ def grid(title: str, panels: int, columns: int, row_height: float, wide: bool = 
 
 
 def square_row(panels: int) -> float:
-    """Height in inches of a row of at most three square panels with a color bar beside them."""
-    return {1: 6.4, 2: 4.9}.get(panels, 4.0)
+    """Height in inches of a row of square panels with a color bar beside them."""
+    return {1: 6.4, 2: 4.9, 4: 4.9}.get(panels, 4.0)
 
 
 def tick_classes(axes: Axes, classes: Sequence[str], which: str = "xy") -> None:
-    """Name the rows and columns of a matrix of classes; of more than 20 matplotlib numbers some."""
-    if len(classes) > 20:
+    """Name the rows and columns of a matrix of classes; of more than :data:`MOST_NAMES` matplotlib numbers some."""
+    if len(classes) > MOST_NAMES:
         return
     if "x" in which:
         long = max(map(len, classes)) > 2
