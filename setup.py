@@ -20,7 +20,11 @@ setup(
     license_files=["LICENSE"],
     packages=["d2distill", *(f"d2distill.{name}" for name in find_packages(include=[f"{f}*" for f in FOLDERS]))],
     package_dir={f"d2distill.{folder}": folder for folder in FOLDERS},
-    package_data={"d2distill.configs": ["*/*.yaml"], "d2distill.tools": ["*.yaml"]},
+    package_data={
+        "d2distill.configs": ["*/*.yaml"],
+        "d2distill.tools": ["*.yaml"],
+        "d2distill.tools.visualizations": ["*.ipynb"],
+    },
     entry_points={
         "console_scripts": [
             "d2distill-train-cls = d2distill.commands:train_cls",
@@ -32,6 +36,7 @@ setup(
             "d2distill-sweep = d2distill.tools.sweep:main",
             "d2distill-list = d2distill.tools.list:main",
             "d2distill-convert-config = d2distill.tools.convert_config:main",
+            "d2distill-visualize = d2distill.tools.visualize:main",
         ]
     },
     python_requires=">=3.10",
@@ -78,6 +83,8 @@ setup(
             "ruff>=0.9",
             "wheel>=0.43",
             "import-linter>=2.5",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
     },
 )
