@@ -5,6 +5,7 @@ Not from the test's own process: its threads may hold locks, and on a machine wi
 
 import multiprocessing
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -14,14 +15,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from d2distill import commands
 from d2distill.common.engine.launch import join_job
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["tests.classification.tiny_training", "tests.detection.tiny_training", __name__]
-)
+_CONTEXT.set_forkserver_preload(["tests.classification.tiny_training", "tests.detection.tiny_training", __name__])
 
 
 def start(function: Callable, *arguments, output: Path | None = None, **environment) -> ForkServerProcess:
@@ -65,10 +63,10 @@ def in_job(function: Callable, *arguments) -> None:
         function(*arguments)
 
 
-def command(name: str, *arguments) -> None:
-    """The command line ``d2distill.commands.<name>`` with these arguments."""
-    sys.argv = [name, *map(str, arguments)]
-    getattr(commands, name)()
+def script(path: str, *arguments) -> None:
+    """What ``python PATH ARGUMENTS`` does."""
+    sys.argv = [path, *map(str, arguments)]
+    runpy.run_path(path, run_name="__main__")
 
 
 def _work(environ: dict, method: str, output: Path | None, function: Callable, arguments: tuple) -> None:

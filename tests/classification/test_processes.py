@@ -22,7 +22,7 @@ from tests.classification.tiny_training import run, small_cfg, state
 from tests.dataset_files import write_image_folder
 from tests.fake_slurm import RUN_TWO_TASKS, slurm
 from tests.interruptions import assert_identical
-from tests.processes import command, exit_code, in_job, run_ranks, start
+from tests.processes import exit_code, in_job, run_ranks, script, start
 from tests.tiny_task import tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def train_cases(processes, folder, *names):
 
 
 def resume(folder):
-    assert run_ranks(2, command, "train_cls", "--config-file", folder / "config.yaml", "--resume") == [0, 0]
+    assert run_ranks(2, script, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume") == [0, 0]
 
 
 def load(folder, rank=0):

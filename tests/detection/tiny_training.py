@@ -58,8 +58,9 @@ def tiny_cfg(name, folder, workers=0, **settings):
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
     if name == "retinanet":
-        resnet = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "SOLVER.BASE_LR": 1e-4}
-        return small_cfg("retinanet_bckd_r101_r50", **{**resnet, "DISTILL.METHODS": ["BCKD", "PKD"], **opts})
+        return small_cfg(
+            "retinanet_bckd_r101_r50", **{"SOLVER.BASE_LR": 1e-4, "DISTILL.METHODS": ["BCKD", "PKD"], **opts}
+        )
     # Batch norms that learn, so that running statistics are part of the state.
     return small_cfg("review_dkd_r101_r18", **{"MODEL.RESNETS.NORM": "BN", **opts})
 
