@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Tests run in as many processes, of one thread each.
 JOBS ?= 2
 
-.PHONY: env demo demo-det test test-fast lint format clean
+.PHONY: env demo demo-det test test-fast lint format docs clean
 
 env:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
@@ -30,5 +30,10 @@ format: env
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+# A warning, such as a broken link, is an error.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "Pages: site/index.html"
+
 clean:
-	rm -rf $(VENV) output build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) output build site *.egg-info .pytest_cache .ruff_cache

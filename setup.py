@@ -8,6 +8,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "d2distill" / "__init__.p
 # Folders at the top of the repository that are packages of d2distill, as Detectron2's setup.py maps its projects.
 FOLDERS = ("common", "classification", "detection", "tools", "configs")
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+
 setup(
     name="d2distill",
     version=VERSION,
@@ -57,7 +59,9 @@ setup(
         "timm": ["timm>=1.0.15"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.6", "huggingface_hub>=0.34"],
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "scikit-learn>=1.3",
             "timm>=1.0.15",
             "onnx>=1.19",

@@ -41,8 +41,8 @@ def load(path, *opts):
 def test_config_is_built_and_stepped(path):
     # Networks of convolutions take small images as well.
     large = path.stem.startswith(("imagenet", "folder")) and "deit" not in path.stem
-    own = path.stem.startswith("folder")
-    cfg = load(path, *(["INPUT.SIZE", "64"] if large else []), *(["MODEL.NUM_CLASSES", "6"] if own else []))
+    own = ["MODEL.NUM_CLASSES", "6", "MODEL.STUDENT.WEIGHTS", ""] if path.stem.startswith("folder") else []
+    cfg = load(path, *(["INPUT.SIZE", "64"] if large else []), *own)
     assert cfg.OUTPUT_DIR == str(Path("output", path.stem).resolve())
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=50)
@@ -73,6 +73,16 @@ def test_published_cifar_pairs(pair, beta):
     assert dkd.SOLVER.BASE_LR == (0.01 if small else 0.05) and dkd.SOLVER.EPOCHS == 240
     for name in (dkd.MODEL.TEACHER.NAME, dkd.MODEL.STUDENT.NAME):
         assert any(load(p).MODEL.STUDENT.NAME == name for p in RUNNABLE if p.stem.count("_") < 3), name
+
+
+def test_the_imagenet_recipe_of_mmrazor():
+    """8 x 32 images and its rate; the mimic loss from the first step on (its DKDLoss: tau 1, alpha 1, beta 0.5)."""
+    cfg = load(CONFIGS[0].parent / "imagenet_r34_r18_dkd_mmrazor.yaml")
+    solver, dkd = cfg.SOLVER, cfg.DISTILL.DKD
+    assert (cfg.MODEL.TEACHER.NAME, cfg.MODEL.STUDENT.NAME) == ("ResNet34", "ResNet18")
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MOMENTUM, solver.WEIGHT_DECAY) == (256, 0.1, 0.9, 1e-4)
+    assert (solver.EPOCHS, solver.STEPS, solver.GAMMA, solver.OPTIMIZER) == (100, [30, 60, 90], 0.1, "SGD")
+    assert (dkd.WEIGHT, dkd.ALPHA, dkd.BETA, dkd.T, dkd.WARMUP, cfg.DISTILL.CE_WEIGHT) == (1, 1, 0.5, 1, 0, 1)
 
 
 def test_stages_of_mobilenetv1_as_published():
