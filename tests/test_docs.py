@@ -176,15 +176,19 @@ def test_getting_started(tmp_path, monkeypatch, command):
     page = PAGES["getting_started.md"]
     blocks = re.findall(r"```\n(d2distill-.*?)```", page, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 10
     short = ["MODEL.DEVICE", "cpu", "SOLVER.EPOCHS", "1", "SOLVER.STEPS", "[]", "DATALOADER.NUM_WORKERS", "0"]
     short += ["SOLVER.IMS_PER_BATCH", "16", "DATASETS.TRAIN_SIZE", "16"]
     for line in lines:
         name, *arguments = shlex.split(line)
         module, _, function = ENTRY_POINTS[name].partition(":")
         settings = short if name == "d2distill-train-cls" else []
+        if name == "d2distill-sweep":
+            settings = [f"{key}={value}" for key, value in zip(short[::2], short[1::2], strict=True)]
         code, _, error = command(getattr(import_module(module), function), *arguments, *settings)
         assert code == 0, f"{line}: {error}"
+    assert {path.name for path in Path("pictures").iterdir()} >= {"curves.png", "curves.svg", "tsne.png", "tsne.svg"}
+    assert Path("output/sweep/leaderboard.html").is_file()
     names = {}
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(example, names)
