@@ -27,6 +27,7 @@ setup(
             "d2distill-predict = d2distill.tools.predict:main",
             "d2distill-export = d2distill.tools.export:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
+            "d2distill-report = d2distill.tools.report:main",
         ]
     },
     python_requires=">=3.10",
@@ -56,6 +57,8 @@ setup(
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.6", "huggingface_hub>=0.34"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.10"],
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
         "dev": [
             "scikit-learn>=1.3",

@@ -83,6 +83,8 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
     cfg.IMPORTS = imports
     output = cfg.OUTPUT_DIR or os.path.join("output", Path(config_file).stem or "run")
     cfg.OUTPUT_DIR = os.path.abspath(os.path.expanduser(output))
+    if cfg.REPORT.BASELINE:
+        cfg.REPORT.BASELINE = os.path.abspath(os.path.expanduser(cfg.REPORT.BASELINE))
     return cfg
 
 
