@@ -162,7 +162,7 @@ def test_of_many_classes_the_lowest_are_shown(runs, tmp_path, classes):
     if classes == 5:
         assert "class 3 9 7 56.2 %" in text
     else:
-        assert "the lowest 15 of 31 classes" in text and "class 14 24.00" in text and "class 15 " not in text
+        assert "15 of 31 classes, from the lowest" in text and "class 14 24.00" in text and "class 15 " not in text
         assert "class 3 class 4 7" in text
 
 

@@ -89,7 +89,11 @@ def test_the_run_folder(tmp_path, tiny):
     results = run(cfg)
     page = open_page(tmp_path / "report.html").sections
     assert f"{results['bbox/AP']:.2f}" in page["Results"] and "5" in page["Classes"].split()
-    assert "loss_rpn_cls" in page["Curves"] and "DistillRCNN" in page[""] and "of the teacher" in page[list(page)[4]]
+    assert (
+        "loss_rpn_cls" in page["Curves"]
+        and "detection · GeneralizedRCNN" in page[""]
+        and "of the teacher" in page[list(page)[4]]
+    )
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "results.json"} < names
     assert {"student_best.pth", "student_final.pth", "last_checkpoint", f"model_{STEPS:07d}.pth"} < names

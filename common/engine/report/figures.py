@@ -54,13 +54,13 @@ def classes(run: Run) -> str:
         if not known:
             continue
         shown = known if len(known) <= _MATRIX else known[:_LISTED]
-        what = f"the lowest {_LISTED} of {len(known)} classes" if len(known) > len(shown) else "all classes"
+        what = f"{_LISTED} of {len(known)} classes" if len(known) > len(shown) else "all classes"
         rows = [
             [escape(label), f'<span class="bar" style="width:{value:.1f}px"></span>{number(value)}']
             for value, label in shown
         ]
-        text += f"<p>{escape(f'{name}: ' if name else '')}{what}, by {escape(NAMES.get(metric, metric))}</p>"
-        text += table(["class", escape(NAMES.get(metric, metric))], rows, "bars")
+        text += f"<div><p>{escape(f'{name}: ' if name else '')}{what}, from the lowest</p>"
+        text += f"{table(['class', escape(NAMES.get(metric, metric))], rows, 'bars')}</div>"
     if matrix:
         labels = matrix[0][1:]
         found = [
@@ -72,7 +72,7 @@ def classes(run: Run) -> str:
         rows = [
             [escape(true), escape(label), str(count)] for count, true, label in sorted(found, reverse=True)[:_LISTED]
         ]
-        text += f"<p>The most frequent confusions</p>{table(['class', 'predicted as', 'images'], rows)}"
+        text += f"<div><p>The most frequent confusions</p>{table(['class', 'predicted as', 'images'], rows)}</div>"
     return f'<div class="columns">{text}</div>' if text else ""
 
 

@@ -33,16 +33,16 @@ class Run:
         detector = "META_ARCHITECTURE" in self.config["MODEL"]
         self.task = "detection" if detector else "classification"
         self.network = self.student.get("network") or self.settings.get("MODEL.STUDENT.NAME", "")
-        self.teacher = self.settings.get("TEACHER.CONFIG_FILE" if detector else "MODEL.TEACHER.NAME") or ""
-        self.teacher_weights = self.settings.get("TEACHER.MODEL.WEIGHTS" if detector else "MODEL.TEACHER.WEIGHTS")
+        teacher = "TEACHER.MODEL" if detector else "MODEL.TEACHER"
+        self.teacher_weights = self.settings.get(f"{teacher}.WEIGHTS", "")
+        name = self.settings.get("TEACHER.CONFIG_FILE" if detector else f"{teacher}.NAME")
+        if detector:
+            name = Path(name).stem if name else self.settings.get(f"{teacher}.META_ARCHITECTURE")
+        names = [name] if isinstance(name, str) else name or []
+        #: Their names; empty where nothing is taught.
+        self.teachers = [each for each in names if each and self.settings["DISTILL.METHODS"]]
         # With one per metric there is a best; the first is the one that decides.
         self.metrics = [name for name in self.results if f"best_{name}" in self.results and name[:4] != "ema_"]
-
-    @property
-    def teachers(self) -> list[str]:
-        """Names, or the configuration's; empty without methods."""
-        names = [self.teacher] if isinstance(self.teacher, str) else self.teacher
-        return [name for name in names if name and self.settings["DISTILL.METHODS"]]
 
     @property
     def methods(self) -> str:

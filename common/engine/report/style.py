@@ -25,7 +25,7 @@ table.numbers td, table.numbers thead th + th { text-align: right; padding-left:
   font-variant-numeric: tabular-nums; }
 table.bars td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bar { display: inline-block; height: 9px; margin-right: 8px; background: #0072B2; border-radius: 2px; }
-.columns { columns: 2 380px; }
+.columns { display: flex; flex-wrap: wrap; gap: 10px 60px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 22px; }
 figure { margin: 0; }
 .charts figcaption { font-weight: 600; color: var(--ink); font-size: 14px; }
