@@ -37,7 +37,7 @@ svg.chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 table.confusion { font-size: 12px; font-variant-numeric: tabular-nums; }
 table.confusion td { min-width: 30px; height: 26px; padding: 2px 4px; text-align: center; border: 1px solid #fff;
   background: #f6f6f6; vertical-align: middle; }
-table.confusion th { padding: 2px 8px 2px 0; border: 0; white-space: nowrap; }
+table.confusion th { padding: 2px 8px 2px 0; border: 0; white-space: nowrap; vertical-align: middle; }
 table.confusion thead th { text-align: center; padding: 2px 4px; vertical-align: bottom; }
 table.confusion.long thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
 table.confusion td.sum { background: none; color: var(--soft); padding-left: 10px; text-align: right; }
