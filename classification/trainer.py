@@ -253,7 +253,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     """One process's part of a training run: ``tools/train_cls.py`` without its command line.
 
     Returns:
-        ``top1, top5, best_top1, best_top5`` on the main process; of a multi-label data set ``mAP, best_mAP``.
+        ``top1, top5, test_loss, best_top1, best_top5`` on the main process; of a multi-label data set ``mAP, test_loss,
+        best_mAP``.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.

@@ -24,7 +24,8 @@ class ProgressLine(HookBase):
     def before_train(self) -> None:
         for name in ("detectron2", "fvcore"):
             for handler in logging.getLogger(name).handlers:
-                if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
+                stream = getattr(handler, "stream", None)
+                if stream in (sys.stdout, sys.stderr) and stream.isatty():  # not where it is sent into a file
                     handler.addFilter(_no_step_line)
                     self._stack.callback(handler.removeFilter, _no_step_line)
         self._stack.enter_context(logging_redirect_tqdm([logging.getLogger(n) for n in ("detectron2", "fvcore")]))

@@ -13,6 +13,7 @@ from d2distill.classification.modeling import build_distiller
 from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine import report
 from d2distill.common.engine.run_folder import read_metrics
+from d2distill.common.errors import ConfigError
 from d2distill.tools.report import main
 from tests.classification.tiny_training import run, small_cfg
 from tests.report_pages import Page, open_page
@@ -27,11 +28,11 @@ def runs(tmp_path_factory):
     return folder
 
 
-def distilled(folder, name="<b>run"):
+def distilled(folder, **settings):
     weights = str(folder / "plain" / "student_final.pth")
     options = {"REPORT__ENABLED": True, "REPORT__BASELINE": str(folder / "plain"), "SOLVER__EMA_DECAY": 0.5}
     options |= {"SOLVER__EPOCHS": 2, "TEST__EVAL_PERIOD": 2}
-    return small_cfg(folder / name, MODEL__TEACHER__WEIGHTS=weights, **options)
+    return small_cfg(folder / "<b>run", MODEL__TEACHER__WEIGHTS=weights, **options, **settings)
 
 
 def words(text):
@@ -126,7 +127,8 @@ def test_the_tool_writes_it_anew_and_a_finished_run_once(runs, command, log):
     code, output, _ = command(main, runs / "<b>run")
     assert code == 0 and output.split("\n")[0] == str(path) and path.read_text() == before
     path.unlink()
-    run(distilled(runs), resume=True)
+    # Where it logs may be another place than before.
+    run(distilled(runs, LOGGERS=["csv"]), resume=True)
     assert path.read_text() == before
     # A run of an older version has fewer files; and this one no baseline.
     for name in ("report.json", "confusion.csv", "environment.txt"):
@@ -164,6 +166,13 @@ def test_of_many_classes_the_lowest_are_shown(runs, tmp_path, classes):
     else:
         assert "15 of 31 classes, from the lowest" in text and "class 14 24.00" in text and "class 15 " not in text
         assert "class 3 class 4 7" in text
+
+
+def test_a_logger_that_there_is_not(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"LOGGERS is \['wandbb'\], but must be a list of tensorboard, csv, wandb and"
+    ):
+        small_cfg(tmp_path, LOGGERS=["wandbb"])
 
 
 def test_a_baseline_without_results_is_passed_over(runs, log):

@@ -159,7 +159,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_has_one_line_of_progress_in_the_place_of_log_lines(tmp_path, monkeypatch):
-    terminal, output = Terminal(), io.StringIO()
+    terminal, output = Terminal(), Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(sys, "stdout", output)
     start_logs(str(tmp_path))

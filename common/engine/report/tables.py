@@ -69,7 +69,7 @@ def settings(run: Run, defaults: Mapping[str, Any]) -> str:
         idle = node[0] == "DISTILL" and len(node) > 2 and node[1] not in methods
         default = defaults.get(key)
         default = list(default) if isinstance(default, tuple) else default
-        if idle or key == "OUTPUT_DIR" or (key in defaults and value == default):
+        if idle or key == "OUTPUT_DIR" or value == {} or (key in defaults and value == default):
             continue
         before = _value(default) if key in defaults else NONE
         rows = teacher if key.startswith("TEACHER.") else own
