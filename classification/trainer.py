@@ -280,6 +280,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
 
     If OUTPUT_DIR exists and can be written to, the confusion matrix is in its ``confusion_eval.csv``.
     """
+    start_logs(None)
     weights = cfg.MODEL.STUDENT.WEIGHTS
     cfg = resolve_inputs(cfg)
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
