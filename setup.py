@@ -8,6 +8,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "d2distill" / "__init__.p
 # Folders at the top of the repository that are packages of d2distill, as Detectron2's setup.py maps its projects.
 FOLDERS = ("common", "classification", "detection", "tools", "configs")
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+
 setup(
     name="d2distill",
     version=VERSION,
@@ -18,7 +20,11 @@ setup(
     license_files=["LICENSE"],
     packages=["d2distill", *(f"d2distill.{name}" for name in find_packages(include=[f"{f}*" for f in FOLDERS]))],
     package_dir={f"d2distill.{folder}": folder for folder in FOLDERS},
-    package_data={"d2distill.configs": ["*/*.yaml"]},
+    package_data={
+        "d2distill.configs": ["*/*.yaml"],
+        "d2distill.tools": ["*.yaml"],
+        "d2distill.tools.visualizations": ["*.ipynb"],
+    },
     entry_points={
         "console_scripts": [
             "d2distill-train-cls = d2distill.commands:train_cls",
@@ -28,6 +34,10 @@ setup(
             "d2distill-export = d2distill.tools.export:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
             "d2distill-report = d2distill.tools.report:main",
+            "d2distill-sweep = d2distill.tools.sweep:main",
+            "d2distill-list = d2distill.tools.list:main",
+            "d2distill-convert-config = d2distill.tools.convert_config:main",
+            "d2distill-visualize = d2distill.tools.visualize:main",
         ]
     },
     python_requires=">=3.10",
@@ -59,19 +69,25 @@ setup(
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.6", "huggingface_hub>=0.34"],
         "wandb": ["wandb>=0.17"],
         "mlflow": ["mlflow-skinny>=2.10"],
+        "slurm": ["submitit>=1.5"],  # for d2distill-sweep --slurm
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "scikit-learn>=1.3",
             "timm>=1.0.15",
             "onnx>=1.19",
             "onnxruntime>=1.23",
             "onnxscript>=0.5.6",
             "huggingface_hub>=0.34",
+            "submitit>=1.5",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.9",
             "wheel>=0.43",
             "import-linter>=2.5",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
         ],
     },
 )

@@ -229,7 +229,8 @@ def table(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     teacher, student = (Entry(file.stem, str(file), seeds, opts) for file in first)
     teacher = replace(teacher, seeds=seeds[:1])
     students = [Entry(file.stem, str(file), seeds, opts, teacher) for file in methods[: 1 if args.quick else None]]
-    comparison, failed = Comparison(task, [teacher, student, *students], args.runs), ""
+    alone = [] if args.quick else [student]
+    comparison, failed = Comparison(task, [teacher, *alone, *students], args.runs), ""
     try:
         comparison.run(args.processes, args.deadline)
     except UserError as error:

@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode as _CfgNode
 from d2distill.common.config_node import CfgNode, CheckedMerge, absolute_file
 from d2distill.common.distillers import DISTILLERS, Distiller
 from d2distill.common.errors import ConfigError, did_you_mean
+from d2distill.common.foreign import is_of_mdistiller
 from d2distill.common.rules import LIST_OF_STR, check_rules
 
 __all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "read_cfg", "resolve_device"]
@@ -70,6 +71,11 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
         given = cfg.load_yaml_with_base(config_file)
+        if is_of_mdistiller(given):
+            raise ConfigError(
+                f"{config_file} is a configuration of MDistiller: `d2distill-convert-config {config_file} -o "
+                "FILE.yaml` writes it as one of d2distill"
+            )
     given |= dict(zip(opts[0::2], opts[1::2], strict=False))
     cfg.merge_from_list(["IMPORTS", given.get("IMPORTS", [])])
     check_rules(cfg, {LIST_OF_STR: ["IMPORTS"]})

@@ -10,6 +10,8 @@ from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _CfgNode
 
 from d2distill.common.errors import ConfigError, did_you_mean
+from d2distill.common.foreign import our_key
+from d2distill.configs import find_config
 
 
 class CheckedMerge:
@@ -77,6 +79,9 @@ def _unknown_key(name: str, value: Any, root: _CfgNode) -> ConfigError:
     while isinstance(value, dict) and len(value) == 1:
         ((key, value),) = value.items()
         name = f"{name}.{key}"
+    methods = {key: node for key, node in root.get("DISTILL", {}).items() if isinstance(node, dict)}
+    if ours := our_key(name, methods):
+        return ConfigError(f"unknown config key {name}, which is MDistiller's: here it is {ours}")
     return ConfigError(f"unknown config key {name}{did_you_mean(name, _all_keys(root))}")
 
 
@@ -137,7 +142,8 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings of a YAML file over those of its ``_BASE_`` files.
 
     Files that it names in IMPORTS, TEACHER.CONFIG_FILE and DATASETS.CLASSES become absolute here, where their folder is
-    known. `above` are the files that led here by their ``_BASE_``, outermost first.
+    known. A ``_BASE_`` that is not beside the file may be one of d2distill's configs, e.g. ``cls/base_cifar100.yaml``.
+    `above` are the files that led here by their ``_BASE_``, outermost first.
     """
     where = f"{filename} (_BASE_ of {above[-1]})" if above else filename
     if os.path.realpath(filename) in map(os.path.realpath, above):
@@ -158,7 +164,10 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
             node[key] = absolute_file(node[key], folder)
     bases, merged = settings.pop(BASE_KEY, None) or [], {}
     for base in [bases] if isinstance(bases, str) else bases:
-        overlay(merged, load_yaml(os.path.join(folder, os.path.expanduser(base)), (*above, filename)))
+        file = os.path.join(folder, os.path.expanduser(base))
+        if not os.path.exists(file) and (packaged := find_config(base)) != base:
+            file = packaged
+        overlay(merged, load_yaml(file, (*above, filename)))
     overlay(merged, settings)
     return merged
 

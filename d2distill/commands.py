@@ -4,8 +4,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from d2distill.common.engine.cli import CommandParser, find_config, user_errors
+from d2distill.common.engine.cli import CommandParser, user_errors
 from d2distill.common.errors import CheckpointError, require_detectron2
+from d2distill.configs import find_config
 
 _EXAMPLES = """
   %(prog)s --config-file {example}

@@ -18,7 +18,7 @@ def load(path: str | Path, device: str = "cpu") -> nn.Module:
             file of ``d2distill-export``.
 
     Returns:
-        A module in eval mode with ``classes``, ``preprocess`` and ``description``: a
+        A module in eval mode with ``classes``, ``preprocess`` and ``description``. It is a
         :class:`~d2distill.classification.deployed.DeployedClassifier`, which turns a batch of preprocessed images into
         logits, or a :class:`~d2distill.detection.deployed.DeployedDetector`, which turns a list of preprocessed images
         into Detectron2's results. Of an exported program an

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import d2distill
-from d2distill.common.engine.cli import find_config
 from d2distill.common.errors import MissingDependencyError, require_detectron2
+from d2distill.configs import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
@@ -31,7 +31,7 @@ sys.argv = ["train", "--config-file", "configs/cls/digits_vgg8_r8_dkd.yaml", "SO
 d2distill.commands.train_cls()
 
 from d2distill.detection.config import load_cfg
-from d2distill.common.engine.cli import find_config
+from d2distill.configs import find_config
 assert load_cfg(find_config("det/dkd_r101_r18.yaml")).DISTILL.METHODS == ["DKD"]
 print("FROM", d2distill.detection.__file__)
 """
@@ -62,6 +62,7 @@ def test_contents(dist):
         names = set(wheel.namelist())
     configs = {f"d2distill/{path.relative_to(ROOT)}" for path in (ROOT / "configs").glob("*/*.yaml")}
     assert configs <= names and len(configs) > 100
+    assert {f"d2distill/tools/{name}.yaml" for name in ("mdistiller", "published")} <= names
     assert {name.split("/")[0] for name in names} == {"d2distill", f"d2distill-{d2distill.__version__}.dist-info"}
     folders = {name.split("/")[1] for name in names if name.startswith("d2distill/") and name.count("/") > 1}
     assert folders == {"common", "classification", "detection", "tools", "configs"}

@@ -10,19 +10,17 @@ it is written to benchmarks/results/ as well, under the device's name. Interrupt
 
 from pathlib import Path
 
-import torch
-from detectron2.utils.collect_env import collect_env_info
+from d2distill.common.engine.cli import CommandParser, run_cli
+from d2distill.common.errors import ConfigError, did_you_mean, require_detectron2
 
-from d2distill.classification.config import load_cfg
-from d2distill.common.engine.cli import run_cli
-from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry, command_parser
-
+ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "cls"
 
 
 def students(teacher: str, student: str) -> dict[str, Path]:
     """The configurations of this pair, and those of the student with methods without a teacher, by their endings."""
+    from d2distill.classification.config import load_cfg
+
     for flag, name in (("--teacher", teacher), ("--student", student)):
         if not (CONFIGS / f"{name}.yaml").is_file():
             # The plain networks: what has a teacher names two.
@@ -39,12 +37,20 @@ def students(teacher: str, student: str) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = command_parser(__doc__, "output/benchmark")
+    parser = CommandParser(description=__doc__)
+    parser.add_runs("output/benchmark")
     parser.add_argument("--teacher", default="digits_vgg8", help="config of the teacher (default: %(default)s)")
     parser.add_argument("--student", default="digits_r8", help="config of the plain student (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="endings of the configs to run, e.g. kd dkd")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     args = parser.parse_args()
+    require_detectron2()
+    import torch
+    from detectron2.utils.collect_env import collect_env_info
+
+    from d2distill.tools.comparison import CLASSIFICATION, Comparison, Entry
+    from d2distill.tools.leaderboard import write_leaderboard
+
     configs = students(args.teacher, args.student)
     for name in args.only or ():
         if name not in configs:
@@ -58,9 +64,11 @@ def main() -> None:
     chosen = [row for row in rows[2:] if not args.only or row.label in args.only]
     print(f"Teacher, plain student, and {len(chosen)} students: {', '.join(e.label for e in chosen)}", flush=True)
     everything = Comparison(CLASSIFICATION, rows, args.output)
-    Comparison(CLASSIFICATION, [*rows[:2], *chosen], args.output).run(args.processes)
+    Comparison(CLASSIFICATION, [*rows[:2], *chosen], args.output).run(args.jobs)
     ended = [row for row in rows if len(everything.results(row)) == len(row.seeds)]
-    table = Comparison(CLASSIFICATION, ended, args.output).table()
+    comparison = Comparison(CLASSIFICATION, ended, args.output)
+    table = comparison.table()
+    write_leaderboard(comparison, plain, "python tools/benchmark_methods.py")
     text = f"`python tools/benchmark_methods.py`, seeds {args.seeds}, {args.teacher} -> {args.student}\n\n{table}\n"
     device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     folders = [Path(args.output), *([ROOT / "benchmarks" / "results"] if ended == rows else [])]

@@ -10,8 +10,9 @@ The exit code is 1 if an image cannot be read.
 import os
 from statistics import median
 
-from d2distill.common.engine.cli import CommandParser, find_config, run_cli
+from d2distill.common.engine.cli import CommandParser, run_cli
 from d2distill.common.errors import ConfigError, require_detectron2
+from d2distill.configs import find_config
 
 
 def main() -> None:

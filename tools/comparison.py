@@ -1,22 +1,17 @@
 """Training runs side by side: several configurations, each over several seeds; their table and their learning curves.
 
 Each run is the command a user would type, in a process of its own. Runs that have ended are not repeated, and runs that
-were stopped are resumed.
+were stopped are resumed. The one harness of sweeps, demos and the table of all methods.
 """
 
-import argparse
 import hashlib
 import json
 import math
-import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +26,9 @@ from d2distill.common.engine.settings import flat_settings
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.detection.config import load_cfg as load_detection_cfg
+from d2distill.tools.launchers import Launcher, LocalLauncher, Run, stop_signals
 
-__all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "Task", "command_parser", "mean_std"]
+__all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "RunsFailed", "Task", "mean_std"]
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The cell of a table made of the ``results.json`` of a row's runs.
@@ -73,12 +69,8 @@ class Entry:
         return "_".join(part for part in (stem, readable, f"seed{seed}") if part)
 
 
-def command_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """The options that all commands of comparisons have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=output, help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
-    return parser
+class RunsFailed(UserError):
+    """Runs ended with an error; the message has the last lines of their logs."""
 
 
 def mean_std(values: Sequence[float | None]) -> str:
@@ -106,12 +98,17 @@ class Task:
         load_cfg: reads a configuration file and KEY VALUE pairs.
         teacher_key: the setting that names the teacher's weights.
         columns: of the table.
+        metrics: of which a run has one, by which rows are ranked; the larger the better.
+        teacher_network: the setting that names a teacher's network, and its value, from the teacher's own file and
+            configuration.
     """
 
     script: Path
     load_cfg: Callable[[str, Sequence[str]], CfgNode]
     teacher_key: str
     columns: dict[str, Column]
+    metrics: tuple[str, ...]
+    teacher_network: Callable[[str, CfgNode], tuple[str, str]]
 
 
 CLASSIFICATION = Task(
@@ -124,6 +121,8 @@ CLASSIFICATION = Task(
         "parameters": _millions("parameters", 3),
         "FLOPs": _millions("flops", 1),
     },
+    ("top1", "mAP"),
+    lambda file, cfg: ("MODEL.TEACHER.NAME", cfg.MODEL.STUDENT.NAME),
 )
 DETECTION = Task(
     ROOT / "detection" / "train_net.py",
@@ -135,6 +134,8 @@ DETECTION = Task(
         **{name: _mean(f"bbox/{name}") for name in ("AP50", "AP75", "APs", "APm")},
         "parameters": _millions("parameters", 2),
     },
+    ("bbox/AP",),
+    lambda file, cfg: ("TEACHER.CONFIG_FILE", file),
 )
 
 
@@ -162,52 +163,63 @@ class Comparison:
         ended = {seed: self.folder(entry, seed) for seed in entry.seeds if self._ended(entry, seed)}
         return {seed: json.loads((folder / "results.json").read_text()) for seed, folder in ended.items()}
 
-    def run(self, processes: int, deadline: float = math.inf) -> None:
-        """Train every row with every seed, in this order, `processes` runs at a time, and show the progress.
+    def run(self, jobs: int, deadline: float = math.inf, launcher: Launcher | None = None) -> None:
+        """Train every row with every seed, in this order, so many jobs at a time, and show the progress.
 
         A row waits for its teacher. A run that fails stops no other. At the deadline (of ``time.monotonic()``), and on
         SIGINT, SIGTERM and SIGHUP, the runs save and stop; the next call resumes them.
 
+        Args:
+            jobs: 0 for as many as the launcher takes by itself.
+            launcher: starts the runs, on this machine if it is None.
+
         Raises:
-            UserError: runs failed; the message has the last lines of their logs.
+            RunsFailed: after all others have ended.
             SystemExit: after a signal, with 128 + its number.
         """
-        jobs = [(entry, seed) for entry in self.entries for seed in entry.seeds]
-        waiting = [job for job in jobs if not self._ended(*job)]
-        running: list[tuple[Path, subprocess.Popen]] = []
+        launcher = launcher or LocalLauncher()
+        jobs = jobs or launcher.jobs
+        everything = [(entry, seed) for entry in self.entries for seed in entry.seeds]
+        waiting = [job for job in everything if not self._ended(*job)]
+        running: list[tuple[Path, Run]] = []
         failures = []
         bar = tqdm(
-            initial=len(jobs) - len(waiting),
-            total=len(jobs),
+            initial=len(everything) - len(waiting),
+            total=len(everything),
             bar_format="{n_fmt}/{total_fmt} runs, {percentage:.0f} %, {elapsed}, about {remaining} left",
             smoothing=0,
             miniters=0,
             mininterval=0.2 if sys.stderr.isatty() else 10,
         )
-        with bar, _stop_signals() as received:
+        with bar, stop_signals() as received:
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
                     ready = [job for job in waiting if job[0].teacher is None or self.results(job[0].teacher)]
-                    for job in ready[: processes - len(running)]:
+                    for job in ready[: jobs - len(running)]:
                         waiting.remove(job)
-                        running.append(self._start(*job))
+                        folder = self.folder(*job)
+                        folder.mkdir(parents=True, exist_ok=True)
+                        running.append((folder, launcher.start(self._command(*job), folder)))
                     if not running:
                         failures.append(f"{len(waiting)} runs have no teacher")
                         break
                     time.sleep(0.2)
-                    for folder, process in [run for run in running if run[1].poll() is not None]:
-                        running.remove((folder, process))
-                        if process.returncode:
-                            end = (folder / "console.txt").read_text().splitlines()[-8:]
-                            failures.append("\n".join([f"the run in {folder} failed:", *end]))
+                    for folder, run in [entry for entry in running if entry[1].poll() is not None]:
+                        running.remove((folder, run))
+                        if run.poll():
+                            failures.append("\n".join([f"the run in {folder} failed:", *run.log_end()]))
                             bar.write(f"{folder} failed", file=sys.stderr)
-                    bar.update(len(jobs) - len(waiting) - len(running) - bar.n)
+                    bar.update(len(everything) - len(waiting) - len(running) - bar.n)
             finally:
-                _stop([process for _, process in running])
+                # All save at the same time, after their step.
+                for _, run in running:
+                    run.stop()
+                for _, run in running:
+                    run.wait()
         if received:
             raise SystemExit(128 + received[0])
         if failures:
-            raise UserError("\n".join(failures))
+            raise RunsFailed("\n".join(failures))
 
     def table(self) -> str:
         """Mean +- sample standard deviation over the seeds that have ended, and the time per run, evaluations included.
@@ -270,47 +282,10 @@ class Comparison:
         # Results without settings may be anyone's.
         return all((self.folder(entry, seed) / name).exists() for name in ("results.json", "config.yaml"))
 
-    def _start(self, entry: Entry, seed: int) -> tuple[Path, subprocess.Popen]:
-        folder = self.folder(entry, seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = [*self._settings(entry), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-        command = [sys.executable, str(self.task.script), "--config-file", entry.config_file, "--resume", *settings]
-        # The last digits of a run depend on the number of threads: it is not left to the machine.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(folder / "console.txt", "w") as console:
-            # In a session of its own, or Ctrl-C would kill it before it can save.
-            process = subprocess.Popen(
-                command, stdout=console, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        return folder, process
+    def _command(self, entry: Entry, seed: int) -> list[str]:
+        settings = [*self._settings(entry), "SEED", str(seed), "OUTPUT_DIR", str(self.folder(entry, seed))]
+        return [sys.executable, str(self.task.script), "--config-file", entry.config_file, "--resume", *settings]
 
 
 def _flatten(config: str) -> dict[str, object]:
     return flat_settings(CfgNode(yaml.safe_load(config)))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """The signals to stop that came within the block; those that the process ignores (nohup) stay ignored."""
-    received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Let runs save after their step, and wait until they have ended."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers as well; its last periodic checkpoint stays
-            process.wait()

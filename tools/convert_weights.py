@@ -11,17 +11,17 @@ Every source is a path, an https:// or detectron2:// URL, torchvision:WEIGHTS or
 """
 
 from d2distill.common.engine.cli import CommandParser, run_cli
-from d2distill.detection.convert import convert_to_tensors, merge, split
+from d2distill.common.errors import require_detectron2
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, convert, text, names in (
-        ("backbone", convert_to_tensors, "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
-        ("safe", convert_to_tensors, "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
-        ("merge", merge, "a student and a teacher, as one file", ("STUDENT", "TEACHER", "OUT")),
-        ("split", split, "such a file, as two files", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
+        ("backbone", "convert_to_tensors", "a classifier of torchvision or timm, as MODEL.WEIGHTS", ("SOURCE", "OUT")),
+        ("safe", "convert_to_tensors", "a pickle (.pkl), as tensors without code", ("SOURCE", "OUT")),
+        ("merge", "merge", "a student and a teacher, as one file", ("STUDENT", "TEACHER", "OUT")),
+        ("split", "split", "such a file, as two files", ("MERGED", "STUDENT_OUT", "TEACHER_OUT")),
     ):
         sub = actions.add_parser(action, help=text, description=text)
         for name in names:
@@ -29,7 +29,10 @@ def main() -> None:
         sub.add_argument("--force", action="store_true", help="replace files that exist")
         sub.set_defaults(convert=convert, names=names)
     args = parser.parse_args()
-    written = args.convert(*(getattr(args, name) for name in args.names), force=args.force)
+    require_detectron2()
+    from d2distill.detection import convert
+
+    written = getattr(convert, args.convert)(*(getattr(args, name) for name in args.names), force=args.force)
     print(written if isinstance(written, str) else "\n".join(written))
 
 

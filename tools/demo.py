@@ -6,15 +6,32 @@ stopped continues; one that has ended shows its results again.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d2distill.common.engine.cli import run_cli
-from d2distill.tools.comparison import CLASSIFICATION, ROOT, Comparison, Entry, command_parser
+from d2distill.common.engine.cli import CommandParser, run_cli
+from d2distill.common.errors import require_detectron2
 
-CONFIGS = ROOT / "configs" / "cls"
+if TYPE_CHECKING:
+    from d2distill.tools.comparison import Entry
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "cls"
 SEEDS = (0, 1, 2)
+NEXT = """
+What next:
+  python tools/predict.py {student} {picture}
+      the distilled student names the digit in that picture
+  python tools/sweep.py cls/digits_vgg8_r8_kd.yaml DISTILL.KD.T=1,4 --teacher cls/digits_vgg8.yaml --output {output}
+      a leaderboard of settings over three seeds; the teacher is there already
+  python tools/list.py methods
+      all methods, what they need and what they reached on these digits
+  docs/own_data.md
+      your own pictures: from a folder to a student that ships
+"""
 
 
-def entries() -> list[Entry]:
+def entries() -> "list[Entry]":
+    from d2distill.tools.comparison import Entry
+
     teacher = Entry("teacher (vgg8)", str(CONFIGS / "digits_vgg8.yaml"), [0])
     return [
         teacher,
@@ -25,15 +42,29 @@ def entries() -> list[Entry]:
 
 
 def main() -> None:
-    args = command_parser(__doc__, "output/demo").parse_args()
+    parser = CommandParser(description=__doc__)
+    parser.add_runs("output/demo")
+    args = parser.parse_args()
+    require_detectron2()
+    from PIL import Image
+
+    from d2distill.classification.data import build_dataset
+    from d2distill.tools.comparison import CLASSIFICATION, Comparison
+    from d2distill.tools.leaderboard import write_leaderboard
+
     comparison = Comparison(CLASSIFICATION, entries(), args.output)
     print("A teacher learns from 1,297 digits; nine students learn from 100 of them, alone and with it", flush=True)
-    comparison.run(args.processes)
+    comparison.run(args.jobs)
     picture = Path(args.output, "learning_curves.png")
     comparison.draw_curves(comparison.entries[1:], picture, "resnet8 on 100 real digits, teacher vgg8")
     results = comparison.table()
     Path(args.output, "results.md").write_text(results + "\n")
+    write_leaderboard(comparison, comparison.entries[1], "make demo")
     print(f"\nTop-1 on 500 test digits, last and best epoch:\n\n{results}\n\nLearning curves: {picture}")
+    digit, student = Path(args.output, "digit.png"), Path(args.output, comparison.entries[-1].run_name(SEEDS[0]))
+    pixels, _ = build_dataset("digits", "", "val").load(250)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(digit)
+    print(NEXT.format(student=student, picture=digit, output=args.output))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def _names_below(output: Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def _draw(record: dict[str, Any], path: Path, classes: Sequence[str]) -> None:
-    from d2distill.tools.drawing import draw_picture
+    from d2distill.tools.visualizations.boxes import draw_picture
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # The one with the highest score comes first, and is to be on top.

@@ -37,7 +37,11 @@ class FeatureDistiller(Distiller):
 
     @classmethod
     def common_defaults(cls) -> dict[str, object]:
-        return {**super().common_defaults(), "FIRST": 1}
+        return {
+            **super().common_defaults(),
+            # Number of the first map that is compared. 1 leaves out a classifier's stem; in detection 0 is p2 or p3.
+            "FIRST": 1,
+        }
 
     def select_pairs(self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo) -> tuple[list, list]:
         """The maps (of outputs) or their shapes that are compared, in pairs from shallow to deep."""
@@ -70,7 +74,11 @@ class LevelDistiller(FeatureDistiller):
 
     @classmethod
     def common_defaults(cls) -> dict[str, object]:
-        return {**super().common_defaults(), "LEVELS": 0}
+        return {
+            **super().common_defaults(),
+            # How many maps are compared, from FIRST on. 0: all.
+            "LEVELS": 0,
+        }
 
     def connected(self, feats_student: list[Tensor]) -> list[Tensor]:
         """The student's maps with the teacher's channels."""

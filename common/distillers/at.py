@@ -46,7 +46,13 @@ class AT(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 1000.0, "P": 2.0, "ALIGN": "deep"}
+        return {
+            "WEIGHT": 1000.0,
+            # Exponent p of the activations before the mean over channels.
+            "P": 2.0,
+            # Which stages are paired if their numbers differ: the last ("deep") or the first ("shallow").
+            "ALIGN": "deep",
+        }
 
     def select_pairs(self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo) -> tuple[list, list]:
         if self.cfg.ALIGN == "deep":

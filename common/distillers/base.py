@@ -110,8 +110,14 @@ class Distiller(nn.Module):
     @classmethod
     def common_defaults(cls) -> dict[str, object]:
         """The settings of every method of this kind; `defaults()` may give them other values."""
-        # Feature methods use teacher TEACHER; logit methods use the ensemble.
-        return {"WEIGHT": 1.0, "WARMUP": 0, "TEACHER": 0}
+        return {
+            # Weight of the term in the loss.
+            "WEIGHT": 1.0,
+            # The weight rises linearly from 0 over so many epochs; in detection, iterations.
+            "WARMUP": 0,
+            # Feature methods use teacher TEACHER; logit methods use the ensemble.
+            "TEACHER": 0,
+        }
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
@@ -182,7 +188,13 @@ class LogitDistiller(Distiller):
         settings = super().common_defaults()
         del settings["TEACHER"]
         # A softmax does not see its logits' mean; a sigmoid's zero is a threshold, which standardizing would move.
-        return settings if cls.takes_sigmoid else {**settings, "STANDARDIZE": False}
+        if cls.takes_sigmoid:
+            return settings
+        return {
+            **settings,
+            # Compare logits of zero mean and unit deviation per sample (logit standardization).
+            "STANDARDIZE": False,
+        }
 
     def pick_teacher(self, teacher: Outputs | None) -> Outputs | None:
         return teacher

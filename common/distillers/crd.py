@@ -89,7 +89,19 @@ class CRD(Distiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 0.8, "K": 16384, "T": 0.07, "MOMENTUM": 0.5, "FEAT_DIM": 128, "MODE": "exact"}
+        return {
+            "WEIGHT": 0.8,
+            # Negatives per sample. More than there are samples of other classes means repeats.
+            "K": 16384,
+            # Temperature tau of the scores.
+            "T": 0.07,
+            # Of the memory banks: the share that stays of a sample's entry.
+            "MOMENTUM": 0.5,
+            # Numbers per embedding.
+            "FEAT_DIM": 128,
+            # Positive of a sample: itself ("exact"), or any sample of its class ("relax").
+            "MODE": "exact",
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         if batch.index is None:

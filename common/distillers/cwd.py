@@ -36,7 +36,11 @@ class CWD(LevelDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 10.0, "T": 1.0}
+        return {
+            "WEIGHT": 10.0,
+            # Temperature of each channel's softmax over space.
+            "T": 1.0,
+        }
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return cwd_loss(self.connected(feats_student), feats_teacher, self.cfg.T)

@@ -50,7 +50,15 @@ class DIST(LogitDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 2.0, "BETA": 1.0, "GAMMA": 1.0, "T": 4.0}
+        return {
+            "WEIGHT": 2.0,
+            # Weight of the relations between classes, within each sample.
+            "BETA": 1.0,
+            # Weight of the relations between samples, within each class.
+            "GAMMA": 1.0,
+            # Temperature of the softmax of both networks.
+            "T": 4.0,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         logits_student, logits_teacher = self.student_logits(student), self.teacher_logits(teacher, self.cfg.T)

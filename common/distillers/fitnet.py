@@ -69,7 +69,11 @@ class FitNet(Distiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 100.0, "HINT_LAYER": 2}
+        return {
+            "WEIGHT": 100.0,
+            # Number of the map that is compared; 0 is the stem.
+            "HINT_LAYER": 2,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         feat_student, feat_teacher = (of.feats[self.cfg.HINT_LAYER] for of in (student, teacher))

@@ -81,7 +81,11 @@ class KDSVD(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 1.0, "K": 1}
+        return {
+            "WEIGHT": 1.0,
+            # Singular vectors that are kept of the teacher; of the student 3 more.
+            "K": 1,
+        }
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         return kdsvd_loss(feats_student, feats_teacher, self.cfg.K)

@@ -60,7 +60,13 @@ class MGD(LevelDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 2e-5, "LAMBDA": 0.65, "MASK": "space"}
+        return {
+            "WEIGHT": 2e-5,
+            # Share of a map that is masked.
+            "LAMBDA": 0.65,
+            # What is masked: positions ("space") or channels ("channel").
+            "MASK": "space",
+        }
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         # Resized before masking: a mask of the student's size would be blurred.

@@ -44,7 +44,11 @@ class PKT(Distiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 30000.0, "EPS": 1e-7}
+        return {
+            "WEIGHT": 30000.0,
+            # Added to norms and in logarithms.
+            "EPS": 1e-7,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return pkt_loss(student.pooled, teacher.pooled, self.cfg.EPS)

@@ -97,7 +97,12 @@ class ReviewKD(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 5.0, "WARMUP": 20, "STUDENT_PREACT": False}
+        return {
+            "WEIGHT": 5.0,
+            "WARMUP": 20,
+            # Compare the student's maps before their last ReLU.
+            "STUDENT_PREACT": False,
+        }
 
     def select_pairs(self, student: Outputs | NetworkInfo, teacher: Outputs | NetworkInfo) -> tuple[list, list]:
         maps_student, maps_teacher = super().select_pairs(student, teacher)

@@ -63,7 +63,17 @@ class RKD(Distiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 1.0, "DISTANCE_WEIGHT": 25.0, "ANGLE_WEIGHT": 50.0, "SQUARED": False, "EPS": 1e-12}
+        return {
+            "WEIGHT": 1.0,
+            # Weight of the distances between two samples.
+            "DISTANCE_WEIGHT": 25.0,
+            # Weight of the angles between three.
+            "ANGLE_WEIGHT": 50.0,
+            # Squared distances.
+            "SQUARED": False,
+            # Smallest squared distance.
+            "EPS": 1e-12,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         settings = self.cfg.DISTANCE_WEIGHT, self.cfg.ANGLE_WEIGHT, self.cfg.SQUARED, self.cfg.EPS

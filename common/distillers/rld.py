@@ -63,7 +63,17 @@ class RLD(LogitDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WARMUP": 20, "ALPHA": 1.0, "BETA": 8.0, "ALPHA_T": 1.0, "T": 4.0}
+        return {
+            "WARMUP": 20,
+            # Weight of the confidence.
+            "ALPHA": 1.0,
+            # Weight of the relations among the classes below the right one. Per pair as in DKD.
+            "BETA": 8.0,
+            # Temperature of the confidence.
+            "ALPHA_T": 1.0,
+            # Temperature of the relations. ImageNet: 1.
+            "T": 4.0,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         # The two parts have temperatures of their own, at which several teachers are averaged.

@@ -107,7 +107,10 @@ class SimKD(Distiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"FACTOR": 2}
+        return {
+            # The projector's inner channels are the teacher's divided by it.
+            "FACTOR": 2,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         feat_teacher = getattr(teacher, self.teacher_part)[-1]

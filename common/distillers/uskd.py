@@ -92,7 +92,14 @@ class USKD(Distiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"ALPHA": 1.0, "BETA": 0.1, "MU": 0.005}
+        return {
+            # Weight of the target.
+            "ALPHA": 1.0,
+            # Weight of the other classes' Zipf labels.
+            "BETA": 0.1,
+            # Weight of the weak classifier.
+            "MU": 0.005,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         with no_autocast(student.logits):

@@ -61,7 +61,13 @@ class VID(FeatureDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 1.0, "EPS": 1e-5, "INIT_VAR": 5.0}
+        return {
+            "WEIGHT": 1.0,
+            # Smallest variance.
+            "EPS": 1e-5,
+            # Variance to begin with.
+            "INIT_VAR": 5.0,
+        }
 
     def feature_loss(self, feats_student: list[Tensor], feats_teacher: list[Tensor]) -> Tensor:
         pairs = pool_pairs_to_smaller(feats_student, feats_teacher)

@@ -41,7 +41,11 @@ class WTTM(LogitDistiller):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        return {"WEIGHT": 3.0, "GAMMA": 0.1}
+        return {
+            "WEIGHT": 3.0,
+            # Exponent of the teacher's probabilities, 1 / T.
+            "GAMMA": 0.1,
+        }
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return wttm_loss(self.student_logits(student), self.teacher_logits(teacher), self.cfg.GAMMA)

@@ -11,17 +11,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-from d2distill import __version__, configs
+from d2distill import __version__
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
+from d2distill.common.foreign import FLAGS
 
 
 class CommandParser(argparse.ArgumentParser):
     """Flags and ``KEY VALUE`` settings in any order; a mistyped flag is an error that names the nearest known one."""
 
-    takes_settings = False
+    #: Whether flags may stand among positional arguments. argparse has no subcommands in that mode.
+    intermixed = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
@@ -30,26 +31,27 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_settings(self) -> None:
         """Take ``KEY VALUE`` pairs, as ``opts``."""
-        self.takes_settings = True
+        self.intermixed = True
         self.add_argument("opts", nargs="*", metavar="KEY VALUE", help="settings that replace those of the file")
 
+    def add_runs(self, output: str) -> None:
+        """Take the flags of all commands that train several runs."""
+        self.add_argument("--output", default=output, metavar="DIR", help="of the runs (default: %(default)s)")
+        jobs = "runs at a time (default: one per GPU; 2 without)"
+        self.add_argument("--jobs", "--processes", type=int, default=0, metavar="N", help=jobs)
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        # Intermixed: flags may follow the settings. argparse has no subcommands in that mode.
-        parse = self.parse_known_intermixed_args if self.takes_settings else self.parse_known_args
+        parse = self.parse_known_intermixed_args if self.intermixed else self.parse_known_args
         parsed, unknown = parse(args, namespace)
         if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
-            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].partition('=')[0], flags)}")
+            flags, flag = re.findall(r"--[\w-]+", self.format_usage()), unknown[0].partition("=")[0]
+            if flag in FLAGS and "--config-file" in flags:
+                self.error(f"unknown argument {unknown[0]}: here it is {FLAGS[flag]}")
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, flags)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
-
-
-def find_config(name: str) -> str:
-    """The path of a config file; ``[configs/]cls/digits_r8.yaml`` of this package is found from any folder."""
-    packaged = Path(configs.__file__).parent / name.removeprefix("configs/")
-    return str(packaged) if not Path(name).exists() and packaged.is_file() else name
 
 
 def run_cli(main: Callable[[], object]) -> None:

@@ -198,8 +198,8 @@ def _local_path(source: str) -> str:
     path = source if "://" in source else os.path.abspath(os.path.expanduser(source))
     if "://" not in path and not os.path.isfile(path):
         raise CheckpointError(
-            f"there is no checkpoint at {path}; see README.md, 'Teachers', for where to get published ones and how to "
-            "train one"
+            f"there is no checkpoint at {path}; docs/classification.md, 'Teachers', says where to get published ones "
+            "and how to train one"
         )
     try:
         return PathManager.get_local_path(path)

@@ -1,11 +1,7 @@
-"""Trainings for the tests of many processes: `python -m tests.classification.multi_process_training FOLDER CASE ...`.
-
-Started alone, or by torchrun; the cases run one after another in the same processes, each in FOLDER/CASE.
-"""
+"""Trainings for the tests of many processes: the cases run one after another, each in FOLDER/CASE."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +10,6 @@ from detectron2.utils import comm
 
 from d2distill.classification.data.loader import FixedSubset, build_test_loader
 from d2distill.classification.trainer import build_trainer, load_datasets
-from d2distill.common.engine.launch import join_job
 from d2distill.common.engine.run_folder import start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import DataError
@@ -96,13 +91,7 @@ def train_case(folder: Path, name: str) -> None:
 
 
 def main(folder: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
     for name in names:
         (Path(folder) / name).mkdir(parents=True, exist_ok=True)
         train_case(Path(folder), name)
         comm.synchronize()
-
-
-if __name__ == "__main__":
-    with join_job():
-        main(sys.argv[1], sys.argv[2:])

@@ -75,6 +75,16 @@ def test_published_cifar_pairs(pair, beta):
         assert any(load(p).MODEL.STUDENT.NAME == name for p in RUNNABLE if p.stem.count("_") < 3), name
 
 
+def test_the_imagenet_recipe_of_mmrazor():
+    """8 x 32 images and its rate; the mimic loss from the first step on (its DKDLoss: tau 1, alpha 1, beta 0.5)."""
+    cfg = load(CONFIGS[0].parent / "imagenet_r34_r18_dkd_mmrazor.yaml")
+    solver, dkd = cfg.SOLVER, cfg.DISTILL.DKD
+    assert (cfg.MODEL.TEACHER.NAME, cfg.MODEL.STUDENT.NAME) == ("ResNet34", "ResNet18")
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MOMENTUM, solver.WEIGHT_DECAY) == (256, 0.1, 0.9, 1e-4)
+    assert (solver.EPOCHS, solver.STEPS, solver.GAMMA, solver.OPTIMIZER) == (100, [30, 60, 90], 0.1, "SGD")
+    assert (dkd.WEIGHT, dkd.ALPHA, dkd.BETA, dkd.T, dkd.WARMUP, cfg.DISTILL.CE_WEIGHT) == (1, 1, 0.5, 1, 0, 1)
+
+
 def test_stages_of_mobilenetv1_as_published():
     """ReviewKD takes all four and the pooled vector; AT leaves the first out and pairs from the shallow end."""
     shapes = {

@@ -21,6 +21,7 @@ LONG = {
     "SOLVER__EPOCHS": 5,
     "SOLVER__STEPS": [3],
     "DATASETS__TRAIN_SIZE": 400,
+    "INPUT__SIZE": 32,
     "TEST__EVAL_PERIOD": 5,
 }
 

@@ -13,30 +13,29 @@ from timm.layers import BatchNormAct2d
 
 from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.distributed import synchronize_batch_norms
+from d2distill.common.engine.launch import launch, processes_to_start
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError, DivergedError
+from tests.classification.multi_process_training import main
 from tests.classification.tiny_training import run, small_cfg, state
 from tests.dataset_files import write_image_folder
 from tests.fake_slurm import RUN_TWO_TASKS, slurm
 from tests.interruptions import assert_identical
+from tests.processes import exit_code, in_job, run_ranks, script, start
 from tests.tiny_task import tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ("-m", "tests.classification.multi_process_training")
 EQUAL = ("plain", "nine", "one", "dot")
 
 
-def start(processes, *arguments, **environment):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    command = [sys.executable, *(torchrun if processes > 1 else ()), *map(str, arguments)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+def train_cases(processes, folder, *names):
+    """Exit codes of processes that train these cases, as torchrun's."""
+    return run_ranks(processes, in_job, main, str(folder), names)
 
 
-def started(processes, *arguments):
-    done = start(processes, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+def resume(folder):
+    assert run_ranks(2, script, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume") == [0, 0]
 
 
 def load(folder, rank=0):
@@ -46,14 +45,14 @@ def load(folder, rank=0):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    started(1, *PROGRAM, folder, *EQUAL, "two")
+    assert exit_code(start(main, str(folder), (*EQUAL, "two"))) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    started(2, *PROGRAM, folder, *EQUAL, "connectors", "banks", "unbroken")
+    assert train_cases(2, folder, *EQUAL, "connectors", "banks", "unbroken") == [0, 0]
     return folder
 
 
@@ -82,7 +81,7 @@ def test_two_processes_train_as_one(one, two, case):
 
 @pytest.mark.slow
 def test_a_process_without_samples_does_not_count(one, tmp_path):
-    started(3, *PROGRAM, tmp_path, "two")
+    assert train_cases(3, tmp_path, "two") == [0, 0, 0]
     assert_equal_runs(one / "two", tmp_path / "two")
 
 
@@ -153,9 +152,8 @@ def test_synchronized_batch_norms():
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
-    stopped = start(2, *PROGRAM, tmp_path, "stopped")
+    assert train_cases(2, tmp_path, "stopped") == [143, 143]
     folder = tmp_path / "stopped"
-    assert stopped.returncode and stopped.stderr.count("exitcode  : 143") >= 1
     # One step, the same for both, or they would wait for each other.
     assert max(path.name for path in folder.glob("model_*")) == "model_0000005.pth"
     assert "SIGTERM: saved after step 5" in (folder / "log.txt").read_text()
@@ -163,33 +161,31 @@ def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
     pending = torch.load(folder / "model_0000005.pth", weights_only=True)["trainer"]["metrics"]
     counts = [losses["counts"] for losses, _ in pending]
     assert len(counts) == 2 and counts[0] == counts[1] and counts[0]["loss_ce"] > 0
-    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    resume(folder)
     assert_identical(state(folder), state(two / "unbroken"))
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_in_an_evaluation(two, tmp_path):
     """None goes on with it, and none waits for the others."""
-    stopped = start(2, *PROGRAM, tmp_path, "stopped in evaluation")
+    assert train_cases(2, tmp_path, "stopped in evaluation") == [143, 143]
     folder = tmp_path / "stopped in evaluation"
-    assert stopped.returncode and stopped.stderr.count("exitcode  : 143") >= 1
     assert max(path.name for path in folder.glob("model_*")) == "model_0000006.pth"
     assert read_metrics(folder)[-1]["iteration"] == 3
-    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    resume(folder)
     assert_identical(state(folder), state(two / "unbroken"))
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_in_an_evaluation(two, tmp_path):
     """All say it and end, and what was trained is saved."""
-    stopped = start(2, *PROGRAM, tmp_path, "broken evaluation")
+    assert train_cases(2, tmp_path, "broken evaluation") == [2, 2]
     folder = tmp_path / "broken evaluation"
-    assert stopped.returncode
     assert max(path.name for path in folder.glob("model_*")) == "model_0000006.pth"
     for name in ("log.txt", "log.txt.rank1"):
         log = (folder / name).read_text()
         assert log.count("ERROR: cannot read image 7.jpg") == 1 and "Traceback" not in log
-    started(2, "tools/train_cls.py", "--config-file", folder / "config.yaml", "--resume")
+    resume(folder)
     assert_identical(state(folder), state(two / "unbroken"))
 
 
@@ -207,31 +203,29 @@ def test_an_error_of_one_rank_is_one_line_in_all(tmp_path):
     for image in sorted((tmp_path / "data" / "train").rglob("*.*")):
         image.write_bytes(image.read_bytes()[:-40])
         break
-    done = start(
-        2, "tools/train_cls.py", "DATASETS.NAME", "folder", "DATASETS.ROOT", tmp_path / "data", "INPUT.SIZE", 32,
-        "MODEL.STUDENT.NAME", "resnet8", "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 1, "OUTPUT_DIR",
-        tmp_path / "run", "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4,
-    )  # fmt: skip
+    line = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "tools/train_cls.py",
+        "DATASETS.NAME", "folder", "DATASETS.ROOT", tmp_path / "data", "INPUT.SIZE", 32, "MODEL.STUDENT.NAME",
+        "resnet8", "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 1, "OUTPUT_DIR", tmp_path / "run",
+        "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4,
+    ]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, line)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.stderr.count(f"error: cannot read image {image}: ") == done.stderr.count("error: ") == 1, done.stderr
     assert done.returncode and done.stderr.count("Traceback") == 1 and "exitcode  : 2" in done.stderr, done.stderr
 
 
-# The parent counts two GPUs; the processes that it starts find none and use gloo.
-NUM_GPUS = """
-import sys, torch
-from d2distill.common.engine.launch import launch, processes_to_start
-from tests.classification.multi_process_training import main
-if __name__ == "__main__":
+def launch_two(folder, case):
+    """As on a machine with two GPUs, which the processes that it starts do not find: they use gloo."""
     torch.cuda.device_count = lambda: 2
-    launch(main, (sys.argv[1], sys.argv[2:]), processes_to_start(2))
-"""
+    launch(main, (folder, [case]), processes_to_start(2))
 
 
 @pytest.mark.slow
 def test_num_gpus_forwards_sigterm_and_exits_143(tmp_path):
-    (tmp_path / "start.py").write_text(NUM_GPUS)
-    done = start(1, tmp_path / "start.py", tmp_path, "parent stopped")
-    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    output = tmp_path / "output.txt"
+    code = exit_code(start(launch_two, str(tmp_path), "parent stopped", output=output))
+    assert code == 143 and "Traceback" not in output.read_text(), output.read_text()
     folder = tmp_path / "parent stopped"
     logs = [(folder / name).read_text() for name in ("log.txt", "log.txt.rank1")]
     steps = [re.findall(r"SIGTERM: saved after step (\d+)", log) for log in logs]

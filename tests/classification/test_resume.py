@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,13 +18,11 @@ from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, wr
 from d2distill.common.engine.run_folder import prepare_run
 from d2distill.common.engine.writers import drop_lines_from, read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
-from tests.classification.tiny_training import STEPS, run, small_cfg, state
+from tests.classification.tiny_training import STEPS, run, run_disturbed, small_cfg, state
 from tests.interruptions import assert_identical, fail_in_evaluation
+from tests.processes import exit_code, start
 
 pytestmark = pytest.mark.slow
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -47,39 +43,34 @@ def unbroken(unbroken_folder):
     return state(unbroken_folder)
 
 
-def start(folder, workers, moment, step):
-    command = [sys.executable, "-m", "tests.classification.tiny_training", str(folder), str(workers), moment, str(step)]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
 @pytest.mark.parametrize(
-    ("moment", "step"),
+    ("moment", "step", "workers"),
     [
-        ("before saving", 1),  # nothing saved yet
-        ("before saving", 6),
-        ("while saving", 6),
-        ("after saving", 5),  # the checkpoint of a step in the middle of an epoch and of a log period
-        ("after saving", 6),  # neither evaluated nor logged
-        ("after evaluating", 6),  # not logged
-        ("after writing", 6),
-        ("after writing", STEPS),  # no results yet
+        ("before saving", 1, 0),  # nothing saved yet
+        ("before saving", 6, 2),
+        ("while saving", 6, 0),
+        ("after saving", 5, 2),  # the checkpoint of a step in the middle of an epoch and of a log period
+        ("after saving", 6, 0),  # neither evaluated nor logged
+        ("after evaluating", 6, 2),  # not logged
+        ("after writing", 6, 0),
+        ("after writing", STEPS, 2),  # no results yet
     ],
 )
-@pytest.mark.parametrize("workers", [0, 2])
 def test_sigkill(tmp_path, unbroken, moment, step, workers):
-    assert start(tmp_path, workers, moment, step).wait() == -signal.SIGKILL
-    run(small_cfg(tmp_path, workers), resume=True)
+    cfg = small_cfg(tmp_path, workers)
+    assert exit_code(start(run_disturbed, cfg, moment, step)) == -signal.SIGKILL
+    run(cfg, resume=True)
     assert_identical(state(tmp_path), unbroken)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
-    process = start(tmp_path, 2, "slowly", 0)
+    process = start(run_disturbed, small_cfg(tmp_path, 2), "slowly", 0)
     while not read_metrics(tmp_path):
         time.sleep(0.05)
-        assert process.poll() is None
+        assert process.is_alive()
     process.terminate()
-    assert process.wait() == 143
+    assert exit_code(process) == 143
     saved = max(int(path.stem.split("_")[1]) for path in tmp_path.glob("model_*.pth"))
     assert 0 < saved < STEPS
     run(small_cfg(tmp_path), resume=True)
@@ -88,7 +79,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
 
 @pytest.mark.parametrize("step", [3, STEPS])
 def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
-    assert start(tmp_path, 0, "in evaluation", step).wait() == 143
+    assert exit_code(start(run_disturbed, small_cfg(tmp_path), "in evaluation", step)) == 143
     assert (tmp_path / f"model_{step:07d}.pth").exists()
     run(small_cfg(tmp_path), resume=True)
     assert_identical(state(tmp_path), unbroken)
@@ -255,7 +246,7 @@ def test_a_divergence_ends_where_the_rate_is_lowered(tmp_path):
         ({"MODEL.STUDENT.NAME": "resnet14"}, "MODEL.STUDENT.NAME was 'resnet8', now 'resnet14'"),
         ({"MODEL.TEACHER.NAME": "resnet8"}, "MODEL.TEACHER.NAME was 'wrn_16_1', now 'resnet8'"),
         ({"MODEL.STUDENT.PIXEL_MEAN": [1.0, 1.0, 1.0]}, r"MODEL.STUDENT.PIXEL_MEAN was \[.*\], now \[1.0, 1.0, 1.0\]"),
-        ({"INPUT.SIZE": 40}, "INPUT.SIZE was 32, now 40"),
+        ({"INPUT.SIZE": 24}, "INPUT.SIZE was 16, now 24"),
         ({"INPUT.AUGMENTATION": "none"}, "INPUT.AUGMENTATION was '', now 'none'"),
         ({"MODEL.SYNC_BN": True}, "MODEL.SYNC_BN was False, now True"),
         ({"DISTILL.KD.T": 2.0}, "DISTILL.KD.T was 4.0, now 2.0"),

@@ -1,12 +1,4 @@
-"""Small runs of the classification trainer for the tests, and what must be equal between two of them.
-
-As a program it trains and is killed: `python -m tests.classification.tiny_training FOLDER WORKERS MOMENT STEP`.
-"""
-
-import sys
-from pathlib import Path
-
-import torch
+"""Small runs of the classification trainer for the tests, and what must be equal between two of them."""
 
 from d2distill.classification.config import get_cfg, validate
 from d2distill.classification.trainer import build_trainer, load_datasets, train
@@ -31,6 +23,7 @@ def small_cfg(folder, workers=0, **settings) -> CfgNode:
         "DISTILL.DKD.WARMUP": 2,
         "DATASETS.NAME": "digits",
         "DATASETS.TRAIN_SIZE": 40,
+        "INPUT.SIZE": 16,
         "SOLVER.EPOCHS": 3,
         "SOLVER.IMS_PER_BATCH": 16,
         "SOLVER.STEPS": [2],
@@ -53,14 +46,8 @@ def state(folder) -> tuple[dict, dict, list]:
     return read_state(folder, STEPS)
 
 
-def _main(folder: str, workers: str, moment: str, step: str) -> None:
-    torch.set_num_threads(1)
-    cfg = small_cfg(folder, int(workers))
+def run_disturbed(cfg: CfgNode, moment: str, step: int) -> None:
+    """A run that :func:`tests.interruptions.disturb` ends."""
     trainer = build_trainer(cfg, *load_datasets(cfg))
-    disturb(trainer, moment, int(step))
+    disturb(trainer, moment, step)
     trainer.run()
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(exist_ok=True)
-    _main(*sys.argv[1:])

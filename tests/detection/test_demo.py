@@ -1,8 +1,6 @@
 """The detection demo: its picture, and the whole of it in small."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from d2distill.tools import demo_det
 from d2distill.tools.comparison import DETECTION, Comparison, Entry
 from d2distill.tools.drawing import draw_detections
 from tests.detection.tiny_training import TINY
+from tests.processes import exit_code, script, start
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [str(ROOT / "configs" / "det" / f"digits_{name}.yaml") for name in ("r18", "r50_narrow")]
@@ -53,12 +52,12 @@ def test_the_demo(tmp_path, tiny):
     """Whatever else is in its folder stays."""
     (tmp_path / "thesis.txt").write_text("mine")
     opts = [*SMALL, "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
-    command = [sys.executable, "tools/demo_det.py", *opts, "--output", str(tmp_path), "--seeds", "0"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert shown.returncode == 0, shown.stderr
-    assert "3/3 runs, 100 %" in shown.stderr
+    process = start(script, "tools/demo_det.py", *opts, "--output", tmp_path, "--seeds", 0, output=tmp_path / "shown")
+    assert exit_code(process) == 0, (tmp_path / "shown").read_text()
+    shown = (tmp_path / "shown").read_text()
+    assert "3/3 runs, 100 %" in shown
     rows = [[cell.strip() for cell in row.split("|")] for row in (tmp_path / "results.md").read_text().splitlines()]
-    assert [row[1] for row in rows[2:]] == re.findall(r"\| (teacher|student alone|distilled) ", shown.stdout)
+    assert [row[1] for row in rows[2:]] == re.findall(r"\| (teacher|student alone|distilled) ", shown)
     assert len(rows) == 5 and (tmp_path / "detections.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     # A second call finds its runs as it left them.

@@ -19,11 +19,15 @@ from tests.detection.tiny_training import TINY, tiny_cfg
 
 #: Scores that an untrained detector reaches in some pictures and not in others.
 THRESHOLDS = {"MODEL__ROI_HEADS__SCORE_THRESH_TEST": 0.091, "MODEL__RETINANET__SCORE_THRESH_TEST": 0.1}
+#: Wide enough for that.
+RESNET18 = {
+    "MODEL__RESNETS__DEPTH": 18, "MODEL__RESNETS__STEM_OUT_CHANNELS": 64, "MODEL__RESNETS__RES2_OUT_CHANNELS": 64
+}  # fmt: skip
 
 
 def save(name, folder):
     """A run folder without a training."""
-    cfg = tiny_cfg(name, folder, TEST__TEACHER=False, **THRESHOLDS)
+    cfg = tiny_cfg(name, folder, TEST__TEACHER=False, **RESNET18, **THRESHOLDS)
     register_datasets(cfg)
     trainer = build_trainer(cfg, load_training_set(cfg))
     folder.mkdir()

@@ -20,15 +20,9 @@ from tests.detection.tiny_detectors import batch, build, image, plain, small_cfg
 ARCHITECTURES = ["review_dkd_r101_r18", "retinanet_bckd_r101_r50"]
 
 
-def small(name, **settings):
-    if "retinanet" in name:
-        settings = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, **settings}
-    return small_cfg(name, **settings)
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_without_methods_the_losses_are_detectron2s(name):
-    cfg = small(name, DISTILL__METHODS=[])
+    cfg = small_cfg(name, DISTILL__METHODS=[])
     ours, theirs = build(cfg), build(plain(cfg))
     theirs.load_state_dict(ours.state_dict())
     assert ours.teacher is None
@@ -38,7 +32,7 @@ def test_without_methods_the_losses_are_detectron2s(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_with_methods_the_detectors_own_losses_are_unchanged(name):
-    cfg = small(name)
+    cfg = small_cfg(name)
     ours, theirs = build(cfg), build(plain(cfg))
     # The student is built first: its weights do not depend on teacher and methods.
     for key, value in theirs.state_dict().items():
@@ -102,7 +96,7 @@ def test_boxes_are_those_the_students_head_saw():
 
 def test_connectors_begin_alike_with_any_teacher():
     """And a teacher is in eval mode from the beginning."""
-    one, other = build(small_cfg()), build(small_cfg(**{"TEACHER.MODEL.RESNETS.DEPTH": 34}))
+    one, other = build(small_cfg()), build(small_cfg(**{"TEACHER.MODEL.RESNETS.DEPTH": 101}))
     begun, same = one.distillers.state_dict(), other.distillers.state_dict()
     assert begun and begun.keys() == same.keys() and all(torch.equal(begun[name], same[name]) for name in begun)
     assert not any(module.training for module in one.teacher.modules())
@@ -118,7 +112,7 @@ def test_the_teachers_head_takes_the_levels_it_was_built_for():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_part_runs_once_a_step(name):
-    model, counts = build(small(name)), {}
+    model, counts = build(small_cfg(name)), {}
     parts = {"student": model.backbone, "teacher": model.teacher.backbone}
     heads = ["head"] if "retinanet" in name else ["roi_heads.box_head", "roi_heads.box_predictor"]
     for side, network in (("student", model), ("teacher", model.teacher)):
@@ -131,7 +125,7 @@ def test_each_part_runs_once_a_step(name):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "reviewkd_r101_r18_mask"])
 def test_gradients_reach_student_and_connectors_but_not_the_teacher(name):
-    model = build(small(name))
+    model = build(small_cfg(name))
     before = {key: value.clone() for key, value in model.teacher.state_dict().items()}
     losses = step(model, batch(masks=True))
     sum(losses.values()).backward()
@@ -145,7 +139,7 @@ def test_gradients_reach_student_and_connectors_but_not_the_teacher(name):
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "retinanet_pkd_r101_r50", "fitnet_r101_r50", "mgd_r101_r50"])
 def test_each_method_gives_the_students_backbone_a_gradient(name):
     """By itself: the detector's own losses, and connectors that learn, would hide one that does not."""
-    model = build(small(name))
+    model = build(small_cfg(name))
     losses = step(model, batch())
     student = [p for p in model.backbone.parameters() if p.requires_grad]
     for method in model.distillers:
@@ -228,7 +222,7 @@ def test_the_teacher_normalizes_for_itself():
 def test_maps_of_networks_with_other_padding_are_cut_to_what_both_have():
     a, b = crop_to_common_size(torch.arange(24.0).reshape(1, 1, 4, 6), torch.zeros(1, 2, 5, 3))
     assert a.shape == (1, 1, 4, 3) and b.shape == (1, 2, 4, 3) and a[0, 0, 1].tolist() == [6, 7, 8]
-    model = build(small_cfg("pkd_r101_r50", **{"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}))
+    model = build(small_cfg("pkd_r101_r50"))
     model.teacher.backbone._size_divisibility = 128
     assert torch.isfinite(step(model, batch())["loss_pkd"])
 
@@ -242,7 +236,7 @@ EMPTY = {
 @pytest.mark.parametrize("name", ["review_dkd_r101_r18", "retinanet_bckd_r101_r50", "retinanet_pkd_r101_r50"])
 @pytest.mark.parametrize("case", EMPTY)
 def test_batches_with_nothing_to_detect(name, case):
-    model = build(small(name))
+    model = build(small_cfg(name))
     losses = step(model, EMPTY[case])
     assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()
@@ -320,7 +314,7 @@ ONE_SIZE = {"TEACHER.MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [
 )  # fmt: skip
 def test_what_does_not_fit_is_told_before_training(name, settings, message):
     with pytest.raises(ConfigError, match=message):
-        build(small(name, **settings))
+        build(small_cfg(name, **settings))
 
 
 @pytest.mark.parametrize(
@@ -330,15 +324,15 @@ def test_what_does_not_fit_is_told_before_training(name, settings, message):
 )  # fmt: skip
 def test_a_teacher_of_other_classes_teaches_features(name, methods, head, tmp_path, log):
     settings = {"DISTILL.METHODS": methods, f"TEACHER.MODEL.{head}.NUM_CLASSES": 8}
-    torch.save({"model": build(small(name, **settings)).teacher.state_dict()}, tmp_path / "teacher.pth")
-    model = build(small(name, **settings, **{"TEACHER.MODEL.WEIGHTS": str(tmp_path / "teacher.pth")}))
+    torch.save({"model": build(small_cfg(name, **settings)).teacher.state_dict()}, tmp_path / "teacher.pth")
+    model = build(small_cfg(name, **settings, **{"TEACHER.MODEL.WEIGHTS": str(tmp_path / "teacher.pth")}))
     assert log.text.count("The teacher has 8 classes and the student 5: their features are compared") == 2
     losses = step(model, batch())
     assert all(losses[f"loss_{method.lower()}"] > 0 for method in methods)
 
 
 def test_anchors_are_the_same_only_in_retinanets_that_pad_alike():
-    model = build(small("retinanet_bckd_r101_r50"))
+    model = build(small_cfg("retinanet_bckd_r101_r50"))
     parts = vars(model) | model._modules
     model.check_comparable(parts, model.teacher, "BCKD")
     model.teacher.backbone._size_divisibility = 128

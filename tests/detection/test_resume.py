@@ -1,12 +1,8 @@
 """A detector's training that was stopped in any way and resumed is the one that never stopped, to the last bit."""
 
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +10,12 @@ import torch
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 from tests.detection.tiny_detectors import small_cfg
-from tests.detection.tiny_training import STEPS, run, state, tiny_cfg
+from tests.detection.tiny_training import STEPS, run, run_disturbed, state, tiny_cfg
 from tests.interruptions import assert_identical
+from tests.processes import exit_code, start
 from tests.report_pages import open_page
 
 pytestmark = pytest.mark.slow
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +27,6 @@ def unbroken(tmp_path_factory, tiny):
         run(tiny_cfg(name, folder))
         states[name] = state(folder)
     return states
-
-
-def start(folder, name, workers, moment, step):
-    command = [sys.executable, "-m", "tests.detection.tiny_training", *map(str, (folder, name, workers, moment, step))]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(
@@ -54,26 +43,27 @@ def start(folder, name, workers, moment, step):
     ],
 )
 def test_sigkill(tmp_path, unbroken, name, moment, step, workers):
-    assert start(tmp_path, name, workers, moment, step).wait() == -signal.SIGKILL
-    run(tiny_cfg(name, tmp_path, workers), resume=True)
+    cfg = tiny_cfg(name, tmp_path, workers)
+    assert exit_code(start(run_disturbed, cfg, moment, step)) == -signal.SIGKILL
+    run(cfg, resume=True)
     assert_identical(state(tmp_path), unbroken[name])
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, unbroken):
-    process = start(tmp_path, "rcnn", 2, "slowly", 0)
+    process = start(run_disturbed, tiny_cfg("rcnn", tmp_path, 2), "slowly", 0)
     while not read_metrics(tmp_path):
         time.sleep(0.05)
-        assert process.poll() is None
+        assert process.is_alive()
     process.terminate()
-    assert process.wait() == 143
+    assert exit_code(process) == 143
     run(tiny_cfg("rcnn", tmp_path), resume=True)
     assert_identical(state(tmp_path), unbroken["rcnn"])
 
 
 @pytest.mark.parametrize("step", [3, STEPS])
 def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken, step):
-    assert start(tmp_path, "rcnn", 0, "in evaluation", step).wait() == 143
+    assert exit_code(start(run_disturbed, tiny_cfg("rcnn", tmp_path), "in evaluation", step)) == 143
     assert (tmp_path / f"model_{step:07d}.pth").exists()
     run(tiny_cfg("rcnn", tmp_path), resume=True)
     assert_identical(state(tmp_path), unbroken["rcnn"])

@@ -138,7 +138,7 @@ def test_a_merged_file_gives_student_and_teacher(tmp_path, zoo):
     torch.save({"model": {**student, **teacher}}, tmp_path / "merged.pth")
     torch.save({"model": {**model.teacher.state_dict()}}, tmp_path / "teacher.pth")
     if zoo:
-        opts = {**SMALL, **TEACHER, "TEACHER.MODEL.RESNETS.DEPTH": 18, "TEACHER.MODEL.RESNETS.RES2_OUT_CHANNELS": 64}
+        opts = {**SMALL, **TEACHER}
         del opts["TEACHER.MODEL.WEIGHTS"]
         opts["MODEL.WEIGHTS"] = str(tmp_path / "merged.pth")
         cfg = load_cfg("configs/det/review_dkd_r101_r18.yaml", [item for pair in opts.items() for item in pair])

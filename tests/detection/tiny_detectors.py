@@ -12,6 +12,11 @@ CONFIGS = "configs/det/"
 SMALL = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
+    # All kinds of parameters, and 1 MB of them where a ResNet-18 has 45.
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
@@ -29,12 +34,10 @@ TEACHER = {f"TEACHER.{key}": value for key, value in SMALL.items() if key != "MO
 
 
 def small_cfg(name="review_dkd_r101_r18", **settings):
-    """The configuration `name` with small networks; the teacher has a ResNet-18 with other statistics."""
+    """The configuration `name` with small networks."""
     opts = {
         **SMALL,
         **TEACHER,
-        "TEACHER.MODEL.RESNETS.DEPTH": 18,
-        "TEACHER.MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
     return load_cfg(f"{CONFIGS}{name}.yaml", [item for pair in opts.items() for item in pair])

@@ -1,10 +1,6 @@
-"""Small runs of the detection trainer for the tests.
-
-As a program it trains and is killed: `python -m tests.detection.tiny_training FOLDER NAME WORKERS MOMENT STEP`.
-"""
+"""Small runs of the detection trainer for the tests."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -63,8 +59,9 @@ def tiny_cfg(name, folder, workers=0, **settings):
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
     if name == "retinanet":
-        resnet = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "SOLVER.BASE_LR": 1e-4}
-        return small_cfg("retinanet_bckd_r101_r50", **{**resnet, "DISTILL.METHODS": ["BCKD", "PKD"], **opts})
+        return small_cfg(
+            "retinanet_bckd_r101_r50", **{"SOLVER.BASE_LR": 1e-4, "DISTILL.METHODS": ["BCKD", "PKD"], **opts}
+        )
     # Batch norms that learn, so that running statistics are part of the state.
     return small_cfg("review_dkd_r101_r18", **{"MODEL.RESNETS.NORM": "BN", **opts})
 
@@ -77,15 +74,9 @@ def state(folder) -> tuple[dict, dict, list]:
     return read_state(folder, STEPS)
 
 
-def _main(folder: str, name: str, workers: str, moment: str, step: str) -> None:
-    torch.set_num_threads(1)
-    cfg = tiny_cfg(name, folder, int(workers))
+def run_disturbed(cfg, moment: str, step: int) -> None:
+    """A run that :func:`tests.interruptions.disturb` ends."""
     register_datasets(cfg)
     trainer = build_trainer(cfg, load_training_set(cfg))
-    disturb(trainer, moment, int(step))
+    disturb(trainer, moment, step)
     trainer.run()
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).mkdir(exist_ok=True)
-    _main(*sys.argv[1:])

@@ -209,8 +209,9 @@ def test_table_of_detectors(tmp_path, best):
 @pytest.fixture
 def benchmark(stand_in, tmp_path, monkeypatch, capsys):
     """Calls `tools/benchmark_methods.py` on the stand-in's configurations."""
-    for name, value in (("CLASSIFICATION", stand_in), ("CONFIGS", tmp_path), ("ROOT", tmp_path)):
-        monkeypatch.setattr(benchmark_methods, name, value)
+    monkeypatch.setattr("d2distill.tools.comparison.CLASSIFICATION", stand_in)
+    for name in ("CONFIGS", "ROOT"):
+        monkeypatch.setattr(benchmark_methods, name, tmp_path)
     networks = ["--teacher", "digits_a", "--student", "digits_b"]
 
     def call(*arguments):
