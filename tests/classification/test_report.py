@@ -84,7 +84,7 @@ def test_test_loss_and_the_worst_images_are_the_last_students(runs):
     _, test_set = load_datasets(cfg)
     model = build_distiller(cfg).eval()
     model.student.load_state_dict(torch.load(runs / "<b>run" / "student_final.pth", weights_only=True)["model"])
-    samples = AugmentedDataset(test_set, 32)
+    samples = AugmentedDataset(test_set, cfg.INPUT.SIZE)
     images = torch.stack([samples[index]["image"] for index in range(len(test_set))])
     with torch.no_grad():
         logits = model({"image": images})
