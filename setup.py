@@ -33,6 +33,7 @@ setup(
             "d2distill-predict = d2distill.tools.predict:main",
             "d2distill-export = d2distill.tools.export:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
+            "d2distill-report = d2distill.tools.report:main",
             "d2distill-sweep = d2distill.tools.sweep:main",
             "d2distill-list = d2distill.tools.list:main",
             "d2distill-convert-config = d2distill.tools.convert_config:main",
@@ -66,6 +67,8 @@ setup(
         "digits": ["scikit-learn>=1.3"],
         "timm": ["timm>=1.0.15"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5.6", "huggingface_hub>=0.34"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.10"],
         "slurm": ["submitit>=1.5"],  # for d2distill-sweep --slurm
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
         "docs": DOCS,

@@ -10,7 +10,7 @@ from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
 from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import BELOW_ONE, INCREASING, NUMBERS, STR_OR_LIST, Rule, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, LOGGERS, NUMBERS, STR_OR_LIST, Rule, at_least, check_rules
 
 __all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "schedule_notes", "teacher_nodes", "validate"]
 
@@ -44,6 +44,7 @@ _RULES = {
     NUMBERS: ("MODEL.TEACHER.SHARES",),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY", "DATASETS.VAL_FRACTION"),
     INCREASING: ("SOLVER.STEPS",),
+    LOGGERS: ("LOGGERS",),
 }  # fmt: skip
 
 
@@ -65,6 +66,9 @@ def get_cfg() -> CfgNode:
     cfg.CUDNN_BENCHMARK = False
     # Log every so many steps, and at each epoch's end.
     cfg.LOG_PERIOD = 20
+    # Logs beside log.txt and metrics.json: tensorboard, csv (metrics.csv), wandb, mlflow. The last two are set up by
+    # their environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI); a failure of theirs does not end the run.
+    cfg.LOGGERS = ["tensorboard"]
 
     cfg.MODEL = _CfgNode()
     # 0: what the data set says.
@@ -175,6 +179,12 @@ def get_cfg() -> CfgNode:
     # In epochs.
     cfg.TEST.EVAL_PERIOD = 1
     cfg.TEST.IMS_PER_BATCH = 256
+
+    cfg.REPORT = _CfgNode()
+    # Write report.html at the end of the run.
+    cfg.REPORT.ENABLED = True
+    # The run folder of a plain baseline, which the report compares with. Empty: none.
+    cfg.REPORT.BASELINE = ""
     return cfg
 
 

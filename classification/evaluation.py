@@ -12,6 +12,7 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
+from torch.nn import functional as F
 
 from d2distill.classification.data import DatasetInfo, ImageDataset
 from d2distill.common.engine.run_folder import write_text
@@ -23,12 +24,15 @@ logger = logging.getLogger("detectron2.d2distill")
 
 
 class AccuracyEvaluator(DatasetEvaluator):
-    """Percentage of images whose class is among the k highest logits, k = 1 and 5, over all processes.
+    """Percentage of images whose class is among the k highest logits, k = 1 and 5, and the mean cross-entropy.
 
-    With fewer than k classes k is their number. Counts and classes stay on the device until :meth:`evaluate`.
+    Both are over all processes. With fewer than k classes k is their number. Counts and classes stay on the device
+    until :meth:`evaluate`.
 
     Attributes:
         pairs: (2, n) class and predicted class of each image, on the main process after :meth:`evaluate`.
+        losses: (n,) cross-entropy of each image, likewise.
+        index: (n,) position of each image in the data set, likewise.
         per_class: (C,) top-1 accuracy of each class's images in percent, NaN where it has none, there as well.
     """
 
@@ -38,9 +42,11 @@ class AccuracyEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         self._total, self._counts, self._num_classes = 0, 0.0, 0
         self._pairs: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._index: list[Tensor] = []
 
     def process(self, inputs: Mapping[str, Tensor], outputs: Tensor) -> None:
-        """`inputs` has ``label`` (N,); `outputs` are logits (N, C)."""
+        """`inputs` has ``label`` (N,) and, of a loader of ours, ``index`` (N,); `outputs` are logits (N, C)."""
         target = inputs["label"].to(outputs.device)
         ranked = outputs.topk(min(max(self.TOPK), outputs.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
@@ -51,28 +57,33 @@ class AccuracyEvaluator(DatasetEvaluator):
         self._total += len(target)
         self._num_classes = outputs.shape[1]
         self._pairs.append(torch.stack([target, ranked[:, 0]]))
+        self._losses.append(F.cross_entropy(outputs.float(), target, reduction="none"))
+        self._index.append(inputs.get("index", torch.full_like(inputs["label"], -1)))
 
     def evaluate(self) -> dict[str, float] | None:
-        """``{"top1": ..., "top5": ...}`` in percent on the main process, None elsewhere.
+        """``{"top1": ..., "top5": ..., "test_loss": ...}``, the first in percent, on the main process, None elsewhere.
 
         Raises:
             DivergedError: on all ranks, where logits are not finite: an accuracy of them means nothing.
             DataError: no image at all.
         """
         own = torch.cat(self._pairs, 1).cpu() if self._pairs else torch.zeros(2, 0, dtype=torch.long)
-        gathered = comm.all_gather((torch.as_tensor(self._counts).cpu(), self._total, own, self._num_classes))
-        counts, totals, pairs, num_classes = zip(*gathered, strict=True)
+        images = [torch.cat(part).cpu() if part else torch.zeros(0) for part in (self._losses, self._index)]
+        gathered = comm.all_gather((torch.as_tensor(self._counts).cpu(), self._total, own, *images, self._num_classes))
+        counts, totals, pairs, losses, index, num_classes = zip(*gathered, strict=True)
         total, (*correct, broken) = _checked(sum(totals)), sum(counts).tolist()
         if broken:
             raise _diverged(int(broken), total)
         if not comm.is_main_process():
             return None
         self.pairs = target, predicted = torch.cat(pairs, 1)
+        self.losses, self.index = torch.cat(losses), torch.cat(index).long()
         images, hits = (
             torch.bincount(part, minlength=max(num_classes)) for part in (target, target[target == predicted])
         )
         self.per_class = 100.0 * hits / images
-        return {f"top{k}": 100.0 * value / total for k, value in zip(self.TOPK, correct, strict=True)}
+        accuracy = {f"top{k}": 100.0 * value / total for k, value in zip(self.TOPK, correct, strict=True)}
+        return {**accuracy, "test_loss": self.losses.double().mean().item()}
 
 
 class AveragePrecisionEvaluator(DatasetEvaluator):
@@ -94,7 +105,10 @@ class AveragePrecisionEvaluator(DatasetEvaluator):
         self._targets.append(inputs["label"].to(outputs.device).bool())
 
     def evaluate(self) -> dict[str, float] | None:
-        """``{"mAP": ...}`` in percent on the main process, None elsewhere; errors as of AccuracyEvaluator."""
+        """``{"mAP": ..., "test_loss": ...}`` on the main process, None elsewhere; errors as of AccuracyEvaluator.
+
+        The first is in percent, the second the mean binary cross-entropy over images and classes.
+        """
         own = [torch.cat(parts).cpu() if parts else None for parts in (self._scores, self._targets)]
         gathered = [part for part in comm.all_gather(own) if part[0] is not None]
         scores, targets = (torch.cat(parts) for parts in zip(*gathered, strict=True)) if gathered else ([], [])
@@ -105,7 +119,8 @@ class AveragePrecisionEvaluator(DatasetEvaluator):
             return None
         columns = zip(scores.T, targets.T, strict=True)
         self.per_class = 100.0 * torch.stack([average_precision(score, target) for score, target in columns])
-        return {"mAP": self.per_class.nanmean().item()}
+        loss = F.binary_cross_entropy_with_logits(scores.double(), targets.double())
+        return {"mAP": self.per_class.nanmean().item(), "test_loss": loss.item()}
 
 
 Evaluator = AccuracyEvaluator | AveragePrecisionEvaluator

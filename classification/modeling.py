@@ -36,6 +36,8 @@ class DistillModel(nn.Module):
         ce_weight: weight of the cross-entropy.
         class_weights: (C,), or None: of each class in the cross-entropy, of its positives where images have several.
         multi_label: images have several classes: the cross-entropy is that of a sigmoid per class.
+        step_metrics: ``train_top1``, the percentage of the last training step's images whose class has the highest of
+            the student's logits, 0-d; nothing where images have several classes.
         finite: whether the outputs of ``student`` and ``teacher`` in the last training step were finite, 0-d.
     """
 
@@ -59,6 +61,7 @@ class DistillModel(nn.Module):
         self.teacher_source, self.ce_weight, self.multi_label = source, ce_weight, multi_label
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.finite: dict[str, Tensor | None] = {}
+        self.step_metrics: dict[str, Tensor] = {}
         self._student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
 
@@ -98,6 +101,7 @@ class DistillModel(nn.Module):
         student.extras.update(captured)
         losses = {"loss_ce": self.ce_weight * self._cross_entropy(student.logits.float(), step)}
         self.finite = {"student": student.is_finite()}
+        self.step_metrics = {} if step.target is None else {"train_top1": _top1(student.logits, step.target)}
         teacher = None
         if self.teacher_source is not None:
             teacher = self.teacher_source(batch["image"], step)
@@ -119,6 +123,10 @@ class DistillModel(nn.Module):
             total = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="sum")
             return total / max(target.numel(), 1)
         return F.cross_entropy(logits, target, weights, reduction="sum") / max(len(target), 1)
+
+
+def _top1(logits: Tensor, target: Tensor) -> Tensor:
+    return 100 * (logits.detach().argmax(1) == target).sum() / max(len(target), 1)
 
 
 def _batch_info(batch: Mapping[str, Any], epoch: float, device: torch.device) -> Batch:

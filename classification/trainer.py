@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from d2distill.classification.config import PRECISIONS, schedule_notes, teacher_nodes
+from d2distill.classification.config import PRECISIONS, get_cfg, schedule_notes, teacher_nodes
 from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import CenterFit, build_augmentation
 from d2distill.classification.data.datasets import shortened
@@ -26,6 +26,7 @@ from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats, network_info
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.worst import draw_worst, worst_images
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
     broadcast_buffers,
@@ -50,10 +51,11 @@ logger = logging.getLogger("detectron2.d2distill")
 _STATISTICS = [(node, key) for node in ("STUDENT", "TEACHER") for key in ("MEAN", "STD")]
 #: Settings that may be others when a run is resumed. The teacher's file may move: its content is part of the run.
 _MAY_CHANGE = (
-    "CUDNN_BENCHMARK", "LOG_PERIOD", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS", "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT",
-    "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR", "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA",
-    "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY",
-    "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS", "DATALOADER.ON_ERROR", "TEST.*",
+    "CUDNN_BENCHMARK", "LOG_PERIOD", "LOGGERS", "REPORT.*", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS",
+    "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR",
+    "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
+    "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS",
+    "DATALOADER.ON_ERROR", "TEST.*",
 )  # fmt: skip
 
 
@@ -82,8 +84,9 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
 
     sampler = build_sampler()
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+    mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
     test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers, unreadable)
-    evaluator, per_class = build_evaluator(test_set.info), {}
+    evaluator, per_class, worst = build_evaluator(test_set.info), {}, {}
 
     def build_batches(start: int) -> Any:
         return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable)
@@ -117,6 +120,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             per_class.update(
                 run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion.csv")))
             )
+            worst.update(worst_images(evaluator))
         return results
 
     backward = dot_backward if isinstance(optimizer, DOT) else None
@@ -151,8 +155,13 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         backward=backward,
         model_stats=lambda network: model_stats(network, fit.size),
         description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
-        facts=lambda: {**teacher_results, "per_class": per_class},
+        facts=lambda: {**teacher_results, **_teacher_stats(cfg, model), "per_class": per_class},
         finite_outputs=lambda: model.finite,
+        # Mixed images have no one class, and some methods deploy other logits than the student's.
+        step_metrics=dict if mixes or shipped_methods(cfg) else lambda: model.step_metrics,
+        images_per_step=len(train_set) / epoch_length,
+        default_settings=get_cfg,
+        report_parts=lambda: {"worst": draw_worst(worst, test_set, fit)} if worst else {},
     )
     trainer = Trainer(given, task)  # a name that evaluate_student knows
     return trainer
@@ -192,6 +201,15 @@ def _measure_teachers(
             )
         results |= {f"{name}{metric}": value for metric, value in found.items()}
     return results
+
+
+def _teacher_stats(cfg: CfgNode, model: DistillModel) -> dict[str, int]:
+    """``teacher_parameters`` and ``teacher_flops``, of several teachers their sums."""
+    if model.teacher is None or not cfg.REPORT.ENABLED:
+        return {}
+    teachers = model.teacher if isinstance(model.teacher, nn.ModuleList) else [model.teacher]
+    stats = [model_stats(teacher, cfg.INPUT.SIZE) for teacher in teachers]
+    return {f"teacher_{name}": sum(each[name] for each in stats) for name in ("parameters", "flops")}
 
 
 def _center_fit(cfg: CfgNode) -> CenterFit:
@@ -235,7 +253,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     """One process's part of a training run: ``tools/train_cls.py`` without its command line.
 
     Returns:
-        ``top1, top5, best_top1, best_top5`` on the main process; of a multi-label data set ``mAP, best_mAP``.
+        ``top1, top5, test_loss, best_top1, best_top5`` on the main process; of a multi-label data set ``mAP, test_loss,
+        best_mAP``.
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.

@@ -55,8 +55,8 @@ def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
 def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[Any] | None) -> _CfgNode:
     """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs.
 
-    Paths of files that exist become absolute, and so does OUTPUT_DIR (empty: named after the file), so that the run
-    folder's copy of the configuration loads from anywhere.
+    Paths of files that exist become absolute, and so do OUTPUT_DIR (empty: named after the file) and the report's
+    baseline, so that the run folder's copy of the configuration loads from anywhere.
 
     Args:
         get_cfg: the defaults, with nodes of :class:`CheckedMerge`.
@@ -89,6 +89,8 @@ def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[A
     cfg.IMPORTS = imports
     output = cfg.OUTPUT_DIR or os.path.join("output", Path(config_file).stem or "run")
     cfg.OUTPUT_DIR = os.path.abspath(os.path.expanduser(output))
+    if "REPORT" in cfg and cfg.REPORT.BASELINE:
+        cfg.REPORT.BASELINE = os.path.abspath(os.path.expanduser(cfg.REPORT.BASELINE))
     return cfg
 
 

@@ -37,6 +37,10 @@ INCREASING = Rule(
     ),
 )
 LIST_OF_STR = Rule("a list of names", lambda value: _all(value, str))
+LOGGERS = Rule(
+    "a list of tensorboard, csv, wandb and mlflow",
+    lambda value: _all(value, str) and set(value) <= {"tensorboard", "csv", "wandb", "mlflow"},
+)
 STR_OR_LIST = Rule("a name, or a list of names", lambda value: isinstance(value, str) or _all(value, str))
 
 

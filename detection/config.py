@@ -17,7 +17,7 @@ from d2distill.common.config import CheckedMerge, add_distill_defaults, chosen_m
 from d2distill.common.config_node import absolute_file, overlay, parse_as
 from d2distill.common.data.locate import data_path
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, at_least, check_rules
+from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, LOGGERS, NUMBERS, at_least, check_rules
 
 __all__ = [
     "CfgNode",
@@ -46,6 +46,7 @@ _RULES = {
     NUMBERS: ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_STD", "INPUT.MIN_SIZE_TRAIN"),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),
     INCREASING: ("SOLVER.STEPS",),
+    LOGGERS: ("LOGGERS",),
 }  # fmt: skip
 
 
@@ -104,6 +105,9 @@ def get_cfg() -> CfgNode:
     cfg.IMPORTS = []
     # Log every so many iterations.
     cfg.LOG_PERIOD = 20
+    # Logs beside log.txt and metrics.json: tensorboard, csv (metrics.csv), wandb, mlflow. The last two are set up by
+    # their environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI); a failure of theirs does not end the run.
+    cfg.LOGGERS = ["tensorboard"]
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
     # Measure the teacher on DATASETS.TEST before it teaches, where it has the student's classes.
@@ -114,6 +118,11 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.EMA_DECAY = 0.0
     # The newest so many checkpoints stay.
     cfg.SOLVER.CHECKPOINT_KEEP = 2
+    cfg.REPORT = CfgNode()
+    # Write report.html at the end of the run.
+    cfg.REPORT.ENABLED = True
+    # The run folder of a plain baseline, which the report compares with. Empty: none.
+    cfg.REPORT.BASELINE = ""
     return cfg
 
 

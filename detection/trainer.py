@@ -20,7 +20,7 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
-from d2distill.detection.config import CfgNode, num_classes
+from d2distill.detection.config import CfgNode, get_cfg, num_classes
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.deployed import describe_student
 from d2distill.detection.evaluation import best_metric, check_evaluators, evaluate_detector, measure_teacher
@@ -31,12 +31,13 @@ __all__ = ["build_trainer", "evaluate", "train"]
 logger = logging.getLogger("detectron2.d2distill")
 #: Settings that may be others when a run is resumed. The teacher's files may move: its weights are part of the run.
 _MAY_CHANGE = (
-    "CUDNN_BENCHMARK", "LOG_PERIOD", "VIS_PERIOD", "MODEL.DEVICE", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP",
-    "TEACHER.MODEL.DEVICE", "TEACHER.CONFIG_FILE", "TEACHER.DATALOADER.*", "TEACHER.DATASETS.*", "TEACHER.OUTPUT_DIR",
-    "TEACHER.SOLVER.*", "TEACHER.TEST.*", "DATASETS.REGISTER.*", "DATASETS.TEST", "DATALOADER.NUM_WORKERS", "TEST.*",
-    "SOLVER.MAX_ITER", "SOLVER.BASE_LR*", "SOLVER.LR_SCHEDULER_NAME", "SOLVER.STEPS", "SOLVER.GAMMA",
-    "SOLVER.NUM_DECAYS", "SOLVER.RESCALE_INTERVAL", "SOLVER.WARMUP_*", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
-    "SOLVER.WEIGHT_DECAY*", "SOLVER.BIAS_LR_FACTOR", "SOLVER.CLIP_GRADIENTS.*", "SOLVER.CHECKPOINT_*",
+    "CUDNN_BENCHMARK", "LOG_PERIOD", "LOGGERS", "REPORT.*", "VIS_PERIOD", "MODEL.DEVICE", "DISTILL.*.WEIGHT",
+    "DISTILL.*.WARMUP", "TEACHER.MODEL.DEVICE", "TEACHER.CONFIG_FILE", "TEACHER.DATALOADER.*", "TEACHER.DATASETS.*",
+    "TEACHER.OUTPUT_DIR", "TEACHER.SOLVER.*", "TEACHER.TEST.*", "DATASETS.REGISTER.*", "DATASETS.TEST",
+    "DATALOADER.NUM_WORKERS", "TEST.*", "SOLVER.MAX_ITER", "SOLVER.BASE_LR*", "SOLVER.LR_SCHEDULER_NAME",
+    "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.NUM_DECAYS", "SOLVER.RESCALE_INTERVAL", "SOLVER.WARMUP_*",
+    "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY*", "SOLVER.BIAS_LR_FACTOR", "SOLVER.CLIP_GRADIENTS.*",
+    "SOLVER.CHECKPOINT_*",
 )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
     load_student(model, cfg.MODEL.WEIGHTS)
     optimizer = build_optimizer(cfg, model)
     facts: dict[str, Any] = {}
+    if adapter is not None:
+        facts["teacher_parameters"] = sum(parameter.numel() for parameter in model.teacher.parameters())
     if adapter is not None and cfg.TEST.TEACHER and num_classes(adapter.cfg)[1] == num_classes(cfg)[1]:
         facts |= measure_teacher(cfg, adapter)
     precision = None
@@ -102,6 +105,8 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         facts=lambda: facts,
         checkpointables={"loss_normalizer": loss_normalizer},
         finite_outputs=lambda: getattr(model, "finite", {}),
+        images_per_step=cfg.SOLVER.IMS_PER_BATCH,
+        default_settings=get_cfg,
         description=functools.cache(lambda: describe_student(cfg)),
     )
     return Trainer(cfg, task)

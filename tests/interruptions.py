@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from d2distill.common.engine import checkpoint
 from d2distill.common.engine.trainer import Trainer
 
-TIMES = ("time", "data_time", "eta_seconds", "rank_data_time")
+TIMES = ("time", "data_time", "eta_seconds", "rank_data_time", "images_per_second", "max_mem")
 
 
 def read_state(folder, steps: int) -> tuple[dict, dict, list]:

@@ -24,7 +24,7 @@ class Tiny(torch.nn.Module):
 
 
 def tiny_trainer(
-    folder, losses=None, max_iter=4, seed=0, evaluate=None, ema_decay=0.0, accumulate=1, **task
+    folder, losses=None, max_iter=4, seed=0, evaluate=None, ema_decay=0.0, accumulate=1, loggers=(), report=None, **task
 ) -> Trainer:
     """A trainer whose batches are the numbers 0, 1, ...; SGD with learning rate 0.1."""
     Path(folder).mkdir(exist_ok=True)
@@ -32,6 +32,7 @@ def tiny_trainer(
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     solver = {"CHECKPOINT_KEEP": 2, "EMA_DECAY": ema_decay, "ACCUMULATE": accumulate}
     cfg = CfgNode({"OUTPUT_DIR": str(folder), "SEED": seed, "LOG_PERIOD": 2, "SOLVER": solver})
+    cfg.LOGGERS, cfg.REPORT = [*loggers], CfgNode({"ENABLED": report is not None, "BASELINE": report or ""})
     settings = {
         "model": model,
         "wrapped": model,

@@ -2,10 +2,12 @@
 repeated when a run is resumed from it, so that the log then has neither more nor less than it would have."""
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -60,7 +62,8 @@ class EvaluationHook(HookBase):
     """Evaluates every `period` steps and after the last, and keeps the best value of each metric.
 
     Args:
-        evaluate: returns {metric: value} on the main process, an empty dict on other ranks; larger is better.
+        evaluate: returns {metric: value} on the main process, an empty dict on other ranks; larger is better, and of
+            what is called a loss none is the best.
         period: in steps.
         best: for each student that is kept, its name and the metric that decides.
         on_best: called on the main process with such a name whenever its metric exceeds all before.
@@ -79,16 +82,20 @@ class EvaluationHook(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done % self._period == 0 or done == self.trainer.max_iter:
+            start = time.perf_counter()
             results = self._evaluate()
-            run_on_main_process(lambda: self._record(results, done))
+            seconds = time.perf_counter() - start
+            run_on_main_process(lambda: self._record(results, done, seconds))
 
-    def _record(self, results: Mapping[str, float], done: int) -> None:
+    def _record(self, results: Mapping[str, float], done: int, seconds: float) -> None:
         before, self.last = self.best, dict(results)
+        rated = {name: value for name, value in results.items() if not name.endswith("loss")}
         # NaN, of a metric that is not defined on this data, loses against any number.
-        self.best = {name: np.fmax(value, before.get(name, value)).item() for name, value in results.items()}
+        self.best = {name: np.fmax(value, before.get(name, value)).item() for name, value in rated.items()}
         self.trainer.storage.put_scalars(**self.summary(), smoothing_hint=False)
-        facts = ", ".join(f"{name} {value:.2f} (best {self.best[name]:.2f})" for name, value in results.items())
-        logger.info(f"Evaluation after {done} steps: {facts}")
+        best = {name: f" (best {value:.2f})" for name, value in self.best.items()}
+        facts = ", ".join(f"{name} {value:.2f}{best.get(name, '')}" for name, value in results.items())
+        logger.info(f"Evaluation after {done} steps ({seconds:.1f} s): {facts}")
         for student, metric in self._deciding.items():
             if results[metric] == self.best[metric] != before.get(metric):
                 self._on_best(student)
@@ -104,16 +111,28 @@ class WriterHook(HookBase):
     """Detectron2's PeriodicWriter with several `periods` in steps (0 is none), and a line at the end of each epoch.
 
     The period of the evaluations is among them: a line has what belongs to one step.
+
+    Args:
+        loggers, settings: as of :func:`build_writers`.
+        images_per_step: over all processes, for ``images_per_second``; 0: not known.
     """
 
-    def __init__(self, output_dir: str, periods: list[int], epoch_length: int = 0) -> None:
-        self._output_dir, self._epoch_length = output_dir, epoch_length
+    def __init__(
+        self,
+        output_dir: str,
+        periods: list[int],
+        epoch_length: int = 0,
+        loggers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+        images_per_step: float = 0.0,
+    ) -> None:
+        self._output_dir, self._epoch_length, self._images_per_step = output_dir, epoch_length, images_per_step
+        self._loggers, self._settings = loggers, settings
         self._periods = [period for period in (*periods, epoch_length) if period]
 
     def before_train(self) -> None:
-        # The line of the last step before a restart is written anew.
-        start, end = max(self.trainer.start_iter - 1, 0), self.trainer.max_iter
-        self._writers = build_writers(self._output_dir, start, end) if comm.is_main_process() else []
+        given = (self.trainer.start_iter, self.trainer.max_iter, self._loggers, self._settings, self._epoch_length)
+        self._writers = build_writers(self._output_dir, *given) if comm.is_main_process() else []
 
     def after_step(self) -> None:
         done, length = self.trainer.iter + 1, self._epoch_length
@@ -122,7 +141,20 @@ class WriterHook(HookBase):
         self.trainer.log_metrics()
         if length:
             self.trainer.storage.put_scalar("epoch", done / length, smoothing_hint=False)
+        self._put_speed(self.trainer.max_iter - done)
         run_on_main_process(self._write)
+
+    def _put_speed(self, left: int) -> None:
+        storage = self.trainer.storage
+        if "time" in storage.histories():  # Detectron2 does not time the first steps
+            steps = storage.history("time")
+            storage.put_scalar("eta_seconds", steps.median(1000) * left, smoothing_hint=False)
+            if self._images_per_step:
+                speed = self._images_per_step / steps.avg(20)
+                storage.put_scalar("images_per_second", speed, smoothing_hint=False)
+        if torch.cuda.is_initialized():
+            # The most so far, in MiB of this process's GPU.
+            storage.put_scalar("max_mem", torch.cuda.max_memory_allocated() / 2**20, smoothing_hint=False)
 
     def _write(self) -> None:
         try:
@@ -130,6 +162,9 @@ class WriterHook(HookBase):
                 writer.write()
         except OSError as error:
             raise OutputError(f"the run's log cannot be written: {error.strerror or error}") from error
+        # TensorBoard's writer takes the pictures; without it they would stay in memory.
+        self.trainer.storage.clear_images()
+        self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
         # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.

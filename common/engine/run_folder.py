@@ -17,6 +17,7 @@ from d2distill.common.engine.distributed import check_processes, run_on_main_pro
 from d2distill.common.errors import ConfigError
 
 RESULTS = "results.json"
+METRICS = "metrics.json"
 #: Facts of the run in results.json, which are no metrics of the student; so is what begins with one of the prefixes.
 _FACTS, _PREFIXES = ("parameters", "flops", "seconds", "steps"), ("teacher_", "per_class")
 logger = logging.getLogger("detectron2.d2distill")
@@ -51,6 +52,12 @@ def start_logs(output_dir: str | None) -> None:
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+    logging.getLogger("detectron2.evaluation.evaluator").addFilter(_says_how_far)
+
+
+def _says_how_far(record: logging.LogRecord) -> bool:
+    """Of each evaluation Detectron2 logs begin and times; lines on the progress of long ones stay."""
+    return not record.getMessage().startswith(("Start inference", "Total inference"))
 
 
 def write_run_folder(cfg: CfgNode) -> None:
@@ -63,6 +70,17 @@ def write_run_folder(cfg: CfgNode) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.json, without a last one that is still being written."""
+    path, lines = Path(folder, METRICS), []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # of a run that was killed while it wrote
+            continue
+    return lines
 
 
 def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:

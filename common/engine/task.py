@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from detectron2.solver import LRMultiplier
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 #: Put around the batches of an evaluation, which ends early where the job is to stop.
@@ -26,7 +27,8 @@ class Task:
         optimizer, lr_scheduler: the latter is stepped once per training step.
         build_batches: called with the first step to do; returns the batches from that step on.
         deployed_student: the network that is evaluated, saved alone and exported.
-        evaluate: metrics of such a network on the test split, larger is better; empty on other ranks.
+        evaluate: metrics of such a network on the test split, larger is better, but for those named ``...loss``; empty
+            on other ranks.
         best_metric: which of them decides which student is the best one.
         max_iter, eval_period, checkpoint_periods: in steps.
         may_change: patterns of the settings that may be others when a run is resumed; the rest makes another run.
@@ -42,6 +44,10 @@ class Task:
         description: of the deployed network, for student.json and the student's files: ``task``, ``network``,
             ``classes``, ``preprocess``, ``config`` and ``made_from``; see :func:`d2distill.load`.
         facts: what else results.json has, asked for after the last evaluation: ``per_class``, ``teacher_<metric>``.
+        step_metrics: means over the images of the last (part of a) step, 0-d, that are logged like the losses.
+        images_per_step: on average, over all processes; 0: not known.
+        default_settings: the settings where nothing is set, for the report.
+        report_parts: what report.html shows of the last evaluation and nothing else has; see :mod:`.report`.
         finite_outputs: whether each network's outputs were finite in the last step, 0-d, by its name; None: unknown.
         checkpointables: what else has a state to save.
     """
@@ -69,5 +75,9 @@ class Task:
     model_stats: Callable[[nn.Module], dict[str, float]] = lambda network: {}
     description: Callable[[], dict[str, Any]] = dict
     facts: Callable[[], dict[str, Any]] = dict
+    step_metrics: Callable[[], Mapping[str, Tensor]] = dict
+    images_per_step: float = 0.0
+    default_settings: Callable[[], CfgNode] = CfgNode
+    report_parts: Callable[[], dict[str, Any]] = dict
     finite_outputs: Callable[[], Mapping[str, Tensor | None]] = dict
     checkpointables: dict[str, Any] = field(default_factory=dict)

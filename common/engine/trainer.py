@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from d2distill import __version__
-from d2distill.common.engine import run_folder
+from d2distill.common.engine import report, run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
 from d2distill.common.engine.distributed import run_on_main_process
@@ -28,6 +29,7 @@ from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import FirstFailure, MeanMetrics
 from d2distill.common.engine.preemption import InterruptibleLoader, Preemption
+from d2distill.common.engine.progress import ProgressLine
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
 from d2distill.common.engine.task import Task
@@ -40,7 +42,8 @@ class Trainer(TrainerBase):
     """Trains a task: Detectron2's loop and hooks around :meth:`train_step`, which is exact under restarts.
 
     Args:
-        cfg: OUTPUT_DIR, SEED, LOG_PERIOD, SOLVER.CHECKPOINT_KEEP, EMA_DECAY and ACCUMULATE are read here.
+        cfg: OUTPUT_DIR, SEED, LOG_PERIOD, LOGGERS, REPORT, SOLVER.CHECKPOINT_KEEP, EMA_DECAY and ACCUMULATE are read
+            here.
         task: what is trained.
     """
 
@@ -78,9 +81,18 @@ class Trainer(TrainerBase):
             hooks.LRScheduler(task.optimizer, task.lr_scheduler),
             self.ema,
             self.evaluation,
-            WriterHook(cfg.OUTPUT_DIR, [cfg.LOG_PERIOD, task.eval_period], task.epoch_length),
+            WriterHook(
+                cfg.OUTPUT_DIR,
+                [cfg.LOG_PERIOD, task.eval_period],
+                task.epoch_length,
+                cfg.LOGGERS,
+                self.settings,
+                task.images_per_step,
+            ),
         ]
         self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
+        if comm.is_main_process() and sys.stderr.isatty():
+            self.register_hooks([ProgressLine(task.epoch_length)])
 
     def train_step(self) -> None:
         """Forward, backward, update: the only place where a step happens."""
@@ -90,6 +102,7 @@ class Trainer(TrainerBase):
             batch = self.task.prepare(batch)
         self.optimizer.zero_grad()
         losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for part, weight in self.split_batch(batch, self.iter):
             with self._forward_context():
                 part_losses = self.model(part)
@@ -101,6 +114,7 @@ class Trainer(TrainerBase):
                 self.scaler.scale(sum(part_losses.values())).backward()
             self.first_failure.update(self.task.finite_outputs(), part_losses)
             losses = {n: losses[n] + v.detach() if n in losses else v.detach() for n, v in part_losses.items()}
+            metrics |= {n: metrics.get(n, 0) + weight * value for n, value in self.task.step_metrics().items()}
         self.after_backward()
         if self.task.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -108,7 +122,7 @@ class Trainer(TrainerBase):
             torch.nn.utils.clip_grad_norm_(parameters, self.task.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.metrics.update({"total_loss": sum(losses.values()), **losses})
+        self.metrics.update({"total_loss": sum(losses.values()), **losses, **metrics})
 
     run_step = train_step
 
@@ -150,6 +164,8 @@ class Trainer(TrainerBase):
         results = run_folder.read_results(self.cfg.OUTPUT_DIR, self.max_iter) if start == self.max_iter else None
         if results is not None:
             logger.info(f"All {self._format_progress(start)} are done already: see {run_folder.RESULTS}")
+            if not Path(self.cfg.OUTPUT_DIR, report.REPORT).exists():
+                run_on_main_process(lambda: report.write_run_report(self.cfg, self.task))
             return results if comm.is_main_process() else {}
         # Only now, so that a call that fails leaves the folder of an earlier run as it was.
         if start < self.max_iter:
@@ -179,6 +195,7 @@ class Trainer(TrainerBase):
         # JSON has no NaN, which a metric is that is not defined on the data.
         results = {name: None if value != value else value for name, value in results.items()}
         run_folder.write_text(Path(self.cfg.OUTPUT_DIR, run_folder.RESULTS), json.dumps({**results, **facts}, indent=2))
+        report.write_run_report(self.cfg, self.task)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the deployed student, and under ``ema_<metric>`` of its average; empty on other ranks."""

@@ -1,5 +1,6 @@
 """Order and content of batches: a function of (seed, epoch, index)."""
 
+import math
 import multiprocessing
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from d2distill.classification.data import AugmentedDataset, build_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
@@ -180,14 +182,17 @@ def test_accuracy():
     # In row 0 the order of classes is 0, 9, 8, ... 1: class 0 is first, 6 fifth, 5 sixth.
     evaluator.process({"label": torch.tensor([0, 1])}, logits[:2])
     evaluator.process({"label": torch.tensor([6, 4])}, logits[[0, 0]])
-    assert evaluator.evaluate() == {"top1": 50.0, "top5": 75.0}
+    loss = F.cross_entropy(logits[[0, 1, 0, 0]], torch.tensor([0, 1, 6, 4])).item()
+    assert evaluator.evaluate() == {"top1": 50.0, "top5": 75.0, "test_loss": pytest.approx(loss)}
 
 
 def test_accuracy_with_few_classes():
     evaluator = AccuracyEvaluator()
     evaluator.reset()
     evaluator.process({"label": torch.tensor([0, 1, 1])}, torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]))
-    assert evaluator.evaluate() == {"top1": pytest.approx(200 / 3), "top5": 100.0}
+    loss = math.log(1 + math.e) - 2 / 3  # of logits that differ by 1, two of the three images right
+    results = evaluator.evaluate()
+    assert results == {"top1": pytest.approx(200 / 3), "top5": 100.0, "test_loss": pytest.approx(loss)}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -28,6 +28,7 @@ def small_cfg(folder, workers=0, **settings) -> CfgNode:
         "SOLVER.IMS_PER_BATCH": 16,
         "SOLVER.STEPS": [2],
         "SOLVER.CHECKPOINT_STEPS": 5,
+        "REPORT.ENABLED": False,
         "DATALOADER.NUM_WORKERS": workers,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }

@@ -146,13 +146,20 @@ def test_a_log_keeps_what_was_done_before_the_step_that_is_done_again(tmp_path):
     assert path.read_text() == '{"iteration": 0}\n{"iteration": 1}\n'
 
 
+def test_no_loss_is_the_best():
+    hook = EvaluationHook(lambda: {"top1": 1.0, "test_loss": 2.0}, 1, {"best": "top1"}, lambda name: None)
+    after_each_step(hook, 1)
+    assert hook.summary() == {"top1": 1.0, "test_loss": 2.0, "best_top1": 1.0}
+
+
 @pytest.mark.parametrize("start", [0, 7])
 def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch, start):
     given = []
     monkeypatch.setattr(writers, "JSONWriter", lambda path: None)
     monkeypatch.setattr(writers, "TensorboardXWriter", lambda folder, **options: given.append(options))
     writers.build_writers(str(tmp_path), start, 10)
-    assert given == [{"purge_step": start or None}]
+    # The line of the last step that is done is written anew.
+    assert given == [{"purge_step": 6 if start else None}]
 
 
 def drawn(folder, start, seed=0):

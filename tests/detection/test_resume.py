@@ -13,6 +13,7 @@ from tests.detection.tiny_detectors import small_cfg
 from tests.detection.tiny_training import STEPS, run, run_disturbed, state, tiny_cfg
 from tests.interruptions import assert_identical
 from tests.processes import exit_code, start
+from tests.report_pages import open_page
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +75,15 @@ def test_workers_change_nothing(tmp_path, unbroken):
 
 
 def test_the_run_folder(tmp_path, tiny):
-    cfg = tiny_cfg("rcnn", tmp_path)
+    cfg = tiny_cfg("rcnn", tmp_path, REPORT__ENABLED=True)
     results = run(cfg)
+    page = open_page(tmp_path / "report.html").sections
+    assert f"{results['bbox/AP']:.2f}" in page["Results"] and "5" in page["Classes"].split()
+    assert (
+        "loss_rpn_cls" in page["Curves"]
+        and "detection · GeneralizedRCNN" in page[""]
+        and "of the teacher" in page[list(page)[4]]
+    )
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.yaml", "environment.txt", "log.txt", "metrics.json", "results.json"} < names
     assert {"student_best.pth", "student_final.pth", "last_checkpoint", f"model_{STEPS:07d}.pth"} < names

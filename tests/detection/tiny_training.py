@@ -54,6 +54,7 @@ def tiny_cfg(name, folder, workers=0, **settings):
         "SOLVER.CHECKPOINT_PERIOD": 2,
         "TEST.EVAL_PERIOD": 3,
         "TEST.TEACHER": False,
+        "REPORT.ENABLED": False,
         "DATALOADER.NUM_WORKERS": workers,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
