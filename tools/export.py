@@ -78,6 +78,7 @@ def _main() -> None:
     text = f"{table(rows, export.metrics)}\n\nLatency: median, on {_machine(torch, device)}. {export.caption}\n"
     write_text(output / "export.md", text)
     metrics = student.metrics or _results(file, export.metrics)
+    metrics = {name: metrics[name] for name in export.metrics if name in metrics}
     card = model_card(
         file.parent.name, export.student.description, export.origin, export.dataset, metrics, example, text
     )

@@ -65,7 +65,7 @@ def _main() -> None:
     parser.add_argument("--stage", type=int, help="attention: which feature map (default: -1, the deepest)")
     parser.add_argument("--threshold", type=float, help="detections: lowest score of a box (default: 0.3)")
     # Flags may follow the runs and settings.
-    parser.takes_settings = True
+    parser.intermixed = True
     args = parser.parse_args()
     runs, opts = _split(args.runs)
     options = {

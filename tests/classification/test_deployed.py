@@ -81,6 +81,7 @@ def test_the_teacher_is_measured_before_it_teaches(trained, tmp_path, monkeypatc
     # Once per teacher and data set: another run finds it.
     monkeypatch.setattr("d2distill.classification.trainer.inference_on_dataset", lambda *_: pytest.fail("measured"))
     teacher = {"MODEL__TEACHER__NAME": "resnet8", "MODEL__TEACHER__WEIGHTS": str(folder / "teacher/student_final.pth")}
+    teacher["INPUT__SIZE"] = 32
     cfg = small_cfg(tmp_path, **teacher)
     assert build_trainer(cfg, *load_datasets(cfg)).task.facts()["teacher_top1"] == weights["top1"]
     cfg = small_cfg(tmp_path, **teacher, TEST__TEACHER=False)

@@ -62,7 +62,7 @@ def assert_equal_runs(one, several):
     assert len(expected) == len(found) == 6
     for a, b in zip(expected, found, strict=True):
         # The running statistics of the evaluation are Detectron2's norms', which keep the biased variance.
-        assert a.get("test_loss", 0) == pytest.approx(b.get("test_loss", 0), rel=1e-3)
+        assert a.get("test_loss", 0) == pytest.approx(b.get("test_loss", 0), rel=1e-2)
         losses, same = ({n for n in c if "loss" in n or n == "train_top1"} - {"test_loss"} for c in (a, b))
         assert losses == same and len(losses) > 1
         assert {name: a[name] for name in losses} == pytest.approx({name: b[name] for name in losses}, rel=1e-5)

@@ -118,7 +118,7 @@ def test_detectors_are_drawn_over_iterations(tmp_path):
 def runs(tmp_path_factory):
     """Run folders: a teacher, a plain student, and one that it taught, all of them hardly trained."""
     root = tmp_path_factory.mktemp("runs")
-    settings = {"SOLVER.EPOCHS": 1, "SOLVER.STEPS": [], "DATASETS.TRAIN_SIZE": 16}
+    settings = {"SOLVER.EPOCHS": 1, "SOLVER.STEPS": [], "DATASETS.TRAIN_SIZE": 16, "INPUT.SIZE": 32}
     weights = str(root / "teacher" / "student_final.pth")
     train(small_cfg(root / "teacher", **settings, **ALONE, **{"MODEL.STUDENT.NAME": "wrn_16_1"}))
     train(small_cfg(root / "plain", **settings, **ALONE))
