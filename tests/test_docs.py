@@ -189,6 +189,7 @@ def test_getting_started(tmp_path, monkeypatch, command):
         assert code == 0, f"{line}: {error}"
     assert {path.name for path in Path("pictures").iterdir()} >= {"curves.png", "curves.svg", "tsne.png", "tsne.svg"}
     assert Path("output/sweep/leaderboard.html").is_file()
+    assert "report.html" in page and Path("output/digits_vgg8_r8_dkd/report.html").is_file()
     names = {}
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(example, names)

@@ -23,9 +23,12 @@ def test_methods(command):
     assert sorted(found) == sorted(name for name, _ in DISTILLERS)
     assert found["DKD"] == {
         "method": "DKD", "looks at": "logits", "notes": "no mixed images",
-        "tasks": "classification, detection (R-CNN)", "published": "76.32", "digits": "94.93 ± 0.50",
+        "tasks": "classification, detection (R-CNN)", "adds": "-", "published": "76.32", "digits": "94.93 ± 0.50",
         "paper": "Decoupled Knowledge Distillation, CVPR 2022",
     }  # fmt: skip
+    # Two memories of 128 values for each image, by far the most.
+    assert 2 * 50_000 * 128 < 1e6 * float(found["CRD"]["adds"].removesuffix(" M")) < 1.02 * 2 * 50_000 * 128
+    assert found["FitNet"]["adds"] == "0.02 M"  # a 1x1 convolution of 128 channels each
     assert found["USKD"]["notes"] == "no teacher, no mixed images" and found["USKD"]["tasks"] == "classification"
     assert found["PKD"]["tasks"] == "classification, detection (R-CNN, RetinaNet)"
     assert all(re.search(r", (.*20\d\d|arXiv:\d{4}\.\d+)$", row["paper"]) for row in found.values()), found
