@@ -29,6 +29,8 @@ from tests.classification.distill_models import (
 )
 from tests.goldens.fill import fill_by_name
 
+pytestmark = pytest.mark.slow
+
 # Side of the images here, classes of the published weights.
 SIZE, IMAGENET = 32, 1000
 

@@ -18,6 +18,8 @@ from d2distill.tools.report import main
 from tests.classification.tiny_training import run, small_cfg
 from tests.report_pages import Page, open_page
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

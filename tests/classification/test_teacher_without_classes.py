@@ -8,6 +8,8 @@ from d2distill.classification.models import build_model, is_without_classes
 from d2distill.common.errors import ConfigError
 from tests.classification.distill_models import make_batch, make_cfg, seeded_losses
 
+pytestmark = pytest.mark.slow
+
 # Patches of 14: 2 x 2 of them.
 DINO = "timm:vit_small_patch14_dinov2.lvd142m"
 NETWORKS = ("MODEL.STUDENT.NAME", "resnet8", "MODEL.TEACHER.NAME", DINO, "INPUT.SIZE", 28)

@@ -18,6 +18,8 @@ from d2distill.detection.weights import load_student, load_teacher, read_detecto
 from d2distill.tools import convert_weights
 from tests.detection.stock_detectors import detector, drawn, equal, narrow_detector, save
 
+pytestmark = pytest.mark.slow
+
 MOBILENET = "build_mobilenetv2_fpn_backbone"
 
 

@@ -20,6 +20,8 @@ from d2distill.tools.launchers import LocalLauncher, SlurmLauncher, _Command, vi
 from d2distill.tools.leaderboard import paired_test, write_leaderboard
 from d2distill.tools.sweep import _one_task, _values, entries, main
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLAIN, KD, TEACHER = (str(CONFIGS / "cls" / f"digits_{name}.yaml") for name in ("r8", "vgg8_r8_kd", "vgg8"))
 #: Its top-1: higher with KD, higher for a lower temperature.

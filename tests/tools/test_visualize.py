@@ -24,6 +24,8 @@ from d2distill.tools.visualizations.classifiers import Classifier, load_lineup
 from d2distill.tools.visualize import main as visualize
 from tests.classification.tiny_training import small_cfg
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"DISTILL.METHODS": [], "MODEL.TEACHER.NAME": ""}
 
