@@ -174,7 +174,7 @@ def get_cfg() -> CfgNode:
     cfg.DATALOADER.ON_ERROR = "raise"
 
     cfg.TEST = _CfgNode()
-    # Measure the teacher on the test images before it teaches.
+    # Measure the teacher on the test images before the training.
     cfg.TEST.TEACHER = True
     # In epochs.
     cfg.TEST.EVAL_PERIOD = 1

@@ -47,7 +47,7 @@ _RENAMED = {
     "REVIEWKD_WEIGHT": "WEIGHT",
     "LOSS_WEIGHT": "WEIGHT",
 }
-#: Flags of MDistiller, RepDistiller, torchdistill and MMRazor, and what is said here instead.
+#: Flags of MDistiller, RepDistiller, torchdistill and MMRazor, and what they are called here.
 FLAGS = {
     "--cfg": "--config-file FILE",
     "--path_t": "MODEL.TEACHER.NAME NAME MODEL.TEACHER.WEIGHTS FILE",

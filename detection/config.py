@@ -110,7 +110,7 @@ def get_cfg() -> CfgNode:
     cfg.LOGGERS = ["tensorboard"]
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
-    # Measure the teacher on DATASETS.TEST before it teaches, where it has the student's classes.
+    # Measure the teacher on DATASETS.TEST before the training, where it has the student's classes.
     cfg.TEST.TEACHER = True
     # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
     cfg.SOLVER.ACCUMULATE = 1

@@ -120,7 +120,7 @@ def evaluate_detector(
 def measure_teacher(cfg: CfgNode, teacher: TeacherAdapter) -> dict[str, float | None]:
     """Metrics of a teacher on DATASETS.TEST, as ``{"teacher_bbox/AP": ..., ...}`` on all processes; None: not defined.
 
-    The images are those that it teaches on: of the student's size, with its own statistics. What is known already of
+    The images are those of the training: of the student's size, with its own statistics. What is known already of
     this teacher on these data is not measured again. The log warns where it detects nothing, as with another order of
     classes or other pixel statistics than it was trained with.
     """

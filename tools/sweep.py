@@ -9,7 +9,7 @@ KEY=a,b,c is a row for each value; a value in brackets is one list. KEY=a holds 
 Every run has a folder of its own below --output, named after its settings. The same command again continues runs that
 were stopped and skips those that are done. --output then holds leaderboard.md, leaderboard.csv and leaderboard.html.
 
-Classifiers and detectors, told apart by their configurations. The exit code is 1 if runs failed; the others go on.
+Classifiers and detectors, told apart by their configurations. The exit code is 1 if runs failed; the others continue.
 """
 
 import itertools

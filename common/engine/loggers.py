@@ -138,7 +138,7 @@ class GuardedWriter(EventWriter):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             absent = isinstance(error, ModuleNotFoundError)
             hint = f": pip install 'd2distill[{self._name}]'" if absent else ""
-            logger.warning(f"LOGGERS {self._name} is switched off ({reason}){hint}; the run goes on without it")
+            logger.warning(f"LOGGERS {self._name} is switched off ({reason}){hint}; the run continues without it")
             return None
 
 

@@ -1,4 +1,4 @@
-"""The teacher is measured before it teaches: what is wrong with it shows now, and not in the student's accuracy."""
+"""Evaluate the teacher before the training, so that a wrong one is seen now and not in the student's accuracy."""
 
 import hashlib
 import json

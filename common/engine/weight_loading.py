@@ -114,7 +114,7 @@ def _without_classifier(
 
 
 def _explain(model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], found: Mismatch) -> str:
-    """Why weights do not fit a network: what is said of their file."""
+    """Explain why the weights of a file do not fit a network."""
     network = type(model).__name__
     if not own.keys() & weights.keys():
         prefixes = {"its": _common_prefix(weights, own), "the network's": _common_prefix(own, weights)}

@@ -167,7 +167,7 @@ def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_in_an_evaluation(two, tmp_path):
-    """None goes on with it, and none waits for the others."""
+    """None continues with it, and none waits for the others."""
     assert train_cases(2, tmp_path, "stopped in evaluation") == [143, 143]
     folder = tmp_path / "stopped in evaluation"
     assert max(path.name for path in folder.glob("model_*")) == "model_0000006.pth"

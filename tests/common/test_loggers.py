@@ -169,7 +169,7 @@ def test_a_terminal_has_one_line_of_progress_in_the_place_of_log_lines(tmp_path,
     assert logging.getLogger("detectron2").handlers == before
     last = terminal.getvalue().rstrip().splitlines()[-1].split("\r")[-1]
     assert re.search(r"epoch 2/2: 100%.* 8/8 .*images/s=\d+, total_loss=\S+, loss=\S+", last)
-    # Losses are in the file alone; what else is said is said on both.
+    # Losses are in the file alone; all other lines are on both.
     file = (tmp_path / "log.txt").read_text()
     assert "iter: 7" in file and "iter: 7" not in output.getvalue() + terminal.getvalue()
     assert "Evaluation after 8 steps" in file and "Evaluation after 8 steps" in output.getvalue()
