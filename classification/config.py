@@ -22,6 +22,7 @@ _RULES = {
         "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.RESIZE",
         "INPUT.MIXUP", "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
         "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS", "DATASETS.SPLIT_SEED",
+        "DATALOADER.RESIDENT_GB",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
@@ -167,6 +168,10 @@ def get_cfg() -> CfgNode:
     cfg.DATALOADER = _CfgNode()
     # Per process. The result does not depend on it.
     cfg.DATALOADER.NUM_WORKERS = 4
+    # A set whose images, as the networks are given them, take up to so many GB (1e9 bytes) is kept in one tensor on the
+    # device, and augmented there a batch at a time; files are read once, at the start. 0: workers load all images. The
+    # result does not depend on it.
+    cfg.DATALOADER.RESIDENT_GB = 2.0
     # shuffle: every image once an epoch. balanced: as many, with replacement, all classes alike.
     cfg.DATALOADER.SAMPLER = "shuffle"
     # An image that cannot be read. raise: ends the run. skip: is reported, and left out; in training the next one that
