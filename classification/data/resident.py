@@ -44,16 +44,20 @@ class Residence(NamedTuple):
     def takes(self, dataset: ImageDataset, name: str, recipe: Augmentation, fit: CenterFit) -> bool:
         """Whether the images of a data set, `name` in the log, are to be kept, which is logged."""
         size, (base, _) = len(dataset) * 3 * fit.size**2 / 1e9, _unwrapped(dataset)
-        # The pixels of a class that loads them in its own way may be others each time.
         kind = {ArrayDataset.load: Tensor, FileDataset.load: Image.Image}.get(type(base).load)
-        why = None
-        if kind not in recipe.batched:
-            why = f"{type(base).__name__} with {type(recipe).__name__} has no batched form"
+        if kind is None:
+            # Its pixels may be others each time.
+            where = f"loaded by workers: {type(base).__name__} loads them in its own way"
+        elif kind not in recipe.batched:
+            where = f"loaded by workers: {type(recipe).__name__} has no batched form for {kind.__name__}"
         elif size > self.gigabytes:
-            why = f"they would take {size:.3g} GB, and DATALOADER.RESIDENT_GB is {self.gigabytes:g}"
-        where = f"are kept on {self.device}, {size:.2g} GB" if why is None else f"are loaded by workers: {why}"
-        logger.info(f"The {len(dataset)} {name} images {where}")
-        return why is None
+            where = (
+                f"loaded by workers: they would take {size:.2g} GB, and DATALOADER.RESIDENT_GB is {self.gigabytes:g}"
+            )
+        else:
+            where = f"kept on {self.device} ({size:.2g} GB)"
+        logger.info(f"The {len(dataset)} {name} images are {where}")
+        return where.startswith("kept")
 
 
 class _Images(NamedTuple):
