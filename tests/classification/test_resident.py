@@ -1,6 +1,7 @@
 """Images in one tensor: the batches are, to the bit, those that workers give."""
 
 import itertools
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -60,15 +61,19 @@ def test_training_batches(datasets, source, recipe, size):
     assert_same(list(resident), list(workers))
 
 
+@pytest.mark.parametrize(("source", "batch_size"), [("selection", 32), ("files", 5)])
 @pytest.mark.parametrize("start", [1, 5, 8])
-def test_any_start(datasets, start):
-    resident, workers = both(datasets["selection"], 32, "crop_flip", start=start)
+def test_any_start(datasets, source, batch_size, start):
+    resident, workers = both(datasets[source], 32, "crop_flip", batch_size, start)
     assert len(resident) == len(workers) == 9 - start
     assert_same(list(resident), list(workers))
 
 
-def test_classes_drawn_alike(datasets):
-    resident, workers = both(datasets["memory"], 32, "crop_flip", labels=datasets["memory"].labels)
+@pytest.mark.parametrize(("source", "batch_size"), [("memory", 32), ("files", 7)])
+def test_classes_drawn_alike(datasets, source, batch_size):
+    labels = datasets[source].labels.clone()
+    labels[1:] = labels[1]
+    resident, workers = both(datasets[source], 32, "crop_flip", batch_size, labels=labels)
     assert_same(list(resident), list(workers))
 
 
@@ -91,16 +96,38 @@ def test_test_batches(datasets, source, size):
         assert_same(list(resident), list(workers))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_files_are_read_once(datasets, workers, monkeypatch, tmp_path):
+@pytest.fixture
+def reads(datasets, monkeypatch, tmp_path):
+    """How often each file was read, whichever process did."""
+
     def load(self, index, load=FileDataset.load):
-        (tmp_path / f"{index}").write_text(f"{(tmp_path / f'{index}').exists()}")
+        with (tmp_path / str(index)).open("a") as file:
+            file.write("x")
         return load(self, index)
 
     monkeypatch.setattr(FileDataset, "load", load)
+    return lambda: {int(path.name): len(path.read_text()) for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_files_are_read_once_by_workers_that_end(datasets, workers, reads):
     sampler = EpochBatchSampler(12, 5, 3, 0)
-    assert len(list(build_train_loader(datasets["files"], sampler, 32, "crop_flip", workers, None, CPU))) == 9
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["False"] * 12
+    batches = iter(build_train_loader(datasets["files"], sampler, 32, "crop_flip", workers, None, CPU))
+    next(batches)
+    assert len(multiprocessing.active_children()) == workers
+    assert len(list(itertools.islice(batches, 2))) == 2 and not multiprocessing.active_children()
+    assert len(list(batches)) == 6 and reads() == dict.fromkeys(range(12), 1)
+
+
+def test_test_files_are_read_once(datasets, reads):
+    loader = build_test_loader(datasets["files"], 5, 32, 0, None, CPU)
+    next(iter(loader))  # an evaluation that ends early
+    whole = list(loader)
+    assert reads() == {index: 2 if index < 5 else 1 for index in range(12)}
+    whole[1].pop("label")
+    again = list(loader)
+    assert_same(again, list(build_test_loader(datasets["files"], 5, 32, 0)))
+    assert reads() == {index: 3 if index < 5 else 2 for index in range(12)}
 
 
 def test_unreadable_images(tmp_path):
