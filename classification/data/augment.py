@@ -80,7 +80,8 @@ class Augmentation:
     Attributes:
         fits_first: the image is first brought to size x size as test images are, so :meth:`draw` is given
             ``(size, size)``; otherwise it is given the stored image's height and width.
-        batched: the kinds of images, tensors or PIL's, of which :meth:`apply_batch` gives the pixels of :meth:`apply`.
+        batched: the kinds of images, tensors or PIL's, of which :meth:`apply_batch` gives the pixels of :meth:`apply`;
+            with ``fits_first``.
     """
 
     fits_first = True
