@@ -23,6 +23,8 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
     the class of the anchor, K for background.
     """
 
+    head_takes_proposals = False
+
     @classmethod
     def logits_info(cls, cfg: CfgNode) -> dict[str, Any]:
         return {"num_classes": cfg.MODEL.RETINANET.NUM_CLASSES, "sigmoid": True}
@@ -59,14 +61,17 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
         return labels, boxes
 
     def student_logits(self, calls: Calls) -> tuple[Tensor, Tensor]:
-        counts = self._labels >= 0
-        return self._rows(calls["head"][0].output)[counts], self._labels[counts]
+        labels = self._labels.flatten()
+        self._counts = (labels >= 0).nonzero().squeeze(1)  # once: a GPU is waited for here
+        return self._rows(calls["head"][0].output)[self._counts], labels[self._counts]
 
-    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
-        predictions = self.teacher.head([maps[name] for name in self.teacher.head_in_features])
-        return self._rows(predictions)[self._labels >= 0]
+    def teacher_head(self, maps: dict[str, Tensor]) -> Tensor:
+        return self._rows(self.teacher.head([maps[name] for name in self.teacher.head_in_features]))
+
+    def teacher_logits(self, calls: Calls, found: Tensor) -> Tensor:
+        return found[self._counts]
 
     def _rows(self, predictions: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-        """Logits (N, anchors, K) of what a head predicts."""
+        """Logits (N * anchors, K) of what a head predicts."""
         (logits,) = self._transpose_dense_predictions([predictions[0]], [self.num_classes])
-        return torch.cat(logits, dim=1)
+        return torch.cat(logits, dim=1).flatten(0, 1)
