@@ -117,7 +117,7 @@ class EvaluationData:
         return self._evaluators[name]
 
     def digest(self) -> str:
-        """What tells data from others: classes, folders of images and hashes of annotations, whose files stay unparsed."""
+        """What tells the data from others: classes, folders of images, hashes of annotations (files are not parsed)."""
         facts = []
         for name in self._cfg.DATASETS.TEST:
             metadata = MetadataCatalog.get(name)

@@ -47,7 +47,7 @@ class DetectorTeacher(TeacherSource):
     def __init__(self, student: nn.Module, own_stream: bool = True) -> None:
         super().__init__()
         # Not as an attribute of its own: the student holds this source.
-        self._student, self._own_stream = [student], own_stream
+        self._student, self.own_stream = [student], own_stream
         self._stream: torch.cuda.Stream | None = None
         self.takes_students_images = student.teacher_adapter.prepares_like(student)
 
@@ -56,9 +56,8 @@ class DetectorTeacher(TeacherSource):
         """Begin when the student's backbone is called within the block; `inputs` are on the device."""
         (student,), early = self._student, EarlyOutputs()
 
-        def begin(module: nn.Module, args: tuple[Tensor]) -> None:
-            shared = self.takes_students_images
-            early.images = args[0] if shared else student.teacher_adapter.images(inputs)
+        def begin(backbone: nn.Module, args: tuple[Tensor]) -> None:
+            early.images = args[0] if self.takes_students_images else student.teacher_adapter.images(inputs)
             self._begin(early)
 
         handle = student.backbone.register_forward_pre_hook(begin)
@@ -77,7 +76,7 @@ class DetectorTeacher(TeacherSource):
         with self._without_gradients(), captured_extras(student.teacher, late) as extras:
             logits = student.teacher_logits(batch.extras["calls"], early.head) if self._needs_head else None
         if logits is not None and logits.is_inference():
-            logits = logits.clone()  # small, and a normal tensor, which losses may keep for the backward pass
+            logits = logits.clone()
         with torch.no_grad():
             extras |= {name: provide(student.teacher, early.images) for name, provide in self.extras.items()}
         feats = [early.maps[name] for name in feature_strides(student.backbone)] if "feats" in self.needs else None
@@ -86,7 +85,7 @@ class DetectorTeacher(TeacherSource):
     def _begin(self, early: EarlyOutputs) -> None:
         """All that does not depend on the student, from the images on."""
         (student,), context = self._student, nullcontext()
-        if self._own_stream and early.images.is_cuda:
+        if self.own_stream and early.images.is_cuda:
             self._stream = self._stream or torch.cuda.Stream(early.images.device)
             self._stream.wait_stream(torch.cuda.current_stream(early.images.device))
             early.images.record_stream(self._stream)
@@ -104,7 +103,8 @@ class DetectorTeacher(TeacherSource):
         return needs_head(need) and self._student[0].head_takes_proposals
 
     def _without_gradients(self) -> AbstractContextManager:
-        # Losses cannot keep inference tensors for the backward pass, and copies of maps cost more than the mode saves.
+        # Losses cannot keep inference tensors for the backward pass. Logits are copied for that; copies of maps would
+        # take more memory than the mode is worth, at most 2 % of a small teacher's time.
         return torch.inference_mode() if self.needs == {"logits"} and not self.extras else torch.no_grad()
 
 
