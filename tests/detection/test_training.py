@@ -15,7 +15,7 @@ from d2distill.detection.config import load_cfg
 from d2distill.detection.data import load_training_set, register_datasets
 from d2distill.detection.trainer import build_trainer
 from tests.detection.tiny_detectors import SMALL, TEACHER, build, small_cfg
-from tests.detection.tiny_training import run, tiny_cfg
+from tests.detection.tiny_training import count_reads, run, tiny_cfg
 from tests.interruptions import assert_identical
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,9 @@ def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
     assert json.dumps(written, allow_nan=False)
 
 
-def test_several_test_sets(tiny, tmp_path):
+def test_several_test_sets(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read = count_reads(monkeypatch)
     more = {"DATASETS.TEST": ("tiny_val", "tiny_train"), "TEST.TEACHER": True, "SOLVER.EMA_DECAY": 0.5}
     results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **more))
     assert {"tiny_val/bbox/AP", "tiny_train/bbox/AP", "best_tiny_val/bbox/AP", "ema_tiny_val/bbox/AP"} <= set(results)
@@ -78,6 +80,8 @@ def test_several_test_sets(tiny, tmp_path):
     written = json.loads((tmp_path / "results.json").read_text())
     assert set(written["per_class"]) == {"tiny_val", "tiny_train"}
     assert {"teacher_tiny_val/bbox/AP", "teacher_tiny_train/bbox/AP"} <= set(written)
+    # By Detectron2's loader and by its evaluator; and to train on. The teacher, the student and its average share them.
+    assert read == {"val.json": 2, "train.json": 3}
 
 
 def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch):
