@@ -1,6 +1,8 @@
 """Trainings of other kinds than those that are stopped and resumed: masks, mixed precision, merged files."""
 
+import gc
 import json
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -48,6 +50,25 @@ def test_mixed_precision(tiny, tmp_path):
     trainer.run()
     student = torch.load(tmp_path / "student_final.pth", weights_only=True)["model"]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
+
+
+def test_a_trainer_keeps_the_data_in_its_compact_form_alone(tiny, tmp_path):
+    """COCO's training set takes gigabytes as a list of dicts, which every worker would come to copy."""
+
+    class Dicts(list):  # which a weak reference can point to
+        pass
+
+    cfg = tiny_cfg("rcnn", tmp_path)
+    register_datasets(cfg)
+    dicts = Dicts(load_training_set(cfg))
+    reference, expected = weakref.ref(dicts), [record["file_name"] for record in dicts]
+    trainer = build_trainer(cfg, dicts)
+    del dicts
+    gc.collect()
+    assert reference() is None
+    batches = {start: next(iter(trainer.task.build_batches(start))) for start in (0, 2, 0)}
+    assert all(record["file_name"] in expected for batch in batches.values() for record in batch)
+    assert batches[0][0]["file_name"] != batches[2][0]["file_name"]
 
 
 def test_every_process_evaluates_with_the_main_ones_statistics(tiny, tmp_path, monkeypatch):
