@@ -94,4 +94,5 @@ def build_test_loader(cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]] |
 
 def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], is_train: bool, **sampling: Any) -> DataLoader:
     images, workers = MappedImages(dicts, DatasetMapper(cfg, is_train), cfg.SEED), cfg.DATALOADER.NUM_WORKERS
-    return WorkerLoader(images, num_workers=workers, collate_fn=trivial_batch_collator, **sampling)
+    options = {"num_workers": workers, "pin_memory": cfg.MODEL.DEVICE.startswith("cuda")}
+    return WorkerLoader(images, collate_fn=trivial_batch_collator, **options, **sampling)

@@ -37,7 +37,8 @@ class DetectorTeacher(TeacherSource):
     """A frozen detector that sees the student's images, and for logits the student's proposals or anchors.
 
     Its backbone, and a head that needs no proposals, run when the student's backbone begins: on a GPU on a stream of
-    their own, beside the student's forward pass. The head of an R-CNN waits for the student's proposals.
+    their own, beside the student's forward pass. The head of an R-CNN waits for the student's proposals. A call needs
+    both in `Batch.extras`: ``teacher`` as of :meth:`beside_student`, and ``calls`` of the student's submodules.
 
     Args:
         student: the :class:`.DistillDetector` whose teacher it is.
