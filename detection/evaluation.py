@@ -46,8 +46,12 @@ class FastCOCOEvaluator(COCOEvaluator):
         # Where Detectron2 has its own compiled evaluator, if it was built with it.
         coco_evaluation.COCOeval_opt = COCOeval
         super().__init__(name, use_fast_impl=True, **settings)
-        # The same annotations; nothing is read again.
-        self._coco_api = COCO(self._coco_api.dataset)
+        if all(isinstance(number, int) for number in (*self._coco_api.imgs, *self._coco_api.cats)):
+            # The same annotations; nothing is read again.
+            self._coco_api = COCO(self._coco_api.dataset)
+        else:
+            logger.info(f"{name} names images or classes by words: its AP is computed by pycocotools")
+            self._use_fast_impl = False
 
 
 def _coco_evaluator(name: str, folder: str, limit: int) -> COCOEvaluator:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from tests.detection.tiny_training import count_reads
 #: Objects of the two test images, by category id: boxes as COCO's, 40 pixels wide and high.
 OBJECTS = {1: [(3, [10, 10, 40, 40]), (7, [60, 20, 40, 40])], 2: [(3, [30, 30, 40, 40])]}
 CLASSES = {3: "cat", 7: "dog", 9: "emu"}
+FASTER = find_spec("faster_coco_eval") is not None
 #: Of the predictions of a student and of its teacher.
 FOLDERS = ("inference", "inference/teacher")
 
@@ -178,6 +180,21 @@ def test_ap_of_faster_coco_eval(cfg, tmp_path, log, monkeypatch):
         assert one == pytest.approx(other, rel=1e-12, nan_ok=True)
     assert "segm/AP" in faster[0] and 0 < faster[1]["bbox/AP"] < 100
     assert log.text.count("AP is computed by faster-coco-eval") == log.text.count("AP is computed by pycocotools") == 1
+
+
+def test_images_named_by_words(cfg, tmp_path, log):
+    """Which pycocotools takes, and faster-coco-eval does not."""
+    content = json.loads((tmp_path / "seen.json").read_text())
+    for entry, key in [(e, "id") for e in content["images"]] + [(e, "image_id") for e in content["annotations"]]:
+        entry[key] = f"image {entry[key]}"
+    (tmp_path / "seen.json").write_text(json.dumps(content))
+    check_test_sets(cfg)
+
+    def detect(batched_inputs):
+        return detector()([{**record, "image_id": int(record["image_id"].split()[1])} for record in batched_inputs])
+
+    assert evaluate_detector(cfg, detect)["bbox/AP"] == pytest.approx(100)
+    assert ("seen names images or classes by words: its AP is computed by pycocotools" in log.text) == FASTER
 
 
 def with_masks(detect):
