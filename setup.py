@@ -71,6 +71,7 @@ setup(
         "mlflow": ["mlflow-skinny>=2.10"],
         "slurm": ["submitit>=1.5"],  # for d2distill-sweep --slurm
         "vis": ["opencv-python-headless"],  # for Detectron2's VIS_PERIOD
+        "coco": ["faster-coco-eval>=1.8"],  # detection's AP, sooner
         "docs": DOCS,
         "dev": [
             *DOCS,
@@ -81,6 +82,7 @@ setup(
             "onnxscript>=0.5.6",
             "huggingface_hub>=0.34",
             "submitit>=1.5",
+            "faster-coco-eval>=1.8",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.9",

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
+    coco_evaluation,
     inference_on_dataset,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils.file_io import PathManager
 from torch import nn
+from torch.utils.data import DataLoader
 
 from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.weight_files import weights_digest
@@ -26,13 +31,45 @@ from d2distill.common.errors import ConfigError
 from d2distill.detection.data.loader import build_test_loader
 from d2distill.detection.teacher import TeacherAdapter
 
-__all__ = ["best_metric", "check_evaluators", "evaluate_detector", "measure_teacher"]
+__all__ = ["EvaluationData", "best_metric", "check_evaluators", "evaluate_detector", "measure_teacher"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
+
+class FastCOCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator, whose AP faster-coco-eval computes: the same values but for rounding, sooner."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        from faster_coco_eval.core.coco import COCO
+        from faster_coco_eval.core.faster_eval_api import COCOeval
+
+        # Where Detectron2 has its own compiled evaluator, if it was built with it.
+        coco_evaluation.COCOeval_opt = COCOeval
+        super().__init__(name, use_fast_impl=True, **settings)
+        if all(isinstance(number, int) for number in (*self._coco_api.imgs, *self._coco_api.cats)):
+            # The same annotations; nothing is read again.
+            self._coco_api = COCO(self._coco_api.dataset)
+        else:
+            logger.info(f"{name} names images or classes by words: its AP is computed by pycocotools")
+            self._use_fast_impl = False
+
+
+def _coco_evaluator(name: str, folder: str, limit: int) -> COCOEvaluator:
+    settings = {"output_dir": folder, "max_dets_per_image": limit}
+    if _uses_faster_coco_eval(limit):
+        return FastCOCOEvaluator(name, **settings)
+    compiled = limit == 100 and coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
+    return COCOEvaluator(name, use_fast_impl=compiled, **settings)
+
+
+def _uses_faster_coco_eval(limit: int) -> bool:
+    # Of another number of detections per image than COCO's Detectron2 computes AP with pycocotools.
+    return limit == 100 and find_spec("faster_coco_eval") is not None
+
+
 #: Called with a data set's name, the folder for details, and how many detections of an image count.
 _EVALUATORS: dict[str, Callable[[str, str, int], DatasetEvaluator]] = {
-    "coco": lambda name, folder, limit: COCOEvaluator(name, output_dir=folder, max_dets_per_image=limit),
+    "coco": _coco_evaluator,
     "lvis": lambda name, folder, limit: LVISEvaluator(name, output_dir=folder, max_dets_per_image=limit),
     "pascal_voc": lambda name, folder, limit: PascalVOCDetectionEvaluator(name),
 }
@@ -45,8 +82,58 @@ def check_evaluators(cfg: CfgNode) -> None:
         if kind not in _EVALUATORS:
             raise ConfigError(f"DATASETS.TEST: {name} asks for the evaluator {kind!r}; known: {', '.join(_EVALUATORS)}")
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    if limit != 100 and "coco" in kinds.values():
+    if "coco" not in kinds.values():
+        return
+    if limit != 100:
         logger.info(f"TEST.DETECTIONS_PER_IMAGE: AP is of at most {limit} detections per image, COCO's own of 100")
+    if _uses_faster_coco_eval(limit):
+        logger.info(f"AP is computed by faster-coco-eval {version('faster-coco-eval')}")
+    else:
+        hint = " (`pip install faster-coco-eval` gives the same AP sooner)" if limit == 100 else ""
+        logger.info(f"AP is computed by pycocotools {version('pycocotools')}{hint}")
+
+
+class EvaluationData:
+    """The images of DATASETS.TEST and their evaluators, which hold the annotations: each is read once and kept.
+
+    Args:
+        cfg: of the run.
+        images: of :func:`.check_test_sets`; those of other sets are read when they are needed.
+    """
+
+    def __init__(self, cfg: CfgNode, images: Mapping[str, Sequence[dict[str, Any]]] | None = None) -> None:
+        self._cfg, self._evaluators = cfg, {}
+        self._loaders = {name: build_test_loader(cfg, name, records) for name, records in (images or {}).items()}
+
+    def loader(self, name: str) -> DataLoader:
+        """The images of a data set, one by one."""
+        if name not in self._loaders:
+            self._loaders[name] = build_test_loader(self._cfg, name)
+        return self._loaders[name]
+
+    def evaluator(self, name: str, folder: str) -> DatasetEvaluator:
+        """The evaluator that the data set asks for; it writes the predictions into `folder`."""
+        if name not in self._evaluators:
+            build = _EVALUATORS[MetadataCatalog.get(name).evaluator_type]
+            self._evaluators[name] = build(name, folder, self._cfg.TEST.DETECTIONS_PER_IMAGE)
+        # Detectron2 takes it in the constructor, which reads the annotations, and in no other way.
+        self._evaluators[name]._output_dir = folder
+        return self._evaluators[name]
+
+    def digest(self) -> str:
+        """What tells the data from others: classes, folders of images, hashes of annotations (files are not parsed)."""
+        facts = []
+        for name in self._cfg.DATASETS.TEST:
+            metadata = MetadataCatalog.get(name)
+            # Detectron2's evaluator names a file of its own for other sets than those that are read from one.
+            file = metadata.get("json_file") if metadata.get("image_root") else None
+            if file:
+                content = Path(PathManager.get_local_path(file)).read_bytes()
+            else:
+                content = json.dumps(DatasetCatalog.get(name), default=str).encode()
+            digest = hashlib.sha256(content).hexdigest()
+            facts.append([name, metadata.get("thing_classes"), metadata.get("image_root"), digest])
+        return json.dumps(facts)
 
 
 def best_metric(cfg: CfgNode) -> str:
@@ -71,6 +158,7 @@ def evaluate_detector(
     interruptible: Callable[[Iterable[Any]], Iterable[Any]] = lambda batches: batches,
     per_class: dict[str, Any] | None = None,
     folder: str = "inference",
+    data: EvaluationData | None = None,
 ) -> dict[str, float]:
     """Metrics in percent of `model` on every data set of DATASETS.TEST.
 
@@ -83,6 +171,7 @@ def evaluate_detector(
             masks; where there are several data sets, one such dict for each. Of a class without objects it is None.
         folder: in OUTPUT_DIR, for the predictions (``<data set>/coco_instances_results.json``, in the form that COCO's
             server takes).
+        data: DATASETS.TEST, where there are several evaluations; None: it is read for this one.
 
     Returns:
         ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
@@ -91,11 +180,10 @@ def evaluate_detector(
     """
     if augmented:
         model = GeneralizedRCNNWithTTA(cfg, model)
-    metrics = {}
+    metrics, data = {}, data or EvaluationData(cfg)
     for name in cfg.DATASETS.TEST:
         metadata, output = MetadataCatalog.get(name), Path(cfg.OUTPUT_DIR, folder, name)
-        evaluator = _EVALUATORS[metadata.evaluator_type](name, str(output), cfg.TEST.DETECTIONS_PER_IMAGE)
-        results = inference_on_dataset(model, interruptible(build_test_loader(cfg, name)), evaluator)
+        results = inference_on_dataset(model, interruptible(data.loader(name)), data.evaluator(name, str(output)))
         if not _is_annotated(name):
             logger.info(f"{name} has no annotations, so there is no AP: its predictions are in {output}")
             continue
@@ -117,20 +205,22 @@ def evaluate_detector(
     return metrics
 
 
-def measure_teacher(cfg: CfgNode, teacher: TeacherAdapter) -> dict[str, float | None]:
+def measure_teacher(
+    cfg: CfgNode, teacher: TeacherAdapter, data: EvaluationData | None = None
+) -> dict[str, float | None]:
     """Metrics of a teacher on DATASETS.TEST, as ``{"teacher_bbox/AP": ..., ...}`` on all processes; None: not defined.
 
     The images are those of the training: of the student's size, with its own statistics. What is known already of
     this teacher on these data is not measured again. The log warns where it detects nothing, as with another order of
-    classes or other pixel statistics than it was trained with.
+    classes or other pixel statistics than it was trained with. `data`: as for :func:`evaluate_detector`.
     """
-    sets, sizes = cfg.DATASETS.TEST, {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")}
-    data = [(name, MetadataCatalog.get(name).get("thing_classes"), DatasetCatalog.get(name)) for name in sets]
+    data = data or EvaluationData(cfg)
+    sizes = {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")}
     own = {**teacher.cfg.MODEL, "WEIGHTS": "", "DEVICE": "", "TEST": teacher.cfg.TEST}
-    digest = hashlib.sha256(json.dumps(data, default=str).encode()).hexdigest()
+    digest = data.digest()
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     key = json.dumps([weights_digest(teacher.network), digest, sizes, limit, own], default=str)
-    results = measured(key, lambda: evaluate_detector(cfg, teacher.detect, folder="inference/teacher"))
+    results = measured(key, lambda: evaluate_detector(cfg, teacher.detect, folder="inference/teacher", data=data))
     facts = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
     logger.info(f"The teacher, on test images of the student's size (MIN_SIZE_TEST {sizes['MIN_SIZE_TEST']}): {facts}")
     metric = best_metric(cfg)

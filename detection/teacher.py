@@ -36,6 +36,21 @@ class TeacherAdapter:
         if self.weights:
             load_teacher(self.network, self.weights, self.key)
 
+    def prepares_like(self, student: nn.Module) -> bool:
+        """Whether :meth:`images` would give what the student's own ``preprocess_image`` does, to the bit."""
+        if self.swap_rgb_bgr or type(student).preprocess_image is not type(self.network).preprocess_image:
+            return False
+        facts = [
+            (
+                network.pixel_mean.tolist(),
+                network.pixel_std.tolist(),
+                network.backbone.size_divisibility,
+                network.backbone.padding_constraints,
+            )
+            for network in (student, self.network)
+        ]
+        return facts[0] == facts[1]
+
     def inputs(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The batch in the teacher's channel order."""
         return [{**x, "image": x["image"].flip(0) if self.swap_rgb_bgr else x["image"]} for x in batched_inputs]

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,13 @@ from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode, get_cfg, num_classes
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.deployed import describe_student
-from d2distill.detection.evaluation import best_metric, check_evaluators, evaluate_detector, measure_teacher
+from d2distill.detection.evaluation import (
+    EvaluationData,
+    best_metric,
+    check_evaluators,
+    evaluate_detector,
+    measure_teacher,
+)
 from d2distill.detection.weights import load_student
 
 __all__ = ["build_trainer", "evaluate", "train"]
@@ -37,12 +44,21 @@ _MAY_CHANGE = (
     "DATALOADER.NUM_WORKERS", "TEST.*", "SOLVER.MAX_ITER", "SOLVER.BASE_LR*", "SOLVER.LR_SCHEDULER_NAME",
     "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.NUM_DECAYS", "SOLVER.RESCALE_INTERVAL", "SOLVER.WARMUP_*",
     "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY*", "SOLVER.BIAS_LR_FACTOR", "SOLVER.CLIP_GRADIENTS.*",
-    "SOLVER.CHECKPOINT_*",
+    "SOLVER.CHECKPOINT_*", "SOLVER.TEACHER_STREAM",
 )  # fmt: skip
 
 
-def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
+def build_trainer(
+    cfg: CfgNode,
+    dataset_dicts: list[dict[str, Any]],
+    test_images: Mapping[str, list[dict[str, Any]]] | None = None,
+) -> Trainer:
     """Detectors, methods, Detectron2's solver, data and evaluators of a checked configuration, ready to run.
+
+    Args:
+        cfg: checked.
+        dataset_dicts: of :func:`load_training_set`.
+        test_images: of :func:`check_test_sets`; None: they are read when they are needed.
 
     Raises:
         UserError: weights, classes or feature levels that do not fit.
@@ -59,11 +75,12 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         )
     load_student(model, cfg.MODEL.WEIGHTS)
     optimizer = build_optimizer(cfg, model)
+    train_loader, test_data = build_train_loader(cfg, dataset_dicts), EvaluationData(cfg, test_images)
     facts: dict[str, Any] = {}
     if adapter is not None:
         facts["teacher_parameters"] = sum(parameter.numel() for parameter in model.teacher.parameters())
     if adapter is not None and cfg.TEST.TEACHER and num_classes(adapter.cfg)[1] == num_classes(cfg)[1]:
-        facts |= measure_teacher(cfg, adapter)
+        facts |= measure_teacher(cfg, adapter, test_data)
     precision = None
     if cfg.SOLVER.AMP.ENABLED:
         precision = torch.float16 if torch.device(cfg.MODEL.DEVICE).type == "cuda" else torch.bfloat16
@@ -73,7 +90,12 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
             broadcast_buffers(network)
         # An average of the student is evaluated too.
         is_student = next(network.parameters()) is next(model.parameters())
-        return evaluate_detector(cfg, network, interruptible=interruptible, per_class=facts if is_student else None)
+        per_class = facts if is_student else None
+        return evaluate_detector(cfg, network, interruptible=interruptible, per_class=per_class, data=test_data)
+
+    def batches_from(start: int) -> Iterable[list[dict[str, Any]]]:
+        train_loader.batch_sampler.start = start
+        return train_loader
 
     # RetinaNet's running mean of its number of foreground anchors, which it keeps outside its state dict.
     loss_normalizer = SimpleNamespace(
@@ -86,7 +108,7 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         wrapped=wrap_student(model, broadcast_buffers=False),
         optimizer=optimizer,
         lr_scheduler=_lr_scheduler(cfg, optimizer),
-        build_batches=lambda start: build_train_loader(cfg, dataset_dicts, start),
+        build_batches=batches_from,
         # A plain detector: stock Detectron2 loads its state dict.
         deployed_student=getattr(model, "deployed_student", lambda: model),
         evaluate=evaluate_student,
@@ -96,11 +118,11 @@ def build_trainer(cfg: CfgNode, dataset_dicts: list[dict[str, Any]]) -> Trainer:
         checkpoint_periods=[cfg.SOLVER.CHECKPOINT_PERIOD],
         may_change=_MAY_CHANGE,
         run_identity={
-            "training images": len(dataset_dicts),
+            "training images": len(train_loader.dataset),
             "the teacher's weights": None if adapter is None else weights_digest(model.teacher),
         },
         precision=precision,
-        evaluate_once=lambda network: _augmented(cfg, network),
+        evaluate_once=lambda network: _augmented(cfg, network, test_data),
         model_stats=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
         facts=lambda: facts,
         checkpointables={"loss_normalizer": loss_normalizer},
@@ -140,9 +162,12 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     start_logs(cfg.OUTPUT_DIR)
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)
-    check_test_sets(cfg)
+    test_images = check_test_sets(cfg)
     check_evaluators(cfg)
-    results = build_trainer(cfg, dataset_dicts).run(resume)
+    trainer = build_trainer(cfg, dataset_dicts, test_images)
+    # The loaders keep them in a compact form, which workers share.
+    del dataset_dicts, test_images
+    results = trainer.run(resume)
     _log("Results", results)
     return results
 
@@ -158,12 +183,12 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     cfg.DISTILL.METHODS = []
     start_logs(None)
     register_datasets(cfg)
-    check_test_sets(cfg)
+    data = EvaluationData(cfg, check_test_sets(cfg))
     check_evaluators(cfg)
     model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
-    results = {**evaluate_detector(cfg, model), **_augmented(cfg, model)}
+    results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
     _log(cfg.MODEL.WEIGHTS, results)
     return results
 
@@ -173,7 +198,7 @@ def _log(title: str, results: dict[str, float]) -> None:
         logger.info(f"{title}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
 
 
-def _augmented(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+def _augmented(cfg: CfgNode, model: nn.Module, data: EvaluationData) -> dict[str, float]:
     """The same metrics over scales and flips, where TEST.AUG is enabled, under ``<metric>_TTA``."""
-    results = evaluate_detector(cfg, model, augmented=True) if cfg.TEST.AUG.ENABLED else {}
+    results = evaluate_detector(cfg, model, augmented=True, data=data) if cfg.TEST.AUG.ENABLED else {}
     return {f"{name}_TTA": value for name, value in results.items()}

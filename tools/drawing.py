@@ -1,6 +1,5 @@
 """What the detectors of a comparison find in the same images, beside the ground truth."""
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,6 +35,6 @@ def draw_detections(comparison: Comparison, path: str | Path, num_images: int = 
         model = build_model(cfg).eval()
         load_student(model, str(comparison.folder(entry, seed) / "student_final.pth"), complete=True)
         found = columns[f"{entry.label}\nAP {comparison.results(entry)[seed]['bbox/AP']:.1f}"] = []
-        for batch in islice(build_test_loader(cfg, name), num_images):
+        for batch in build_test_loader(cfg, name, records):
             found.append(found_boxes(model(batch)[0]["instances"], classes, threshold))
     detection_grid([record["file_name"] for record in records], columns).savefig(path)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from d2distill.common.errors import UserError
 from d2distill.deployed import load
 from d2distill.detection.config import load_cfg, num_classes
-from d2distill.detection.data import build_test_loader, check_test_sets
-from d2distill.detection.evaluation import evaluate_detector
+from d2distill.detection.data import check_test_sets
+from d2distill.detection.evaluation import EvaluationData, evaluate_detector
 from d2distill.detection.teacher import build_teacher
 from d2distill.exported import save_onnx, save_safetensors, save_ts
 from d2distill.tools.measuring import Row, median_ms, state_bytes
@@ -63,7 +63,7 @@ class Export:
         reason = "the run's config.yaml is not beside it"
         try:
             if self.cfg is not None:
-                check_test_sets(self.cfg)
+                self.data = EvaluationData(self.cfg, check_test_sets(self.cfg))
                 return None, f"the test images of {', '.join(self.cfg.DATASETS.TEST)}"
         except (UserError, FileNotFoundError) as error:
             reason = str(error).splitlines()[0]
@@ -76,7 +76,7 @@ class Export:
         return inputs, f"{what}, without AP, as there are no test images ({reason})"
 
     def _first_test_image(self) -> dict[str, Any]:
-        (example,) = next(iter(build_test_loader(self.cfg, self.cfg.DATASETS.TEST[0])))
+        (example,) = next(iter(self.data.loader(self.cfg.DATASETS.TEST[0])))
         return example
 
     def _run(
@@ -96,7 +96,7 @@ class Export:
             cfg = self.cfg.clone()
             # Pycocotools prints, and Detectron2 keeps the predictions in files.
             with TemporaryDirectory() as cfg.OUTPUT_DIR, redirect_stdout(io.StringIO()):
-                return found, evaluate_detector(cfg, record)
+                return found, evaluate_detector(cfg, record, data=self.data)
         for entry in self.inputs:
             record([entry])
         return found, {}

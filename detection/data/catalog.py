@@ -70,17 +70,23 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     return dicts
 
 
-def check_test_sets(cfg: CfgNode) -> None:
+def check_test_sets(cfg: CfgNode) -> dict[str, list[dict[str, Any]]]:
     """Load DATASETS.TEST, and check that the model can be evaluated on it; errors as :func:`load_training_set`.
 
     The metadata of a data set then say whether it is ``annotated``: that of a challenge may have images alone.
+
+    Returns:
+        What :func:`load_test_set` gives for each of them.
     """
     register_datasets(cfg)
+    images = {}
     for name in cfg.DATASETS.TEST:
         loaded = _load(name, "DATASETS.TEST")
         _check_classes(cfg, name, cfg.DATASETS.TRAIN)
         _log_classes(name, "DATASETS.TEST", loaded)
         MetadataCatalog.get(name).annotated = any(_objects(record) for record in loaded)
+        images[name] = _without_annotations(loaded)
+    return images
 
 
 def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
@@ -89,7 +95,11 @@ def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     Evaluators read them from the file.
     """
     register_datasets(cfg)
-    return [{key: value for key, value in d.items() if key != "annotations"} for d in _load(name, "DATASETS.TEST")]
+    return _without_annotations(_load(name, "DATASETS.TEST"))
+
+
+def _without_annotations(dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "annotations"} for record in dicts]
 
 
 def _load(name: str, key: str, filter_empty: bool = False, min_keypoints: int = 0) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Data loaders of detection. Batches and augmentation are a function of (seed, step), so that runs resume exactly."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,12 +82,17 @@ def build_train_loader(cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start:
     return _loader(cfg, dataset_dicts, True, batch_sampler=build_batch_sampler(cfg, dataset_dicts, start))
 
 
-def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
-    """Every image of a registered data set once, in order, divided among the processes, in batches of one."""
-    dicts = load_test_set(cfg, name)
+def build_test_loader(cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]] | None = None) -> DataLoader:
+    """Every image of a registered data set once, in order, divided among the processes, in batches of one.
+
+    Args:
+        dicts: the images, where :func:`.load_test_set` has read them already.
+    """
+    dicts = load_test_set(cfg, name) if dicts is None else list(dicts)
     return _loader(cfg, dicts, False, batch_size=1, sampler=InferenceSampler(len(dicts)))
 
 
 def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], is_train: bool, **sampling: Any) -> DataLoader:
     images, workers = MappedImages(dicts, DatasetMapper(cfg, is_train), cfg.SEED), cfg.DATALOADER.NUM_WORKERS
-    return WorkerLoader(images, num_workers=workers, collate_fn=trivial_batch_collator, **sampling)
+    options = {"num_workers": workers, "pin_memory": cfg.MODEL.DEVICE.startswith("cuda")}
+    return WorkerLoader(images, collate_fn=trivial_batch_collator, **options, **sampling)

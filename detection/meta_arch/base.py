@@ -1,9 +1,9 @@
 """Mix-in that adds a frozen teacher and distillation losses to a Detectron2 meta-architecture."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import Backbone
 from detectron2.utils.events import get_event_storage
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from d2distill.common.config import chosen_methods
 from d2distill.common.distillers import Distiller
 from d2distill.common.errors import ConfigError
-from d2distill.common.modules import MODULE_PREFIX, ModuleCall, capture_calls, captured_extras, shared_copy
+from d2distill.common.modules import ModuleCall, capture_calls, captured_extras, shared_copy
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress
-from d2distill.common.teachers import TeacherSource, exclude_teacher_from_state_dict
+from d2distill.common.teachers import exclude_teacher_from_state_dict
 from d2distill.detection.config import num_classes
+from d2distill.detection.meta_arch.teacher_source import DetectorTeacher, feature_strides, needs_head
 from d2distill.detection.teacher import TeacherAdapter, build_teacher
 
 __all__ = ["DistillDetector"]
@@ -36,6 +37,7 @@ class DistillDetector(nn.Module):
         teacher: None for plain training, and for methods that need none.
         distillers: methods by lower-case name.
         max_iter: of the training, for the methods' `Progress`.
+        teacher_stream: on a GPU, run what of the teacher does not wait for the student on a CUDA stream of its own.
         kwargs: of the meta-architecture.
 
     Attributes:
@@ -48,6 +50,8 @@ class DistillDetector(nn.Module):
 
     #: What the configuration asks of a meta-architecture when DISTILL.METHODS is not empty.
     takes_methods = True
+    #: Whether the teacher's head looks at the student's proposals, and so waits for the student.
+    head_takes_proposals = True
 
     @configurable
     def __init__(
@@ -56,6 +60,7 @@ class DistillDetector(nn.Module):
         teacher: TeacherAdapter | None = None,
         distillers: dict[str, Distiller] | None = None,
         max_iter: int = 0,
+        teacher_stream: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,7 +74,7 @@ class DistillDetector(nn.Module):
         needs = self._student_needs | {need for method in methods for need in method.teacher_needs}
         self._compares_logits = any(map(needs_head, needs))
         self._levels = list(feature_strides(self.backbone)) if "feats" in needs else []
-        self.teacher_source = None if teacher is None else DetectorTeacher(self)
+        self.teacher_source = None if teacher is None else DetectorTeacher(self, teacher_stream)
         if self.teacher_source is not None:
             self.teacher_source.serve(method for method in methods if method.needs_teacher)
         exclude_teacher_from_state_dict(self)
@@ -107,7 +112,8 @@ class DistillDetector(nn.Module):
                     f"The teacher has {theirs} classes and the student {own}: their features are compared, and the "
                     "teacher's AP is not measured"
                 )
-        return {**parts, "teacher": teacher, "distillers": distillers, "max_iter": cfg.SOLVER.MAX_ITER}
+        solver = {"max_iter": cfg.SOLVER.MAX_ITER, "teacher_stream": cfg.SOLVER.TEACHER_STREAM}
+        return {**parts, "teacher": teacher, "distillers": distillers, **solver}
 
     @classmethod
     def network_info(cls, cfg: CfgNode, backbone: Backbone, **more: Any) -> NetworkInfo:
@@ -134,8 +140,12 @@ class DistillDetector(nn.Module):
         """Logits (R, C), and the class of each row (R,), of the captured forward pass."""
         raise NotImplementedError
 
-    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
-        """The teacher's logits (R, C) from its own maps, row by row those of :meth:`student_logits`."""
+    def teacher_head(self, maps: dict[str, Tensor]) -> Any:
+        """What the teacher computes from its own maps before the student is done; without an override, nothing more."""
+        return maps
+
+    def teacher_logits(self, calls: Calls, found: Any) -> Tensor:
+        """The teacher's logits (R, C) from its :meth:`teacher_head`, row by row those of :meth:`student_logits`."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "DistillDetector":
@@ -158,13 +168,20 @@ class DistillDetector(nn.Module):
         """
         if not self.training or not self.distillers:
             return super().forward(batched_inputs)
-        with capture_calls(self.hooked_modules()) as calls, captured_extras(self, self._student_needs) as extras:
+        # One copy to the device, for both networks; from the loader's pinned memory it is not waited for.
+        batched_inputs = [{**x, "image": x["image"].to(self.device, non_blocking=True)} for x in batched_inputs]
+        source = self.teacher_source
+        with (
+            capture_calls(self.hooked_modules()) as calls,
+            captured_extras(self, self._student_needs) as extras,
+            nullcontext() if source is None else source.beside_student(batched_inputs) as early,
+        ):
             losses = super().forward(batched_inputs)
         student = Outputs(extras=extras)
-        batch = self._batch_info(batched_inputs, calls)
+        batch = self._batch_info(batched_inputs, {"calls": calls, "teacher": early})
         if self._compares_logits:
             student.logits, batch.target = self.student_logits(calls)
-        teacher = None if self.teacher_source is None else self.teacher_source(batched_inputs, batch)
+        teacher = None if source is None else source(batched_inputs, batch)
         if self._levels:
             student.feats = [calls["backbone"][0].output[name] for name in self._levels]
             if teacher is not None and teacher.feats is not None:
@@ -178,46 +195,14 @@ class DistillDetector(nn.Module):
             losses[f"loss_{name}"] = method.weight(batch.progress) * term
         return losses
 
-    def _batch_info(self, batched_inputs: list[dict[str, Any]], calls: Calls) -> Batch:
+    def _batch_info(self, batched_inputs: list[dict[str, Any]], extras: dict[str, Any]) -> Batch:
         step = get_event_storage().iter
         return Batch(
             progress=Progress(step, None, step / self.max_iter if self.max_iter else 0.0),
             boxes=[x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs],
             image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
-            extras={"calls": calls},
+            extras=extras,
         )
-
-
-class DetectorTeacher(TeacherSource):
-    """A frozen detector that sees the student's images, and for logits the student's proposals or anchors."""
-
-    def __init__(self, student: DistillDetector) -> None:
-        super().__init__()
-        # Not as an attribute of its own: the student holds this source.
-        self._student = [student]
-
-    @torch.no_grad()
-    def __call__(self, inputs: list[dict[str, Any]], batch: Batch) -> Outputs:
-        (student,) = self._student
-        images = student.teacher_adapter.images(inputs)
-        with captured_extras(student.teacher, self.needs) as extras:
-            maps = student.teacher.backbone(images)
-            head = any(map(needs_head, self.needs))
-            logits = student.teacher_logits(batch.extras["calls"], maps) if head else None
-        extras |= {name: provide(student.teacher, images) for name, provide in self.extras.items()}
-        feats = [maps[name] for name in feature_strides(student.backbone)] if "feats" in self.needs else None
-        return Outputs(logits, feats, extras=extras)
-
-
-def needs_head(need: str) -> bool:
-    """Whether what a method needs comes from the head and not from the backbone alone."""
-    return need == "logits" or (need.startswith(MODULE_PREFIX) and not need.startswith(f"{MODULE_PREFIX}backbone"))
-
-
-def feature_strides(backbone: Backbone) -> dict[str, int]:
-    """Names of a backbone's maps and their strides in pixels, from fine to coarse."""
-    shapes = backbone.output_shape()
-    return {name: shapes[name].stride for name in sorted(shapes, key=lambda name: shapes[name].stride)}
 
 
 def check_levels(student: Backbone, teacher: Backbone, method: str) -> None:

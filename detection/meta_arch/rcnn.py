@@ -49,11 +49,11 @@ class DistillRCNN(DistillDetector, GeneralizedRCNN):
         target = torch.cat([per_image.gt_classes for per_image in proposals])
         return self._columns(calls["predictor"][0].output[0]), target
 
-    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
+    def teacher_logits(self, calls: Calls, found: dict[str, Tensor]) -> Tensor:
         heads = self.teacher.roi_heads
         # The boxes as the student's head saw them: later they may be replaced by those it predicts.
         _, boxes = calls["pooler"][0].args
-        pooled = heads.box_pooler([maps[name] for name in heads.box_in_features], boxes)
+        pooled = heads.box_pooler([found[name] for name in heads.box_in_features], boxes)
         return self._columns(heads.box_predictor(heads.box_head(pooled))[0])
 
     def _columns(self, scores: Tensor) -> Tensor:

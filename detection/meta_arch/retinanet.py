@@ -6,7 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from d2distill.common.errors import ConfigError
@@ -22,6 +22,8 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
     The logits are those of all anchors but the ignored ones, (R, K), each class a sigmoid of its own; the target is
     the class of the anchor, K for background.
     """
+
+    head_takes_proposals = False
 
     @classmethod
     def logits_info(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -50,23 +52,28 @@ class DistillRetinaNet(DistillDetector, RetinaNet):
                 f"in their {facts}: make MODEL.ANCHOR_GENERATOR, MODEL.RETINANET.IN_FEATURES and the backbones alike"
             )
 
-    def hooked_modules(self) -> dict[str, nn.Module]:
-        return {**super().hooked_modules(), "head": self.head}
-
-    def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> tuple[list[Tensor], list[Tensor]]:
-        labels, boxes = super().label_anchors(anchors, gt_instances)
-        self._labels = torch.stack(labels)  # (N, anchors); -1: ignored, K: background
-        return labels, boxes
+    def losses(
+        self, anchors: list[Boxes], pred_logits: list[Tensor], gt_labels: list[Tensor], *more: Any
+    ) -> dict[str, Tensor]:
+        if self._compares_logits:
+            self._compared = pred_logits, gt_labels  # with the anchors in rows already
+        return super().losses(anchors, pred_logits, gt_labels, *more)
 
     def student_logits(self, calls: Calls) -> tuple[Tensor, Tensor]:
-        counts = self._labels >= 0
-        return self._rows(calls["head"][0].output)[counts], self._labels[counts]
+        (logits, labels), self._compared = self._compared, None
+        labels = torch.cat(labels)  # -1: ignored, K: background
+        self._counts = (labels >= 0).nonzero().squeeze(1)  # once: a GPU is waited for here
+        return _rows(logits)[self._counts], labels[self._counts]
 
-    def teacher_logits(self, calls: Calls, maps: dict[str, Tensor]) -> Tensor:
-        predictions = self.teacher.head([maps[name] for name in self.teacher.head_in_features])
-        return self._rows(predictions)[self._labels >= 0]
+    def teacher_head(self, maps: dict[str, Tensor]) -> Tensor:
+        predictions, _ = self.teacher.head([maps[name] for name in self.teacher.head_in_features])
+        (logits,) = self._transpose_dense_predictions([predictions], [self.num_classes])
+        return _rows(logits)
 
-    def _rows(self, predictions: tuple[list[Tensor], list[Tensor]]) -> Tensor:
-        """Logits (N, anchors, K) of what a head predicts."""
-        (logits,) = self._transpose_dense_predictions([predictions[0]], [self.num_classes])
-        return torch.cat(logits, dim=1)
+    def teacher_logits(self, calls: Calls, found: Tensor) -> Tensor:
+        return found[self._counts]
+
+
+def _rows(logits: list[Tensor]) -> Tensor:
+    """Logits (N * anchors, K) of those of each level, (N, its anchors, K)."""
+    return torch.cat(logits, dim=1).flatten(0, 1)

@@ -1,10 +1,13 @@
 """Average precision: of each class, of as many detections as are kept, without annotations, and of the teacher."""
 
 import json
+import math
+from importlib.util import find_spec
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import coco_evaluation
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
@@ -12,12 +15,22 @@ from torch import nn
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import get_cfg, teacher_cfg
 from d2distill.detection.data import check_test_sets
-from d2distill.detection.evaluation import best_metric, check_evaluators, evaluate_detector, measure_teacher
+from d2distill.detection.evaluation import (
+    EvaluationData,
+    best_metric,
+    check_evaluators,
+    evaluate_detector,
+    measure_teacher,
+)
 from d2distill.detection.teacher import TeacherAdapter
+from tests.detection.tiny_training import count_reads
 
 #: Objects of the two test images, by category id: boxes as COCO's, 40 pixels wide and high.
 OBJECTS = {1: [(3, [10, 10, 40, 40]), (7, [60, 20, 40, 40])], 2: [(3, [30, 30, 40, 40])]}
 CLASSES = {3: "cat", 7: "dog", 9: "emu"}
+FASTER = find_spec("faster_coco_eval") is not None
+#: Of the predictions of a student and of its teacher.
+FOLDERS = ("inference", "inference/teacher")
 
 
 @pytest.fixture
@@ -123,6 +136,81 @@ def test_a_test_set_without_annotations(cfg, tmp_path, log, name):
     assert best_metric(cfg) == "seen/bbox/AP"
     assert evaluate_detector(cfg, detector(), per_class=per_class)["seen/bbox/AP"] == pytest.approx(100)
     assert per_class["per_class"] == {"seen": {"cat": pytest.approx(100), "dog": pytest.approx(100), "emu": None}}
+
+
+def test_each_set_is_read_once_for_all_evaluations(cfg, tmp_path, monkeypatch):
+    read = count_reads(monkeypatch)
+    data = EvaluationData(cfg, check_test_sets(cfg))
+    teacher = TeacherAdapter(teacher_cfg(cfg), Teacher(detector([3])), "", "", swap_rgb_bgr=False)
+    measure_teacher(cfg, teacher, data)
+    found = [evaluate_detector(cfg, detector(), data=data)["bbox/AP"] for _ in range(2)]
+    assert found == pytest.approx([100, 100])
+    assert read == {"seen.json": 2}  # by Detectron2's loader and by its evaluator
+    files = {folder: tmp_path / "run" / folder / "seen" / "coco_instances_results.json" for folder in FOLDERS}
+    assert [len(json.loads(file.read_text())) for file in files.values()] == [3, 2]
+    # What is written meanwhile is another run's.
+    content = json.loads((tmp_path / "seen.json").read_text())
+    content["annotations"][0]["bbox"] = [0, 0, 5, 5]
+    (tmp_path / "seen.json").write_text(json.dumps(content))
+    assert [evaluate_detector(cfg, detector(), data=kept)["bbox/AP"] < 99 for kept in (data, None)] == [False, True]
+
+
+def test_ap_of_faster_coco_eval(cfg, tmp_path, log, monkeypatch):
+    """With crowds, masks, detections of nothing and of nothing at all, in one evaluator: that of pycocotools."""
+    pytest.importorskip("faster_coco_eval")
+    content = json.loads((tmp_path / "seen.json").read_text())
+    for number, entry in enumerate(content["annotations"]):
+        x, y, w, h = entry["bbox"]
+        entry |= {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]], "iscrowd": int(number == 1)}
+    (tmp_path / "seen.json").write_text(json.dumps(content))
+
+    def evaluated():
+        data, classes = EvaluationData(cfg, check_test_sets(cfg)), {}
+        check_evaluators(cfg)
+        kinds = (detector(), detector([3], wrong_first=2), detector([]), detector([7]))
+        found = [evaluate_detector(cfg, with_masks(detect), per_class=classes, data=data) for detect in kinds]
+        return [
+            {key: math.nan if ap is None else ap for key, ap in part.items()} for part in (*found, *classes.values())
+        ]
+
+    faster = evaluated()
+    monkeypatch.setattr("d2distill.detection.evaluation.find_spec", lambda name: None)
+    monkeypatch.setattr(coco_evaluation, "COCOeval_opt", coco_evaluation.COCOeval)  # as in a process without it
+    for one, other in zip(faster, evaluated(), strict=True):
+        assert one == pytest.approx(other, rel=1e-12, nan_ok=True)
+    assert "segm/AP" in faster[0] and 0 < faster[1]["bbox/AP"] < 100
+    assert log.text.count("AP is computed by faster-coco-eval") == log.text.count("AP is computed by pycocotools") == 1
+
+
+def test_images_named_by_words(cfg, tmp_path, log):
+    """Which pycocotools takes, and faster-coco-eval does not."""
+    content = json.loads((tmp_path / "seen.json").read_text())
+    for entry, key in [(e, "id") for e in content["images"]] + [(e, "image_id") for e in content["annotations"]]:
+        entry[key] = f"image {entry[key]}"
+    (tmp_path / "seen.json").write_text(json.dumps(content))
+    check_test_sets(cfg)
+
+    def detect(batched_inputs):
+        return detector()([{**record, "image_id": int(record["image_id"].split()[1])} for record in batched_inputs])
+
+    assert evaluate_detector(cfg, detect)["bbox/AP"] == pytest.approx(100)
+    assert ("seen names images or classes by words: its AP is computed by pycocotools" in log.text) == FASTER
+
+
+def with_masks(detect):
+    """The detector, with each box as the mask."""
+
+    def detect_masks(batched_inputs):
+        results = detect(batched_inputs)
+        for result in results:
+            found = result["instances"]
+            masks = torch.zeros(len(found), *found.image_size, dtype=torch.bool)
+            for mask, (x0, y0, x1, y1) in zip(masks, found.pred_boxes.tensor.int().tolist(), strict=True):
+                mask[y0:y1, x0:x1] = True
+            found.pred_masks = masks
+        return results
+
+    return detect_masks
 
 
 class Teacher(nn.Module):

@@ -224,6 +224,7 @@ def test_maps_of_networks_with_other_padding_are_cut_to_what_both_have():
     assert a.shape == (1, 1, 4, 3) and b.shape == (1, 2, 4, 3) and a[0, 0, 1].tolist() == [6, 7, 8]
     model = build(small_cfg("pkd_r101_r50"))
     model.teacher.backbone._size_divisibility = 128
+    model.teacher_source.takes_students_images = model.teacher_adapter.prepares_like(model)
     assert torch.isfinite(step(model, batch())["loss_pkd"])
 
 

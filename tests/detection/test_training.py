@@ -1,6 +1,8 @@
 """Trainings of other kinds than those that are stopped and resumed: masks, mixed precision, merged files."""
 
+import gc
 import json
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -15,7 +17,7 @@ from d2distill.detection.config import load_cfg
 from d2distill.detection.data import load_training_set, register_datasets
 from d2distill.detection.trainer import build_trainer
 from tests.detection.tiny_detectors import SMALL, TEACHER, build, small_cfg
-from tests.detection.tiny_training import run, tiny_cfg
+from tests.detection.tiny_training import count_reads, run, tiny_cfg
 from tests.interruptions import assert_identical
 
 pytestmark = pytest.mark.slow
@@ -50,6 +52,25 @@ def test_mixed_precision(tiny, tmp_path):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values() if value.ndim)
 
 
+def test_a_trainer_keeps_the_data_in_its_compact_form_alone(tiny, tmp_path):
+    """COCO's training set takes gigabytes as a list of dicts, which every worker would come to copy."""
+
+    class Dicts(list):  # which a weak reference can point to
+        pass
+
+    cfg = tiny_cfg("rcnn", tmp_path)
+    register_datasets(cfg)
+    dicts = Dicts(load_training_set(cfg))
+    reference, expected = weakref.ref(dicts), [record["file_name"] for record in dicts]
+    trainer = build_trainer(cfg, dicts)
+    del dicts
+    gc.collect()
+    assert reference() is None
+    batches = {start: next(iter(trainer.task.build_batches(start))) for start in (0, 2, 0)}
+    assert all(record["file_name"] in expected for batch in batches.values() for record in batch)
+    assert batches[0][0]["file_name"] != batches[2][0]["file_name"]
+
+
 def test_every_process_evaluates_with_the_main_ones_statistics(tiny, tmp_path, monkeypatch):
     cfg, sent = tiny_cfg("rcnn", tmp_path), []
     register_datasets(cfg)
@@ -70,7 +91,9 @@ def test_over_scales_and_flips_at_the_end(tiny, tmp_path):
     assert json.dumps(written, allow_nan=False)
 
 
-def test_several_test_sets(tiny, tmp_path):
+def test_several_test_sets(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read = count_reads(monkeypatch)
     more = {"DATASETS.TEST": ("tiny_val", "tiny_train"), "TEST.TEACHER": True, "SOLVER.EMA_DECAY": 0.5}
     results = run(tiny_cfg("rcnn", tmp_path, **SHORT, **more))
     assert {"tiny_val/bbox/AP", "tiny_train/bbox/AP", "best_tiny_val/bbox/AP", "ema_tiny_val/bbox/AP"} <= set(results)
@@ -78,6 +101,8 @@ def test_several_test_sets(tiny, tmp_path):
     written = json.loads((tmp_path / "results.json").read_text())
     assert set(written["per_class"]) == {"tiny_val", "tiny_train"}
     assert {"teacher_tiny_val/bbox/AP", "teacher_tiny_train/bbox/AP"} <= set(written)
+    # By Detectron2's loader and by its evaluator; and to train on. The teacher, the student and its average share them.
+    assert read == {"val.json": 2, "train.json": 3}
 
 
 def test_pictures_of_the_training_reach_tensorboard(tiny, tmp_path, monkeypatch):
