@@ -61,9 +61,10 @@ def _flipped(image: ImageLike, params: Params) -> torch.Tensor:
     return _to_tensor(F.horizontal_flip(image) if params["flip"] else image)
 
 
-@AUGMENTATION_REGISTRY.register_as("none")
 class Augmentation:
     """A training recipe: :meth:`draw` makes numbers, :meth:`apply` makes pixels from them. Here: none.
+
+    A subclass that has another ``draw`` or ``apply`` inherits no :meth:`variants`: its pixels are others.
 
     Attributes:
         fits_first: the image is first brought to size x size as test images are, so :meth:`draw` is given
@@ -72,6 +73,11 @@ class Augmentation:
 
     fits_first = True
 
+    def __init_subclass__(cls) -> None:
+        if vars(cls).keys() & {"draw", "apply"}:
+            for name in {"variants", "number"} - vars(cls).keys():
+                setattr(cls, name, getattr(Augmentation, name))
+
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
         """Numbers for one image of height x width pixels."""
         return {}
@@ -79,6 +85,25 @@ class Augmentation:
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         """uint8 tensor (3, size, size): a pure function of its arguments; ``image`` is not changed."""
         return eval_transform(image, size)
+
+    def variants(self, size: int) -> int | None:
+        """How many different results :meth:`apply` has for one image; None where they cannot be counted."""
+        return None
+
+    def number(self, params: Params, size: int) -> int:
+        """Which of its :meth:`variants` an image gets by these numbers, from 0; where there are variants."""
+        raise NotImplementedError(f"{type(self).__name__} does not number its variants")
+
+
+@AUGMENTATION_REGISTRY.register_as("none")
+class Unchanged(Augmentation):
+    """Training images as test images."""
+
+    def variants(self, size: int) -> int:
+        return 1
+
+    def number(self, params: Params, size: int) -> int:
+        return 0
 
 
 @AUGMENTATION_REGISTRY.register_as("crop")
@@ -97,6 +122,12 @@ class Crop(Augmentation):
         padded = F.pad(CenterFit(size)(image), [padding] * 4, fill=0)
         return _to_tensor(F.crop(padded, params["top"], params["left"], size, size))
 
+    def variants(self, size: int) -> int:
+        return (2 * (size // 8) + 1) ** 2
+
+    def number(self, params: Params, size: int) -> int:
+        return params["top"] * (2 * (size // 8) + 1) + params["left"]
+
 
 @AUGMENTATION_REGISTRY.register_as("crop_flip")
 class CropFlip(Crop):
@@ -107,6 +138,12 @@ class CropFlip(Crop):
 
     def apply(self, image: ImageLike, params: Params, size: int) -> torch.Tensor:
         return _flipped(super().apply(image, params, size), params)
+
+    def variants(self, size: int) -> int:
+        return 2 * super().variants(size)
+
+    def number(self, params: Params, size: int) -> int:
+        return 2 * super().number(params, size) + params["flip"]
 
 
 @AUGMENTATION_REGISTRY.register_as("rotate_flip")
@@ -163,6 +200,8 @@ def build_augmentation(name: str) -> Augmentation:
 class AugmentedDataset(Dataset):
     """Samples by (epoch, index): ``image`` (3, size, size) uint8 RGB, ``label`` and ``index``.
 
+    Where the recipe has a number of variants, ``key`` is which of them a sample is.
+
     Args:
         size: side of the images in pixels, or with it how test images are brought to it.
         seed: of the run; with epoch and index, all 0 or more, it fixes the augmentation.
@@ -181,5 +220,7 @@ class AugmentedDataset(Dataset):
         image, label = self.dataset.load(index)
         if self.recipe.fits_first:
             image = self.fit(image)
+        size = self.fit.size
         params = self.recipe.draw(np.random.default_rng([self.seed, epoch, index]), *F.get_size(image))
-        return {"image": self.recipe.apply(image, params, self.fit.size), "label": label, "index": index}
+        sample = {"image": self.recipe.apply(image, params, size), "label": label, "index": index}
+        return sample if self.recipe.variants(size) is None else {**sample, "key": self.recipe.number(params, size)}

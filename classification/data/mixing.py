@@ -30,6 +30,8 @@ def build_soft_targets(cfg: CfgNode, num_classes: int) -> Callable[[dict[str, Te
         if mixes and len(target):
             mix = mixes[int(torch.rand(()) * len(mixes))] if len(mixes) > 1 else mixes[0]
             images, target = mix(images.float(), target)
+            # It numbers the augmentations of one image.
+            batch = {name: part for name, part in batch.items() if name != "key"}
         else:
             target = F.one_hot(target, num_classes).float()
         target = (1 - smoothing) * target + smoothing / num_classes

@@ -185,6 +185,36 @@ def test_every_recipe_takes_every_shape(name, make):
         assert torch.equal(unchanged, tensor_image(*shape))
 
 
+# ---- variants
+
+
+@pytest.mark.parametrize(("name", "size", "variants"), [("none", 32, 1), ("crop", 32, 81), ("crop_flip", 32, 162)])
+def test_every_variant_has_a_number_and_pixels_of_its_own(name, size, variants):
+    recipe, image, pixels = build_augmentation(name), tensor_image(size, size), {}
+    for index in range(12 * variants):
+        params = draw(name, index, size, size)
+        assert torch.equal(
+            pixels.setdefault(recipe.number(params, size), recipe.apply(image, params, size)),
+            recipe.apply(image, params, size),
+        )
+    assert recipe.variants(size) == variants and sorted(pixels) == list(range(variants))
+    assert len({result.numpy().tobytes() for result in pixels.values()}) == variants
+
+
+def test_only_recipes_that_say_so_have_variants(cifar, folder):
+    assert [build_augmentation(name).variants(64) for name in RECIPES] == [17**2, 2 * 17**2, 1, None, None]
+
+    class Gray(type(build_augmentation("crop_flip"))):
+        def apply(self, image, params, size):
+            return F.rgb_to_grayscale(super().apply(image, params, size), 3)
+
+    # It numbers no variants, and those of the recipe below have other pixels.
+    assert Gray().variants(32) is None
+    assert "key" not in AugmentedDataset(folder, 24, 0, "resized_crop_flip")[1, 0]
+    recipe, params = build_augmentation("crop_flip"), draw("crop_flip", 5, seed=9, epoch=2)
+    assert AugmentedDataset(cifar[0], 32, 9, "crop_flip")[2, 5]["key"] == recipe.number(params, 32)
+
+
 # ---- samples
 
 
