@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,14 @@ class CachedTeacher(TeacherSource):
         self.chunk = _CHUNK.get(device.type, _CHUNK_ON_GPU)
         blank = torch.zeros(self.chunk, 3, memory.image_size, memory.image_size, dtype=torch.uint8, device=device)
         outputs = self._run(blank)
-        self.parts = [part for name in CACHED_PARTS if name in self.needs for part in self._parts(name, outputs)]
+        given = {name: getattr(outputs, name) for name in CACHED_PARTS if name in self.needs}
+        #: Number of maps of each part, None of a single tensor.
+        self.layout = {name: len(value) if isinstance(value, list) else None for name, value in given.items()}
+        names = [f"{name}.{i}" for name, number in self.layout.items() for i in range(number or 1)]
+        self.parts = [
+            _Part(name, value, memory.logits_dtype, memory.top_k) if name == "logits.0" else _Part(name, value)
+            for name, value in zip(names, self._flat(outputs), strict=True)
+        ]
         self.row_bytes = sum(8 * (part.words + 1) for part in self.parts)
         of_sample = memory.variants * self.row_bytes
         self.samples = min(memory.samples, memory.max_bytes // of_sample)
@@ -101,12 +108,9 @@ class CachedTeacher(TeacherSource):
         self._writes = True
         self._log_size()
 
-    def _parts(self, name: str, outputs: Outputs) -> "list[_Part]":
-        value = getattr(outputs, name)
-        if name == "logits":
-            return [_Part(name, value, self.memory.logits_dtype, self.memory.top_k)]
-        maps = value if isinstance(value, list) else [value]
-        return [_Part(f"{name}.{i}" if len(maps) > 1 else name, each) for i, each in enumerate(maps)]
+    def _flat(self, outputs: Outputs) -> list[Tensor]:
+        values = (getattr(outputs, name) for name in self.layout)
+        return [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]
 
     def _open(self, identity: str) -> list[RowFile]:
         rows = self.samples * self.memory.variants
@@ -153,8 +157,9 @@ class CachedTeacher(TeacherSource):
 
     def missing(self, start: int, stop: int) -> np.ndarray:
         """Which of the rows start..stop-1 are not valid; row ``index * variants + key`` is of an image and its key."""
-        numbers = np.arange(start, stop)
-        return numbers[~np.logical_and.reduce([file.read(numbers)[1] for file in self.files])]
+        numbers = np.arange(start, max(start, stop))
+        valid = [np.ones(len(numbers), bool), *(file.read(numbers)[1] for file in self.files)]
+        return numbers[~np.logical_and.reduce(valid)]
 
     def _read(self, index: np.ndarray, key: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         """Rows of each part, which samples have all of them, the rows' numbers, and which samples have a row at all."""
@@ -173,8 +178,7 @@ class CachedTeacher(TeacherSource):
         for start in range(0, len(padded), self.chunk):
             chosen = torch.from_numpy(padded[start : start + self.chunk]).to(inputs.device)
             outputs = self._run(inputs[chosen])
-            values = [value for name in CACHED_PARTS if name in self.needs for value in _as_list(outputs, name)]
-            chunks.append([part.encode(value) for part, value in zip(self.parts, values, strict=True)])
+            chunks.append([part.encode(v) for part, v in zip(self.parts, self._flat(outputs), strict=True)])
         return [np.concatenate(rows)[: len(places)] for rows in zip(*chunks, strict=True)]
 
     def _run(self, images: Tensor) -> Outputs:
@@ -198,24 +202,17 @@ class CachedTeacher(TeacherSource):
             )
 
     def _decode(self, rows: list[np.ndarray]) -> Outputs:
-        values = [part.decode(stored, self.device) for part, stored in zip(self.parts, rows, strict=True)]
-        outputs = Outputs()
-        for name in ("feats", "preacts"):
-            if maps := [v for part, v in zip(self.parts, values, strict=True) if part.name.split(".")[0] == name]:
-                setattr(outputs, name, maps)
-        for part, value in zip(self.parts, values, strict=True):
-            if part.name in ("logits", "pooled"):
-                setattr(outputs, part.name, value)
-        return outputs
-
-
-def _as_list(outputs: Outputs, name: str) -> list[Tensor]:
-    value = getattr(outputs, name)
-    return value if isinstance(value, list) else [value]
+        values = (part.decode(stored, self.device) for part, stored in zip(self.parts, rows, strict=True))
+        return Outputs(
+            **{
+                name: next(values) if number is None else [next(values) for _ in range(number)]
+                for name, number in self.layout.items()
+            }
+        )
 
 
 def _gigabytes(number: float) -> str:
-    return f"{number / 2**30:.2f} GB" if number >= 2**26 else f"{number / 2**20:.2f} MB"
+    return f"{number / 2**30:.2f} GB" if number >= 2**27 else f"{number / 2**20:.3g} MB"
 
 
 def spread_rest(values: Tensor, indices: Tensor, rest: Tensor, classes: int) -> Tensor:
@@ -223,9 +220,8 @@ def spread_rest(values: Tensor, indices: Tensor, rest: Tensor, classes: int) -> 
     return rest.expand(-1, classes).scatter(1, indices.long(), values)
 
 
-@dataclass
 class _Part:
-    """One part of the outputs as rows of 64-bit words.
+    """One tensor of the outputs as rows of 64-bit words.
 
     With `top_k` a row of logits has its k largest, their classes, and one logit that stands for each of the others:
 
@@ -236,29 +232,23 @@ class _Part:
     2022); at a higher temperature the k keep their ratios to each other, but the others have more mass than they had.
     """
 
-    name: str
-    example: Tensor = field(repr=False)
-    kept_as: torch.dtype | None = None
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        self.shape, self.dtype = self.example.shape[1:], self.example.dtype
-        self.top_k = self.top_k if self.top_k < math.prod(self.shape) else 0
-        self.fields = [(field.shape[1], field.dtype) for field in self._fields(self.example)]
+    def __init__(self, name: str, example: Tensor, kept_as: torch.dtype | None = None, top_k: int = 0) -> None:
+        self.name, self.shape, self.dtype = name, example.shape[1:], example.dtype
+        self.kept_as, self.top_k = kept_as or self.dtype, top_k if top_k < math.prod(self.shape) else 0
+        self.fields = [(field.shape[1], field.dtype) for field in self._fields(example)]
         self.bytes = sum(width * dtype.itemsize for width, dtype in self.fields)
         self.words = -(-self.bytes // 8)
-        del self.example
 
     def _fields(self, value: Tensor) -> list[Tensor]:
-        kept_as, flat = self.kept_as or self.dtype, value.flatten(1)
+        flat = value.flatten(1)
         if not self.top_k:
-            return [flat.to(kept_as)]
+            return [flat.to(self.kept_as)]
         flat = flat.float()
         values, indices = flat.topk(self.top_k)
         others = flat.scatter(1, indices, -math.inf)
         rest = others.logsumexp(1, keepdim=True) - math.log(flat.shape[1] - self.top_k)
         small = flat.shape[1] <= torch.iinfo(torch.int16).max
-        return [torch.cat([values, rest], 1).to(kept_as), indices.to(torch.int16 if small else torch.int32)]
+        return [torch.cat([values, rest], 1).to(self.kept_as), indices.to(torch.int16 if small else torch.int32)]
 
     def encode(self, value: Tensor) -> np.ndarray:
         """Rows (N, words) of a batch of values."""
@@ -281,4 +271,4 @@ class _Part:
         values = fields[0].to(self.dtype)
         if self.top_k:
             values = spread_rest(values[:, :-1], fields[1], values[:, -1:], self.shape[0])
-        return values.view(-1, *self.shape)
+        return values.reshape(len(rows), *self.shape)
