@@ -122,7 +122,7 @@ def _images_identity(cfg: CfgNode, recipe: Augmentation, images: str) -> dict[st
     inputs, replay = cfg.INPUT, Replay.of(cfg)
     # Of an own recipe the code is all that is known.
     classes = [kind for kind in type(recipe).__mro__ if issubclass(kind, Augmentation)]
-    code = hashlib.sha256("".join(map(inspect.getsource, classes)).encode()).hexdigest()
+    code = hashlib.sha256("".join(map(_source_of, classes)).encode()).hexdigest()
     identity = {
         "data set": cfg.DATASETS.NAME,
         "images": images,
@@ -138,7 +138,13 @@ def _images_identity(cfg: CfgNode, recipe: Augmentation, images: str) -> dict[st
     return identity
 
 
-@torch.no_grad()
+def _source_of(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed in at a prompt
+        return f"{kind!r} {id(kind)}"
+
+
 def fill_cache(cfg: CfgNode, model: DistillModel, train_set: ImageDataset, done: Callable[[int], object]) -> None:
     """Compute the rows that are not there yet. It can be stopped at any time, and called again.
 
