@@ -1,4 +1,4 @@
-"""MODEL.TEACHER.CACHE in trainings: what is learned stays the same, nothing stale is used, the log says what is done."""
+"""MODEL.TEACHER.CACHE in trainings: what is learned stays the same, nothing stale is used, and the log says why."""
 
 import json
 import logging
