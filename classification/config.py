@@ -22,7 +22,7 @@ _RULES = {
         "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.RESIZE",
         "INPUT.MIXUP", "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
         "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS", "DATASETS.SPLIT_SEED",
-        "INPUT.REPLAY_EPOCHS", "MODEL.TEACHER.CACHE_GB", "MODEL.TEACHER.CACHE_TOP_K",
+        "INPUT.REPLAY_EPOCHS", "MODEL.TEACHER.CACHE_GB", "MODEL.TEACHER.CACHE_TOP_K", "DATALOADER.RESIDENT_GB",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
@@ -94,7 +94,7 @@ def get_cfg() -> CfgNode:
     # A folder in which the teacher's outputs are kept, for each image and augmentation, and looked up the next time, by
     # all runs with this teacher on these images. Empty: none. INPUT.REPLAY_EPOCHS says when there is nothing to keep.
     cfg.MODEL.TEACHER.CACHE = ""
-    # What a teacher's outputs may take there, in GB (2**30 bytes): with more, the first so many images are kept.
+    # How many GB a teacher's outputs may take there: with more, the first so many images are kept.
     cfg.MODEL.TEACHER.CACHE_GB = 8.0
     # Of the logits there: fp32, as the teacher gives them; fp16, rounded by at most 1 / 2048 of their value, also for
     # the student.
@@ -184,6 +184,10 @@ def get_cfg() -> CfgNode:
     cfg.DATALOADER = _CfgNode()
     # Per process. The result does not depend on it.
     cfg.DATALOADER.NUM_WORKERS = 4
+    # A set whose images, as the networks are given them, take up to so many GB (1e9 bytes) is kept in one tensor on the
+    # device, and augmented there a batch at a time; files are read once, at the start. 0: workers load all images. The
+    # result does not depend on it.
+    cfg.DATALOADER.RESIDENT_GB = 2.0
     # shuffle: every image once an epoch. balanced: as many, with replacement, all classes alike.
     cfg.DATALOADER.SAMPLER = "shuffle"
     # An image that cannot be read. raise: ends the run. skip: is reported, and left out; in training the next one that

@@ -80,7 +80,7 @@ def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset) -
                 samples=len(train_set),
                 variants=variants,
                 image_size=cfg.INPUT.SIZE,
-                max_bytes=int(cfg.MODEL.TEACHER.CACHE_GB * 2**30),
+                max_bytes=int(cfg.MODEL.TEACHER.CACHE_GB * 1e9),
                 logits_dtype=_DTYPES[cfg.MODEL.TEACHER.CACHE_DTYPE],
                 top_k=cfg.MODEL.TEACHER.CACHE_TOP_K,
                 precision=PRECISIONS[cfg.SOLVER.AMP],

@@ -14,6 +14,7 @@ from d2distill.classification.config import teacher_nodes
 from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import CenterFit
 from d2distill.classification.data.loader import build_test_loader
+from d2distill.classification.data.resident import Residence
 from d2distill.classification.data.splits import read_options
 from d2distill.classification.data.unreadable import UnreadableImages
 from d2distill.classification.evaluation import build_evaluator, report_classes
@@ -51,9 +52,8 @@ class Testing:
     def __init__(self, cfg: CfgNode, dataset: ImageDataset, unreadable: UnreadableImages | None = None) -> None:
         self.cfg, self.dataset, self.unreadable = cfg, dataset, unreadable
         self.fit, self._evaluator = center_fit(cfg), build_evaluator(dataset.info)
-        self.loader = build_test_loader(
-            dataset, cfg.TEST.IMS_PER_BATCH, self.fit, cfg.DATALOADER.NUM_WORKERS, unreadable
-        )
+        workers, residence = cfg.DATALOADER.NUM_WORKERS, Residence.of(cfg)
+        self.loader = build_test_loader(dataset, cfg.TEST.IMS_PER_BATCH, self.fit, workers, unreadable, residence)
         self.best_metric = self._evaluator.best_metric
         self.per_class: dict[str, float | None] = {}
         self._worst: dict[str, list] = {}

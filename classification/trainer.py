@@ -17,6 +17,7 @@ from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.data.replay import Replay
+from d2distill.classification.data.resident import Residence
 from d2distill.classification.data.splits import load_splits, load_test_set
 from d2distill.classification.data.unreadable import UnreadableImages
 from d2distill.classification.deployed import describe_student, shipped_methods
@@ -53,7 +54,7 @@ _MAY_CHANGE = (
     "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR",
     "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
     "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS",
-    "DATALOADER.ON_ERROR", "TEST.*", "MODEL.TEACHER.CACHE", "MODEL.TEACHER.CACHE_GB",
+    "DATALOADER.ON_ERROR", "DATALOADER.RESIDENT_GB", "TEST.*", "MODEL.TEACHER.CACHE", "MODEL.TEACHER.CACHE_GB",
 )  # fmt: skip
 
 
@@ -88,10 +89,11 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
     soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
+    residence = Residence.of(cfg)
     testing = Testing(cfg, test_set, unreadable)
 
     def build_batches(start: int) -> Any:
-        return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable)
+        return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable, residence)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}

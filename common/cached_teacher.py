@@ -136,7 +136,7 @@ class CachedTeacher(TeacherSource):
         part = ""
         if self.samples < memory.samples:
             part = (
-                f"; MODEL.TEACHER.CACHE_GB {memory.max_bytes / 2**30:g} holds the first {self.samples} images, the "
+                f"; MODEL.TEACHER.CACHE_GB {memory.max_bytes / 1e9:g} holds the first {self.samples} images, the "
                 "others are computed each time"
             )
         logger.info(f"MODEL.TEACHER.CACHE {self.folder}: {size}, of which {held} are there{part}")
@@ -212,7 +212,7 @@ class CachedTeacher(TeacherSource):
 
 
 def _gigabytes(number: float) -> str:
-    return f"{number / 2**30:.2f} GB" if number >= 2**27 else f"{number / 2**20:.3g} MB"
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.3g} MB"
 
 
 def spread_rest(values: Tensor, indices: Tensor, rest: Tensor, classes: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from d2distill.classification.data.augment import AugmentedDataset, CenterFit
 from d2distill.classification.data.datasets import ImageDataset, ImageSelection
 from d2distill.classification.data.replay import Replay
+from d2distill.classification.data.resident import Residence, ResidentTestLoader, ResidentTrainLoader
 from d2distill.classification.data.unreadable import SkippingLoader, UnreadableImages
 from d2distill.common.engine.loading import WorkerLoader
 
@@ -50,6 +51,11 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         return self.epochs * self.epoch_length - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, indices in self.index_batches():
+            yield [(epoch, index) for index in indices.tolist()]
+
+    def index_batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The same batches, each as an epoch and an array of indices."""
         first_epoch, first_batch = divmod(self.start, self.epoch_length)
         for epoch in range(first_epoch + 1, self.epochs + 1):
             # The spawn key keeps this stream apart from the augmentation's, which is seeded by the same numbers.
@@ -60,7 +66,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             for batch in range(first_batch, self.epoch_length):
                 indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
                 own = indices[comm.get_rank() :: comm.get_world_size()]
-                yield [(drawn_as, int(index)) for index in (own if len(own) else indices[:1])]
+                yield drawn_as, own if len(own) else indices[:1]
             first_batch = 0
 
     def _draw_classes_alike(self, rng: np.random.Generator) -> np.ndarray:
@@ -91,14 +97,19 @@ def build_train_loader(
     augmentation: str,
     num_workers: int,
     unreadable: UnreadableImages | None = None,
-) -> DataLoader:
+    residence: Residence | None = None,
+) -> DataLoader | ResidentTrainLoader:
     """Batches ``image`` (N, 3, S, S) uint8, ``label`` (N,), ``index`` (N,) in the order of `batch_sampler`.
 
-    Images that cannot be read are a DataError; with `unreadable` they are put there, and the next one that can be read
-    takes their place.
+    Where the augmentation has a number of variants, ``key`` (N,) is which of them each image is. Images that cannot be
+    read are a DataError; with `unreadable` they are put there, and the next one that can be read takes their place.
+    With `residence` images that fit there are kept there, and ``image`` and ``label`` are on its device.
     """
     seed = batch_sampler.replay.augmentation_seed(batch_sampler.seed)
     samples = AugmentedDataset(dataset, size, seed, augmentation)
+    if residence and residence.takes(dataset, "training", samples.recipe, samples.fit):
+        rest = samples.fit, num_workers, residence.device, unreadable
+        return ResidentTrainLoader(dataset, batch_sampler, samples.recipe, samples.seed, *rest)
     options = {"batch_sampler": batch_sampler, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
     return (
         WorkerLoader(samples, **options) if unreadable is None else SkippingLoader(samples, unreadable, True, **options)
@@ -111,9 +122,15 @@ def build_test_loader(
     size: int | CenterFit,
     num_workers: int,
     unreadable: UnreadableImages | None = None,
-) -> DataLoader:
-    """Every sample once, in order, split over the ranks; with `unreadable` without those that cannot be read."""
+    residence: Residence | None = None,
+) -> DataLoader | ResidentTestLoader:
+    """Every sample once, in order, split over the ranks; with `unreadable` without those that cannot be read.
+
+    With `residence` as :func:`build_train_loader`.
+    """
     samples, sampler = AugmentedDataset(dataset, size), InferenceSampler(len(dataset))
+    if residence and residence.takes(dataset, "test", samples.recipe, samples.fit):
+        return ResidentTestLoader(dataset, batch_size, samples.fit, num_workers, residence.device, unreadable)
     pin = torch.cuda.is_available()
     options = {"batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "pin_memory": pin}
     return WorkerLoader(samples, **options) if unreadable is None else SkippingLoader(samples, unreadable, **options)
