@@ -62,6 +62,9 @@ def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset) -
     teachers = list(model.teacher) if isinstance(model.teacher, nn.ModuleList) else [model.teacher]
     several = isinstance(source, TeacherEnsemble)
     sources = source.sources if several else [source]
+    device = next(model.parameters()).device
+    precision = PRECISIONS[cfg.SOLVER.AMP]
+    blank = torch.zeros(1, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE, device=device)
     made = _images_identity(cfg, recipe, images)
     for number, (node, network) in enumerate(zip(teacher_nodes(cfg), teachers, strict=True)):
         key = f"MODEL.TEACHER {number}" if several else "MODEL.TEACHER"
@@ -79,13 +82,14 @@ def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset) -
                 identity={"teacher": {"name": node.NAME, **_network_identity(network), **statistics}, "images": made},
                 samples=len(train_set),
                 variants=variants,
-                image_size=cfg.INPUT.SIZE,
                 max_bytes=int(cfg.MODEL.TEACHER.CACHE_GB * 1e9),
                 logits_dtype=_DTYPES[cfg.MODEL.TEACHER.CACHE_DTYPE],
                 top_k=cfg.MODEL.TEACHER.CACHE_TOP_K,
-                precision=PRECISIONS[cfg.SOLVER.AMP],
+                precision=precision,
             )
-            sources[number] = CachedTeacher(sources[number], memory, next(network.parameters()).device)
+            with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision is not None):
+                example = network.outputs(blank)
+            sources[number] = CachedTeacher(sources[number], example, memory, device)
     if not several:
         (model.teacher_source,) = sources
 

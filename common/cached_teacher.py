@@ -41,7 +41,6 @@ class TeacherMemory:
         identity: everything else that the outputs depend on: weights, data, augmentation, arithmetic. What differs in
             any of it is in another folder. Plain values, which ``identity.json`` there shows.
         samples, variants: a row for each of so many images in so many versions.
-        image_size: side of the images in pixels.
         max_bytes: what the rows may take; with more, the first so many samples are remembered.
         logits_dtype: torch.float16 rounds logits (to 11 bits, relative error at most 2**-11) in half the space; None
             keeps them as they are.
@@ -54,7 +53,6 @@ class TeacherMemory:
     identity: Mapping[str, Any]
     samples: int
     variants: int
-    image_size: int
     max_bytes: int
     logits_dtype: torch.dtype | None = None
     top_k: int = 0
@@ -73,6 +71,7 @@ class CachedTeacher(TeacherSource):
 
     Args:
         source: has been told whom it serves, and has no `extras`.
+        example: what it gives for any image, by which the sizes are known.
         memory: see there.
         device: of the source.
 
@@ -80,20 +79,18 @@ class CachedTeacher(TeacherSource):
         ConfigError: the folder cannot be used.
     """
 
-    def __init__(self, source: TeacherSource, memory: TeacherMemory, device: torch.device) -> None:
+    def __init__(self, source: TeacherSource, example: Outputs, memory: TeacherMemory, device: torch.device) -> None:
         super().__init__()
         self.source, self.memory, self.device = source, memory, device
         self.needs, self.extras = source.needs, source.extras
         self.chunk = _CHUNK.get(device.type, _CHUNK_ON_GPU)
-        blank = torch.zeros(self.chunk, 3, memory.image_size, memory.image_size, dtype=torch.uint8, device=device)
-        outputs = self._run(blank)
-        given = {name: getattr(outputs, name) for name in CACHED_PARTS if name in self.needs}
+        given = {name: getattr(example, name) for name in CACHED_PARTS if name in self.needs}
         #: Number of maps of each part, None of a single tensor.
         self.layout = {name: len(value) if isinstance(value, list) else None for name, value in given.items()}
         names = [f"{name}.{i}" for name, number in self.layout.items() for i in range(number or 1)]
         self.parts = [
             _Part(name, value, memory.logits_dtype, memory.top_k) if name == "logits.0" else _Part(name, value)
-            for name, value in zip(names, self._flat(outputs), strict=True)
+            for name, value in zip(names, self._flat(example), strict=True)
         ]
         self.row_bytes = sum(8 * (part.words + 1) for part in self.parts)
         of_sample = memory.variants * self.row_bytes

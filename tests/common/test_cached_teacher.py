@@ -44,10 +44,12 @@ def build(network, tmp_path):
         source = Counted(network, lambda images: images.float() / 100 - 1)
         source.needs = {*needs}
         settings = {"folder": tmp_path / "cache", "name": "wrn/16 1", "identity": {"weights": "a"}, "samples": SAMPLES}
-        settings |= {"variants": VARIANTS, "image_size": 16, "max_bytes": 2**30, **memory}
-        cached = CachedTeacher(source, TeacherMemory(**settings), CPU)
+        settings |= {"variants": VARIANTS, "max_bytes": 2**30, **memory}
+        memory = TeacherMemory(**settings)
+        with torch.autocast("cpu", memory.precision, enabled=memory.precision is not None):
+            example = call(source, [0])
         source.seen = 0
-        return cached
+        return CachedTeacher(source, example, memory, CPU)
 
     return build_source
 
@@ -225,8 +227,8 @@ def test_the_largest_logits_keep_their_probability_and_the_rest_is_spread(tmp_pa
     k, logits = 5, scale * torch.randn(8, classes)
     source = LiveTeacher(Given(logits), lambda images: images)
     source.needs = {"logits"}
-    memory = TeacherMemory(tmp_path, "t", {}, 8, 1, 4, 2**30, top_k=k)
-    cached = CachedTeacher(source, memory, CPU)
+    memory = TeacherMemory(tmp_path, "t", {}, 8, 1, 2**30, top_k=k)
+    cached = CachedTeacher(source, Outputs(logits[:1]), memory, CPU)
     index = torch.arange(8)
     images = index.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     batch = Batch(host_index=index, key=torch.zeros_like(index))
