@@ -228,7 +228,7 @@ class RotateFlip(Augmentation):
 
     def draw_batch(self, seed: int, epochs: np.ndarray, indices: np.ndarray, size: int) -> BatchParams:
         params = super().draw_batch(seed, epochs, indices, size)
-        return {**params, "affine": np.array([_pil_affine(angle, size) for angle in params["angle"].tolist()])}
+        return {**params, "affine": np.array([pil_rotation(angle, size) for angle in params["angle"].tolist()])}
 
     def apply_batch(self, images: torch.Tensor, params: BatchParams, size: int) -> torch.Tensor:
         side = torch.arange(size, device=images.device)
@@ -240,7 +240,7 @@ class RotateFlip(Augmentation):
         return images.flatten(2).gather(2, source).view_as(images) * inside[:, None]
 
 
-def _pil_affine(angle: float, size: int) -> list[int]:
+def pil_rotation(angle: float, size: int) -> list[int]:
     """Where PIL's rotate, nearest, takes the pixel (x, y) from: a, b, c, d, e, f in units of 1 / 65536 pixel.
 
     Column ``a * x + b * y + c`` and row ``d * x + e * y + f``, rounded down: affine_fixed in PIL's Geometry.c.

@@ -1,12 +1,13 @@
 """Batches whose order and augmentation are a function of (seed, epoch, index) alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from d2distill.classification.data.augment import AugmentedDataset, CenterFit
 from d2distill.classification.data.datasets import ImageDataset, ImageSelection
@@ -107,13 +108,11 @@ def build_train_loader(
     """
     seed = batch_sampler.replay.augmentation_seed(batch_sampler.seed)
     samples = AugmentedDataset(dataset, size, seed, augmentation)
-    if residence and residence.takes(dataset, "training", samples.recipe, samples.fit):
-        rest = samples.fit, num_workers, residence.device, unreadable
-        return ResidentTrainLoader(dataset, batch_sampler, samples.recipe, samples.seed, *rest)
-    options = {"batch_sampler": batch_sampler, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    return (
-        WorkerLoader(samples, **options) if unreadable is None else SkippingLoader(samples, unreadable, True, **options)
-    )
+    if residence and residence.takes(samples, "training"):
+        plain = AugmentedDataset(dataset, size)
+        read = partial(_build_loader, plain, num_workers, unreadable, True)
+        return ResidentTrainLoader(samples, batch_sampler, residence.device, read)
+    return _build_loader(samples, num_workers, unreadable, True, batch_sampler)
 
 
 def build_test_loader(
@@ -128,9 +127,24 @@ def build_test_loader(
 
     With `residence` as :func:`build_train_loader`.
     """
-    samples, sampler = AugmentedDataset(dataset, size), InferenceSampler(len(dataset))
-    if residence and residence.takes(dataset, "test", samples.recipe, samples.fit):
-        return ResidentTestLoader(dataset, batch_size, samples.fit, num_workers, residence.device, unreadable)
-    pin = torch.cuda.is_available()
-    options = {"batch_size": batch_size, "sampler": sampler, "num_workers": num_workers, "pin_memory": pin}
-    return WorkerLoader(samples, **options) if unreadable is None else SkippingLoader(samples, unreadable, **options)
+    samples, batch_sampler = (
+        AugmentedDataset(dataset, size),
+        BatchSampler(InferenceSampler(len(dataset)), batch_size, False),
+    )
+    loader = _build_loader(samples, num_workers, unreadable, False, batch_sampler)
+    if residence and residence.takes(samples, "test"):
+        return ResidentTestLoader(samples, batch_size, residence.device, loader)
+    return loader
+
+
+def _build_loader(
+    samples: AugmentedDataset,
+    num_workers: int,
+    unreadable: UnreadableImages | None,
+    replace: bool,
+    batch_sampler: Iterable[list],
+) -> DataLoader:
+    options = {"batch_sampler": batch_sampler, "num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+    if unreadable is None:
+        return WorkerLoader(samples, **options)
+    return SkippingLoader(samples, unreadable, replace, **options)

@@ -3,24 +3,21 @@
 Order, numbers, pixels and labels are, to the bit, those of :class:`.AugmentedDataset` and its workers.
 """
 
-import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from detectron2.data.samplers import InferenceSampler
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from d2distill.classification.data.augment import Augmentation, AugmentedDataset, CenterFit
+from d2distill.classification.data.augment import AugmentedDataset
 from d2distill.classification.data.datasets import ArrayDataset, FileDataset, ImageDataset, ImageSelection
-from d2distill.classification.data.unreadable import SkippingLoader, UnreadableImages
 from d2distill.common.config import CfgNode, resolve_device
-from d2distill.common.engine.loading import WorkerLoader
 
 __all__ = ["Residence", "ResidentTestLoader", "ResidentTrainLoader"]
 
@@ -41,30 +38,26 @@ class Residence(NamedTuple):
         bound = cfg.DATALOADER.RESIDENT_GB
         return cls(resolve_device(cfg), bound) if bound else None
 
-    def takes(self, dataset: ImageDataset, name: str, recipe: Augmentation, fit: CenterFit) -> bool:
-        """Whether the images of a data set, `name` in the log, are to be kept, which is logged."""
-        size, (base, _) = len(dataset) * 3 * fit.size**2 / 1e9, _unwrapped(dataset)
-        # The pixels of a class that loads them in its own way may be others each time.
+    def takes(self, samples: AugmentedDataset, name: str) -> bool:
+        """Whether these images, `name` in the log, are to be kept, which is logged."""
+        size, (base, _), recipe = len(samples) * 3 * samples.fit.size**2 / 1e9, _base(samples.dataset), samples.recipe
         kind = {ArrayDataset.load: Tensor, FileDataset.load: Image.Image}.get(type(base).load)
-        why = None
-        if kind not in recipe.batched:
-            why = f"{type(base).__name__} with {type(recipe).__name__} has no batched form"
+        if kind is None:
+            # Its pixels may be others each time.
+            where = f"loaded by workers: {type(base).__name__} loads them in its own way"
+        elif kind not in recipe.batched:
+            where = f"loaded by workers: {type(recipe).__name__} has no batched form for {kind.__name__}"
         elif size > self.gigabytes:
-            why = f"they would take {size:.3g} GB, and DATALOADER.RESIDENT_GB is {self.gigabytes:g}"
-        where = f"are kept on {self.device}, {size:.2g} GB" if why is None else f"are loaded by workers: {why}"
-        logger.info(f"The {len(dataset)} {name} images {where}")
-        return why is None
+            where = (
+                f"loaded by workers: they would take {size:.2g} GB, and DATALOADER.RESIDENT_GB is {self.gigabytes:g}"
+            )
+        else:
+            where = f"kept on {self.device} ({size:.2g} GB)"
+        logger.info(f"The {len(samples)} {name} images are {where}")
+        return where.startswith("kept")
 
 
-class _Images(NamedTuple):
-    """`pixels` (n, 3, S, S) uint8 and `labels` on the device; ``index`` (n,) is each image's place in the data set."""
-
-    pixels: Tensor
-    labels: Tensor
-    index: np.ndarray
-
-
-def _unwrapped(dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
+def _base(dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
     """The data set that `dataset` is a selection of, over several ones if need be, and the positions in it."""
     positions = np.arange(len(dataset))
     while type(dataset).load is ImageSelection.load:
@@ -72,59 +65,94 @@ def _unwrapped(dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
     return dataset, positions
 
 
-class _ResidentLoader:
-    """Holds the images at `keys`, read when the first batch is asked for.
+def _in_memory(samples: AugmentedDataset) -> Tensor | None:
+    """All images (n, 3, S, S) uint8 of a data set that has them as tensors; None of files."""
+    (base, positions), side = _base(samples.dataset), samples.fit.size
+    if not isinstance(base, ArrayDataset):
+        return None
+    images = base.images if np.array_equal(positions, np.arange(len(base))) else base.images[positions]
+    return images if images.shape[2:] == (side, side) else torch.cat([*map(samples.fit, images.split(1000))])
+
+
+def _labels(dataset: ImageDataset) -> Tensor:
+    """As ``dataset.label`` gives them one by one."""
+    return dataset.labels.float() if dataset.info.multi_label else dataset.labels
+
+
+class ResidentTrainLoader:
+    """The batches of a training: ``image`` and ``label`` on the device, numbers of samples and variants on the host.
 
     Args:
-        dataset: one that a :class:`Residence` takes.
-        fit: how the images are brought to one size.
-        num_workers: that read files.
-        unreadable: takes the errors of images that cannot be read; without it they are raised.
+        samples: a data set and a recipe that a :class:`Residence` takes.
+        batch_sampler: the order, by its ``index_batches``.
+        device: where the images are kept.
+        read: a loader of batches of these samples as test images. Each file is read when it is first needed, by workers
+            that are ahead of the training as they are without a residence.
     """
-
-    #: The next image that can be read takes the place of one that cannot; otherwise it is left out.
-    replace = False
 
     def __init__(
         self,
-        dataset: ImageDataset,
-        keys: np.ndarray,
-        fit: CenterFit,
-        num_workers: int,
+        samples: AugmentedDataset,
+        batch_sampler: Sampler,
         device: torch.device,
-        unreadable: UnreadableImages | None,
+        read: Callable[[Iterable[list[int]]], DataLoader],
     ) -> None:
-        self.dataset, self.keys, self.fit, self.num_workers = dataset, keys, fit, num_workers
-        self.device, self.unreadable = device, unreadable
+        self.samples, self.batch_sampler, self.device, self.read = samples, batch_sampler, device, read
+        images, side = _in_memory(samples), samples.fit.size
+        #: Rows of `images` that are still to be read.
+        self.unread = np.full(len(samples), images is None)
+        if images is None:
+            images = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
+        self.images, self.labels = images.to(device), _labels(samples.dataset).to(device)
+        #: Which sample each row is: the one after it in place of one that cannot be read.
+        self.index = np.arange(len(samples))
 
-    @functools.cached_property
-    def images(self) -> _Images:
-        base, positions = _unwrapped(self.dataset)
-        if isinstance(base, ArrayDataset):
-            pixels, index = self._from_memory(base.images, positions[self.keys]), self.keys
-        else:
-            pixels, index = self._from_files()
-        labels = self.dataset.labels[index]
-        labels = labels.float() if self.dataset.info.multi_label else labels
-        return _Images(pixels.to(self.device), labels.to(self.device), index)
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
-    def _from_memory(self, images: Tensor, positions: np.ndarray) -> Tensor:
-        images = images if np.array_equal(positions, np.arange(len(images))) else images[positions]
-        side = self.fit.size
-        return images if images.shape[2:] == (side, side) else torch.cat([*map(self.fit, images.split(1000))])
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        recipe, size = self.samples.recipe, self.samples.fit.size
+        batches, files = self.batch_sampler.index_batches(), iter(())
+        if self.unread.any():
+            files = iter(self.read(self._first_uses()))
+        while some := list(islice(batches, 1 if self.unread.any() else _AT_ONCE)):
+            rows, lengths = np.concatenate([rows for _, rows in some]), [len(rows) for _, rows in some]
+            if len(new := _new(rows, self.unread)):
+                self._keep(new, next(files))
+                # The last one ends the workers.
+                files = files if self.unread.any() else iter(())
+            index, epochs = self.index[rows], np.repeat([epoch for epoch, _ in some], lengths)
+            params = recipe.draw_batch(self.samples.seed, epochs, index, size)
+            numbers = {"index": index}
+            if recipe.variants(size) is not None:
+                numbers["key"] = np.zeros_like(index) + recipe.number(params, size)
+            numbers = {name: self._pinned(part).split(lengths) for name, part in numbers.items()}
+            rows, index, *sent = (
+                self._pinned(part).to(self.device, non_blocking=True).split(lengths)
+                for part in (rows, index, *params.values())
+            )
+            for i in range(len(some)):
+                own = {name: parts[i] for name, parts in zip(params, sent, strict=True)}
+                yield {
+                    "image": recipe.apply_batch(self.images.index_select(0, rows[i]), own, size),
+                    "label": self.labels.index_select(0, index[i]),
+                    **{name: parts[i] for name, parts in numbers.items()},
+                }
 
-    def _from_files(self) -> tuple[Tensor, np.ndarray]:
-        samples, side = AugmentedDataset(self.dataset, self.fit), self.fit.size
-        options = {"num_workers": self.num_workers, "sampler": self.keys.tolist(), "batch_size": 64}
-        if self.unreadable is None:
-            batches = WorkerLoader(samples, **options)
-        else:
-            batches = SkippingLoader(samples, self.unreadable, self.replace, **options)
-        pixels, index = torch.empty(len(self.keys), 3, side, side, dtype=torch.uint8), self.keys[:0]
-        for batch in batches:
-            pixels[len(index) : len(index) + len(batch["index"])] = batch["image"]
-            index = np.append(index, batch["index"])
-        return pixels[: len(index)], index
+    def _first_uses(self) -> Iterator[list[int]]:
+        """The rows that each batch is the first to need, without batches that need none."""
+        unread = self.unread.copy()
+        for _, rows in self.batch_sampler.index_batches():
+            if len(new := _new(rows, unread)):
+                unread[new] = False
+                yield new.tolist()
+            if not unread.any():
+                return
+
+    def _keep(self, rows: np.ndarray, batch: dict[str, Tensor]) -> None:
+        where = self._pinned(rows).to(self.device, non_blocking=True)
+        self.images.index_copy_(0, where, batch["image"].to(self.device, non_blocking=True))
+        self.index[rows], self.unread[rows] = batch["index"], False
 
     def _pinned(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -132,68 +160,45 @@ class _ResidentLoader:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
 
-class ResidentTrainLoader(_ResidentLoader):
-    """The batches of :func:`.build_train_loader`: ``image`` and ``label`` on the device, the numbers on the host.
+def _new(rows: np.ndarray, unread: np.ndarray) -> np.ndarray:
+    # A row can be in a batch twice, where classes are drawn alike.
+    return np.unique(rows[unread[rows]])
+
+
+class ResidentTestLoader:
+    """The batches of an evaluation, ``image`` and ``label`` on the device; files are read in the first evaluation.
 
     Args:
-        batch_sampler: their order, by its ``index_batches``.
-        recipe: one that is ``batched`` for the images as they are stored.
-        seed: of the augmentation.
-        rest: as above.
+        samples: a data set that a :class:`Residence` takes.
+        device: where the images are kept.
+        loader: of these samples, if they are files.
     """
 
-    replace = True
-
-    def __init__(
-        self, dataset: ImageDataset, batch_sampler: Sampler, recipe: Augmentation, seed: int, *rest: Any
-    ) -> None:
-        super().__init__(dataset, np.arange(len(dataset)), *rest)
-        self.batch_sampler, self.recipe, self.seed = batch_sampler, recipe, seed
+    def __init__(self, samples: AugmentedDataset, batch_size: int, device: torch.device, loader: DataLoader) -> None:
+        self.samples, self.batch_size, self.device, self.loader = samples, batch_size, device, loader
+        self.batches: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        pixels, labels, positions = self.images
-        size, batches = self.fit.size, self.batch_sampler.index_batches()
-        while some := list(islice(batches, _AT_ONCE)):
-            rows, lengths = np.concatenate([rows for _, rows in some]), [len(rows) for _, rows in some]
-            index, epochs = positions[rows], np.repeat([epoch for epoch, _ in some], lengths)
-            params = self.recipe.draw_batch(self.seed, epochs, index, size)
-            numbers = {"index": index}
-            if self.recipe.variants(size) is not None:
-                numbers["key"] = np.zeros_like(index) + self.recipe.number(params, size)
-            numbers = {name: self._pinned(part).split(lengths) for name, part in numbers.items()}
-            rows, *sent = (
-                self._pinned(part).to(self.device, non_blocking=True).split(lengths)
-                for part in (rows, *params.values())
-            )
-            for i, row in enumerate(rows):
-                own = {name: parts[i] for name, parts in zip(params, sent, strict=True)}
-                yield {
-                    "image": self.recipe.apply_batch(pixels.index_select(0, row), own, size),
-                    "label": labels.index_select(0, row),
-                    **{name: parts[i] for name, parts in numbers.items()},
-                }
+        if not self.batches and (images := _in_memory(self.samples)) is not None:
+            self.batches = [*self._slices(images.to(self.device), _labels(self.samples.dataset).to(self.device))]
+        if self.batches:
+            yield from map(dict, self.batches)
+            return
+        read = []
+        for batch in self.loader:
+            devices = {name: self.device if name in ("image", "label") else "cpu" for name in batch}
+            # Copies: what workers send is in shared memory, of which there is little.
+            read.append({name: part.to(devices[name], non_blocking=True, copy=True) for name, part in batch.items()})
+            yield dict(read[-1])
+        # An evaluation that ends early leaves it to the next one.
+        self.batches = read
 
-
-class ResidentTestLoader(_ResidentLoader):
-    """The batches of :func:`.build_test_loader`, ``image`` and ``label`` on the device."""
-
-    def __init__(self, dataset: ImageDataset, batch_size: int, *rest: Any) -> None:
-        super().__init__(dataset, np.array([*InferenceSampler(len(dataset))], np.int64), *rest)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.keys) // self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        pixels, labels, index = self.images
-        index = self._pinned(index)
-        for begin in range(0, len(self.keys), self.batch_size):
-            # Of the images of this batch those that could be read.
-            ends = self.keys[begin], self.keys[min(begin + self.batch_size, len(self.keys)) - 1] + 1
-            own = slice(*np.searchsorted(index.numpy(), ends))
-            if own.start < own.stop:
-                key = torch.zeros_like(index[own])
-                yield {"image": pixels[own], "label": labels[own], "index": index[own], "key": key}
+    def _slices(self, images: Tensor, labels: Tensor) -> Iterator[dict[str, Tensor]]:
+        own = [*InferenceSampler(len(self.samples))]
+        for begin in range(0, len(own), self.batch_size):
+            index = torch.tensor(own[begin : begin + self.batch_size])
+            part = slice(own[begin], own[begin] + len(index))
+            yield {"image": images[part], "label": labels[part], "index": index, "key": torch.zeros_like(index)}

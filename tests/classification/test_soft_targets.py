@@ -26,7 +26,9 @@ def test_images_and_targets_are_mixed_alike(key):
     """One image is 0 and of class 0, the other 200 and of class 1: the pixels tell the share of each class."""
     batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([0, 1])}
     batch["image"][1] = 200
+    batch["key"] = torch.tensor([5, 80])
     mixed = soften(batch, key, 1.0)
+    assert "key" not in mixed, "which is of one image's augmentation"
     share = mixed["image"].mean((1, 2, 3)) / 200
     torch.testing.assert_close(mixed["soft_target"][:, 1], share)
     torch.testing.assert_close(mixed["soft_target"].sum(1), torch.ones(2))

@@ -10,7 +10,10 @@ STEPS, EPOCH = 9, 3
 
 
 def small_cfg(folder, workers=0, **settings) -> CfgNode:
-    """A run with a teacher on 40 digits: 9 steps, a checkpoint each epoch and after step 5."""
+    """A run with a teacher on 40 digits: 9 steps, a checkpoint each epoch and after step 5.
+
+    With `workers` they load the images, otherwise all are kept in one tensor.
+    """
     cfg = get_cfg()
     opts = {
         "OUTPUT_DIR": str(folder),
@@ -30,6 +33,7 @@ def small_cfg(folder, workers=0, **settings) -> CfgNode:
         "SOLVER.CHECKPOINT_STEPS": 5,
         "REPORT.ENABLED": False,
         "DATALOADER.NUM_WORKERS": workers,
+        "DATALOADER.RESIDENT_GB": 0.0 if workers else 2.0,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
     cfg.merge_from_list([item for pair in opts.items() for item in pair])
