@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from d2distill.classification.config import PRECISIONS, teacher_nodes
 from d2distill.classification.data import Augmentation, ImageDataset
 from d2distill.classification.data.augment import AugmentedDataset, build_augmentation
+from d2distill.classification.data.datasets import ImageSelection
 from d2distill.classification.data.loader import EpochBatchSampler, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.data.replay import Replay
@@ -112,6 +113,8 @@ def _never_twice(
     if variants is None:
         return f"the augmentation {type(recipe).__name__} makes no image twice; {way_out}"
     if images is None:
+        while isinstance(train_set, ImageSelection):
+            train_set = train_set.dataset
         return f"{type(train_set).__name__} does not say which images it has; give it a content_digest()"
     return ""
 

@@ -69,6 +69,11 @@ class ImageDataset:
 
     passed_over: Mapping[str, tuple[int, str]] = {}
 
+    def __init_subclass__(cls) -> None:
+        # What is loaded in another way has other pixels.
+        if "load" in vars(cls) and "content_digest" not in vars(cls):
+            cls.content_digest = ImageDataset.content_digest
+
     def __init__(self, info: DatasetInfo, labels: Labels, classes: Sequence[str]):
         self.info, self.classes, self.num_classes = info, list(classes), len(classes)
         if info.num_classes not in (None, self.num_classes):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from d2distill.classification.data import ArrayDataset
 from d2distill.classification.data.augment import AUGMENTATION_REGISTRY, Augmentation, build_augmentation
 from d2distill.classification.data.replay import Replay
 from d2distill.classification.inputs import resolve_inputs
@@ -355,13 +356,23 @@ def test_what_only_the_live_teacher_has(cfg_of, log):
     assert "a method asks it for head, module:fc, and only logits, pooled, feats, preacts are kept" in log.text
 
 
-def test_images_of_which_nothing_is_known(cfg_of, log, monkeypatch):
+class Inverted(ArrayDataset):
+    """Loads other pixels than those that it has."""
+
+    def load(self, index):
+        image, label = super().load(index)
+        return 255 - image, label
+
+
+def test_images_of_which_nothing_is_known(cfg_of, log):
     cfg = cfg_of()
     train_set, _ = load_datasets(cfg)
-    monkeypatch.setattr(type(train_set.dataset), "content_digest", lambda self: None)
-    model = build_distiller(resolve_inputs(cfg), num_samples=len(train_set))
-    cache_teachers(resolve_inputs(cfg), model, train_set)
-    assert f"{LIVE}FixedSubset does not say which images it has; give it a content_digest()" in log.text
+    images = train_set.dataset
+    train_set.dataset = Inverted(images.info, images.images, images.labels, images.classes)
+    cfg = resolve_inputs(cfg)
+    model = build_distiller(cfg, num_samples=len(train_set))
+    cache_teachers(cfg, model, train_set)
+    assert f"{LIVE}Inverted does not say which images it has; give it a content_digest()" in log.text
 
 
 def batches_of(cfg):
