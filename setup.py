@@ -32,6 +32,7 @@ setup(
             "d2distill-eval = d2distill.tools.eval_cls:main",
             "d2distill-predict = d2distill.tools.predict:main",
             "d2distill-export = d2distill.tools.export:main",
+            "d2distill-cache-teacher = d2distill.tools.cache_teacher:main",
             "d2distill-check-data = d2distill.tools.check_data:main",
             "d2distill-report = d2distill.tools.report:main",
             "d2distill-sweep = d2distill.tools.sweep:main",

@@ -22,7 +22,7 @@ _RULES = {
         "SEED", "MODEL.NUM_CLASSES", "DISTILL.CE_WEIGHT", "DATASETS.TRAIN_SIZE", "INPUT.SIZE", "INPUT.RESIZE",
         "INPUT.MIXUP", "INPUT.CUTMIX", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS",
         "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_STEPS", "DATALOADER.NUM_WORKERS", "DATASETS.SPLIT_SEED",
-        "DATALOADER.RESIDENT_GB",
+        "INPUT.REPLAY_EPOCHS", "MODEL.TEACHER.CACHE_GB", "MODEL.TEACHER.CACHE_TOP_K", "DATALOADER.RESIDENT_GB",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
@@ -42,6 +42,7 @@ _RULES = {
     ): ("INPUT.RANGE_16BIT",),
     Rule("shuffle or balanced", ("shuffle", "balanced").__contains__): ("DATALOADER.SAMPLER",),
     Rule("raise or skip", ("raise", "skip").__contains__): ("DATALOADER.ON_ERROR",),
+    Rule("fp32 or fp16", ("fp32", "fp16").__contains__): ("MODEL.TEACHER.CACHE_DTYPE",),
     NUMBERS: ("MODEL.TEACHER.SHARES",),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY", "DATASETS.VAL_FRACTION"),
     INCREASING: ("SOLVER.STEPS",),
@@ -90,6 +91,17 @@ def get_cfg() -> CfgNode:
         node.PIXEL_STD = []
     # Of several teachers: how much each counts. Empty: all the same. PIXEL_MEAN and _STD then are for all, or a list.
     cfg.MODEL.TEACHER.SHARES = []
+    # A folder in which the teacher's outputs are kept, for each image and augmentation, and looked up the next time, by
+    # all runs with this teacher on these images. Empty: none. INPUT.REPLAY_EPOCHS says when there is nothing to keep.
+    cfg.MODEL.TEACHER.CACHE = ""
+    # How many GB a teacher's outputs may take there: with more, the first so many images are kept.
+    cfg.MODEL.TEACHER.CACHE_GB = 8.0
+    # Of the logits there: fp32, as the teacher gives them; fp16, rounded by at most 1 / 2048 of their value, also for
+    # the student.
+    cfg.MODEL.TEACHER.CACHE_DTYPE = "fp32"
+    # Keep so many of an image's logits, and spread the rest of its softmax (at temperature 1) evenly over the other
+    # classes, also for the student; for data with 1000 classes and more. 0: all.
+    cfg.MODEL.TEACHER.CACHE_TOP_K = 0
     # Batch norms of the student take their statistics over all processes.
     cfg.MODEL.SYNC_BN = False
 
@@ -127,6 +139,10 @@ def get_cfg() -> CfgNode:
     # Mixup (ICLR 2018) and cutmix (ICCV 2019): alpha of the Beta distribution; 0: off. Both: one of them in each step.
     cfg.INPUT.MIXUP = 0.0
     cfg.INPUT.CUTMIX = 0.0
+    # Draw augmentations anew in the first so many epochs only, and repeat those in the later ones, so that as many
+    # epochs of a teacher's outputs (MODEL.TEACHER.CACHE) serve the whole run: with recipes that never make an image
+    # twice. It is another training, with less varied images. 0: off.
+    cfg.INPUT.REPLAY_EPOCHS = 0
 
     cfg.SOLVER = _CfgNode()
     cfg.SOLVER.EPOCHS = 240
@@ -204,6 +220,8 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     cfg.DATASETS.CLASSES = read_class_names(cfg.DATASETS.CLASSES)
     if cfg.DATASETS.ROOT:
         cfg.DATASETS.ROOT = os.path.abspath(os.path.expanduser(cfg.DATASETS.ROOT))
+    if cfg.MODEL.TEACHER.CACHE:
+        cfg.MODEL.TEACHER.CACHE = os.path.abspath(os.path.expanduser(cfg.MODEL.TEACHER.CACHE))
     return cfg
 
 
@@ -277,11 +295,16 @@ def validate(cfg: CfgNode) -> None:
         keys = {"INPUT.MIXUP": cfg.INPUT.MIXUP, "INPUT.CUTMIX": cfg.INPUT.CUTMIX}
         keys |= {"SOLVER.LABEL_SMOOTHING": solver.LABEL_SMOOTHING}
         keys |= {"DATALOADER.SAMPLER balanced": cfg.DATALOADER.SAMPLER == "balanced"}
+        keys |= {"MODEL.TEACHER.CACHE_TOP_K": cfg.MODEL.TEACHER.CACHE_TOP_K}
         if used := [key for key, value in keys.items() if value]:
             raise ConfigError(
                 f"{', '.join(used)}: needs images of one class each, but those of {info.name} have several; leave it "
                 "at its default"
             )
+    # They change what the student learns from, so that a run with them cannot be resumed without.
+    for key, default in (("CACHE_DTYPE", "fp32"), ("CACHE_TOP_K", 0)):
+        if cfg.MODEL.TEACHER[key] != default and not cfg.MODEL.TEACHER.CACHE:
+            raise ConfigError(f"MODEL.TEACHER.{key} is of the files in MODEL.TEACHER.CACHE: name a folder there")
     for key, known in (("OPTIMIZER", OPTIMIZERS), ("LR_SCHEDULE", SCHEDULES), ("AMP", PRECISIONS)):
         if solver[key] not in known:
             names = ", ".join(name or "''" for name in known)

@@ -133,9 +133,10 @@ def _batch_info(batch: Mapping[str, Any], epoch: float, device: torch.device) ->
     """What methods may know of a loader's batch, on the device of the images."""
     given = {"progress": Progress(epoch=epoch)}
     for name, part in batch.items():
-        given[name] = part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+        moves = isinstance(part, Tensor) and name != "key"
+        given[name] = part.to(device, non_blocking=True) if moves else part
     fields = {name: given.pop(name) for name in ("soft_target", "index", "key", "progress", "view") if name in given}
-    return Batch(target=given.pop("label"), extras=given, **fields)
+    return Batch(target=given.pop("label"), host_index=batch.get("index"), extras=given, **fields)
 
 
 def build_distiller(

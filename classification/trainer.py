@@ -16,6 +16,7 @@ from d2distill.classification.data.datasets import shortened
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
+from d2distill.classification.data.replay import Replay
 from d2distill.classification.data.resident import Residence
 from d2distill.classification.data.splits import load_splits, load_test_set
 from d2distill.classification.data.unreadable import UnreadableImages
@@ -25,6 +26,7 @@ from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.teacher_cache import cache_teachers
 from d2distill.classification.testing import Testing, center_fit
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
@@ -52,7 +54,7 @@ _MAY_CHANGE = (
     "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR",
     "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
     "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS",
-    "DATALOADER.ON_ERROR", "DATALOADER.RESIDENT_GB", "TEST.*",
+    "DATALOADER.ON_ERROR", "DATALOADER.RESIDENT_GB", "TEST.*", "MODEL.TEACHER.CACHE", "MODEL.TEACHER.CACHE_GB",
 )  # fmt: skip
 
 
@@ -71,17 +73,22 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     student = build_network(cfg, "MODEL.STUDENT", cfg.MODEL.STUDENT, cfg.MODEL.NUM_CLASSES)
     labels = None if train_set.info.multi_label else train_set.labels
     model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=labels)
+    replay = Replay.of(cfg)
+    cache_teachers(cfg, model, train_set)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
     optimizer = build_optimizer(model, solver)
     drawn_alike = labels if cfg.DATALOADER.SAMPLER == "balanced" else None
     unreadable = UnreadableImages(cfg.OUTPUT_DIR) if cfg.DATALOADER.ON_ERROR == "skip" else None
 
     def build_sampler(start: int = 0) -> EpochBatchSampler:
-        return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike)
+        return EpochBatchSampler(
+            len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike, replay
+        )
 
     sampler = build_sampler()
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
+    soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
     residence = Residence.of(cfg)
     testing = Testing(cfg, test_set, unreadable)
 
@@ -100,6 +107,8 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         if weight == 0 and sync_bn:
             # The sample it was given in place of none would count in the others' batch norms.
             batch = {name: part[:0] for name, part in batch.items()}
+        if replay.epochs:
+            batch = replay.repeat(batch, step, epoch_length, weight, soften)
         progress = Progress(step, step // epoch_length + 1, step / len(sampler))
         return [({**batch, "progress": progress}, weight)]
 
@@ -134,7 +143,8 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         epoch_length=epoch_length,
         precision=PRECISIONS[solver.AMP],
         clip_norm=solver.CLIP_GRAD_NORM,
-        prepare=build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES),
+        # Replayed mixing is seeded by the step that it repeats.
+        prepare=None if replay.epochs else soften,
         split_batch=split_batch,
         backward=backward,
         model_stats=lambda network: model_stats(network, fit.size),

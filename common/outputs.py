@@ -125,7 +125,9 @@ class Batch:
         soft_target: (N, C) class probabilities that take the place of `target` (mixup, cutmix, label smoothing), or
             None. Where images have several classes, 0 or 1 each.
         index: (N,) positions of the samples in the training set.
-        key: (N,) which augmentation each sample has, where a data set numbers them.
+        key: (N,) which augmentation each sample has, where they are numbered. It stays where the loader put it.
+        host_index: (N,) `index` where the loader put it, which is most often the CPU: to look something up there
+            without waiting for the device.
         progress: how far the training is.
         boxes: in detection the ground-truth boxes of each image, (B_i, 4) as x0, y0, x1, y1 in pixels.
         image_sizes: in detection (height, width) of each image.
@@ -137,6 +139,7 @@ class Batch:
     soft_target: Tensor | None = None
     index: Tensor | None = None
     key: Tensor | None = None
+    host_index: Tensor | None = None
     progress: Progress = Progress()
     boxes: list[Tensor] | None = None
     image_sizes: list[tuple[int, int]] | None = None

@@ -89,7 +89,7 @@ class Augmentation:
 
     def __init_subclass__(cls) -> None:
         if vars(cls).keys() & {"draw", "apply"}:
-            for name in {"batched", "variants", "number"} - vars(cls).keys():
+            for name in {"batched", "variants", "number", "numbered"} - vars(cls).keys():
                 setattr(cls, name, getattr(Augmentation, name))
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Params:
@@ -122,6 +122,10 @@ class Augmentation:
         """Which of its :meth:`variants` an image gets by these numbers, from 0; where there are variants."""
         raise NotImplementedError(f"{type(self).__name__} does not number its variants")
 
+    def numbered(self, number: int, size: int) -> Params:
+        """The numbers for :meth:`apply` that make this one of the variants."""
+        raise NotImplementedError(f"{type(self).__name__} does not number its variants")
+
 
 @AUGMENTATION_REGISTRY.register_as("none")
 class Unchanged(Augmentation):
@@ -137,6 +141,9 @@ class Unchanged(Augmentation):
 
     def number(self, params: Params, size: int) -> int:
         return 0
+
+    def numbered(self, number: int, size: int) -> Params:
+        return {}
 
 
 @AUGMENTATION_REGISTRY.register_as("crop")
@@ -173,6 +180,10 @@ class Crop(Augmentation):
     def number(self, params: Params, size: int) -> int:
         return params["top"] * (2 * (size // 8) + 1) + params["left"]
 
+    def numbered(self, number: int, size: int) -> Params:
+        top, left = divmod(number, 2 * (size // 8) + 1)
+        return {"top": top, "left": left}
+
 
 @AUGMENTATION_REGISTRY.register_as("crop_flip")
 class CropFlip(Crop):
@@ -194,6 +205,9 @@ class CropFlip(Crop):
 
     def number(self, params: Params, size: int) -> int:
         return 2 * super().number(params, size) + params["flip"]
+
+    def numbered(self, number: int, size: int) -> Params:
+        return super().numbered(number // 2, size) | {"flip": bool(number % 2)}
 
 
 @AUGMENTATION_REGISTRY.register_as("rotate_flip")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ class ImageDataset:
 
     passed_over: Mapping[str, tuple[int, str]] = {}
 
+    def __init_subclass__(cls) -> None:
+        # What is loaded in another way has other pixels.
+        if "load" in vars(cls) and "content_digest" not in vars(cls):
+            cls.content_digest = ImageDataset.content_digest
+
     def __init__(self, info: DatasetInfo, labels: Labels, classes: Sequence[str]):
         self.info, self.classes, self.num_classes = info, list(classes), len(classes)
         if info.num_classes not in (None, self.num_classes):
@@ -119,6 +125,13 @@ class ImageDataset:
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
 
+    def content_digest(self) -> str | None:
+        """SHA-256 of what decides the pixels of each position: of the pixels, or of files' names, sizes and times.
+
+        None where a class does not say: nothing is then remembered of its images.
+        """
+        return None
+
     def _samples(self) -> list[Array]:
         return []
 
@@ -152,6 +165,10 @@ class ImageSelection(ImageDataset):
     def path(self, index: int) -> str | None:
         return self.dataset.path(int(self.positions[index]))
 
+    def content_digest(self) -> str | None:
+        whole = self.dataset.content_digest()
+        return None if whole is None else _digest(whole, self.positions)
+
     def _samples(self) -> list[Array]:
         return [*self.dataset._samples(), self.positions]
 
@@ -171,6 +188,9 @@ class ArrayDataset(ImageDataset):
             raise DataError(
                 f"{info.name}: images must be uint8 (n, 3, H, W) for n = {n} labels, got {self.images.dtype} {shape}"
             )
+
+    def content_digest(self) -> str:
+        return _digest(tuple(self.images.shape), self.images.numpy())
 
     def _samples(self) -> list[Array]:
         return [self.images]
@@ -198,11 +218,27 @@ class FileDataset(ImageDataset):
     def _samples(self) -> list[Array]:
         return [self._paths]
 
+    def content_digest(self) -> str:
+        files = np.zeros((len(self), 2), np.int64)
+        for index in range(len(self)):
+            # One that cannot be read is an error elsewhere, or skipped.
+            with suppress(OSError):
+                stat = os.stat(self.path(index))
+                files[index] = stat.st_size, stat.st_mtime_ns
+        return _digest(dict(self.read_options), self._paths, files)
+
     def path(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(self._paths[index]))
 
     def load(self, index: int) -> tuple[Image.Image, int | torch.Tensor]:
         return read_image(self.path(index), **self.read_options), self.label(index)
+
+
+def _digest(facts: Any, *arrays: np.ndarray) -> str:
+    digest = hashlib.sha256(repr(facts).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def read_image(

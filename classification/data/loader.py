@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from d2distill.classification.data.augment import AugmentedDataset, CenterFit
 from d2distill.classification.data.datasets import ImageDataset, ImageSelection
+from d2distill.classification.data.replay import Replay
 from d2distill.classification.data.resident import Residence, ResidentTestLoader, ResidentTrainLoader
 from d2distill.classification.data.unreadable import SkippingLoader, UnreadableImages
 from d2distill.common.engine.loading import WorkerLoader
@@ -30,6 +31,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         start: the first step (batch) to give, counted over all epochs.
         labels: (num_samples,) classes that are to be drawn alike: each sample of an epoch is then drawn with
             replacement, first its class, then one of it.
+        replay: says as of which epoch samples are augmented, and ordered.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int,
         start: int = 0,
         labels: torch.Tensor | None = None,
+        replay: Replay | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.epochs = num_samples, batch_size, epochs
-        self.seed, self.start, self.labels = seed, start, labels
+        self.seed, self.start, self.labels, self.replay = seed, start, labels, replay or Replay()
         self.epoch_length = -(-num_samples // batch_size)
 
     def __len__(self) -> int:
@@ -57,12 +60,14 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         first_epoch, first_batch = divmod(self.start, self.epoch_length)
         for epoch in range(first_epoch + 1, self.epochs + 1):
             # The spawn key keeps this stream apart from the augmentation's, which is seeded by the same numbers.
-            rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch], spawn_key=(0,)))
+            drawn_as = self.replay.epoch(epoch)
+            ordered_as = drawn_as if self.replay.mixes else epoch
+            rng = np.random.default_rng(np.random.SeedSequence([self.seed, ordered_as], spawn_key=(0,)))
             order = rng.permutation(self.num_samples) if self.labels is None else self._draw_classes_alike(rng)
             for batch in range(first_batch, self.epoch_length):
                 indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
                 own = indices[comm.get_rank() :: comm.get_world_size()]
-                yield epoch, own if len(own) else indices[:1]
+                yield drawn_as, own if len(own) else indices[:1]
             first_batch = 0
 
     def _draw_classes_alike(self, rng: np.random.Generator) -> np.ndarray:
@@ -101,7 +106,8 @@ def build_train_loader(
     read are a DataError; with `unreadable` they are put there, and the next one that can be read takes their place.
     With `residence` images that fit there are kept there, and ``image`` and ``label`` are on its device.
     """
-    samples = AugmentedDataset(dataset, size, batch_sampler.seed, augmentation)
+    seed = batch_sampler.replay.augmentation_seed(batch_sampler.seed)
+    samples = AugmentedDataset(dataset, size, seed, augmentation)
     if residence and residence.takes(samples, "training"):
         plain = AugmentedDataset(dataset, size)
         read = partial(_build_loader, plain, num_workers, unreadable, True)
