@@ -24,6 +24,7 @@ from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.speed import prepare_networks
 from d2distill.classification.testing import Testing, center_fit
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
@@ -50,8 +51,8 @@ _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "LOGGERS", "REPORT.*", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS",
     "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR",
     "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
-    "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS",
-    "DATALOADER.ON_ERROR", "TEST.*",
+    "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "SOLVER.COMPILE",
+    "SOLVER.CUDA_GRAPH", "SOLVER.MEMORY_FORMAT", "DATALOADER.NUM_WORKERS", "DATALOADER.ON_ERROR", "TEST.*",
 )  # fmt: skip
 
 
@@ -71,7 +72,6 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     labels = None if train_set.info.multi_label else train_set.labels
     model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=labels)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
-    optimizer = build_optimizer(model, solver)
     drawn_alike = labels if cfg.DATALOADER.SAMPLER == "balanced" else None
     unreadable = UnreadableImages(cfg.OUTPUT_DIR) if cfg.DATALOADER.ON_ERROR == "skip" else None
 
@@ -79,6 +79,8 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         return EpochBatchSampler(len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike)
 
     sampler = build_sampler()
+    prepare_networks(model, cfg, steps=len(sampler))
+    optimizer = build_optimizer(model, solver)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
     testing = Testing(cfg, test_set, unreadable)
