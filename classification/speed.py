@@ -5,7 +5,6 @@ import logging
 import torch
 from detectron2.utils import comm
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2distill.classification.modeling import DistillModel
 from d2distill.common.config import CfgNode
@@ -36,6 +35,8 @@ def _pays_off(teacher: nn.Module, cfg: CfgNode, steps: int) -> bool:
     device = next(teacher.parameters()).device
     if device.type != "cpu":
         return steps >= _MIN_STEPS_ON_GPU
+    from torch.utils.flop_counter import FlopCounterMode
+
     networks = teacher if isinstance(teacher, nn.ModuleList) else [teacher]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for network in networks:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from d2distill.common.outputs import Outputs
 
@@ -73,6 +72,9 @@ class FrozenNetwork:
         return Outputs(**{part: _join([each[part] for each in found], len(images)) for part in self.parts})
 
     def _compile(self, images: Tensor) -> Callable[[Tensor], dict[str, Any]]:
+        # torch's compiler takes a second to import, which runs without it do not wait for.
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         def parts(images: Tensor) -> dict[str, Any]:
             outputs = self.network.outputs(images)
             return {part: getattr(outputs, part) for part in self.parts}
