@@ -100,7 +100,7 @@ class DistillModel(nn.Module):
         if self.multi_label:
             step = replace(step, target=None, soft_target=step.target)
         with captured_extras(self.student, self.student_needs) as captured:
-            student = (self.compiled_student or self.student.outputs)(images)
+            student = (self.compiled_student or self.student.outputs)(images).select({"logits", *self.student_needs})
         student.extras.update(captured)
         losses = {"loss_ce": self.ce_weight * self._cross_entropy(student.logits.float(), step)}
         self.finite = {"student": student.is_finite()}

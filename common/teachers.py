@@ -85,7 +85,7 @@ class LiveTeacher(TeacherSource):
 
     def _run_eagerly(self, images: Tensor) -> Outputs:
         with captured_extras(self.network, self.needs) as captured:
-            outputs = self.network.outputs(images)
+            outputs = self.network.outputs(images).select(self.needs)
         outputs.extras.update(captured)
         return outputs
 
