@@ -3,14 +3,18 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import kl_per_sample, log_binary, safe_mean, upcast
+from d2distill.common.distillers._numerics import (
+    HIDDEN,
+    kl_per_sample,
+    log_binary,
+    log_softmax_of_others,
+    safe_mean,
+    upcast,
+)
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["RLD", "rld_loss"]
-
-# Far below any logit, and finite: a row of nothing else is uniform where -inf would make it NaN.
-_HIDDEN = -1e9
 
 
 def rld_loss(
@@ -44,14 +48,18 @@ def rld_loss(
 
 def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    pairs = log_binary(student / temperature, target), log_binary(teacher / temperature, teacher.argmax(1))
+    pairs = (
+        log_binary(z, chosen, log_softmax_of_others(z, chosen, temperature), temperature)
+        for z, chosen in ((student, target), (teacher, teacher.argmax(1)))
+    )
     return temperature**2 * safe_mean(kl_per_sample(*pairs))
 
 
 def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
     misleading = teacher >= teacher.gather(1, target[:, None])
-    relations = (F.log_softmax((z / temperature).masked_fill(misleading, _HIDDEN), dim=1) for z in (student, teacher))
+    # A row of nothing but hidden classes is uniform, in both networks.
+    relations = (F.log_softmax((z / temperature).masked_fill(misleading, HIDDEN), dim=1) for z in (student, teacher))
     return temperature**2 * safe_mean(kl_per_sample(*relations))
 
 
