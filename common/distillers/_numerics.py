@@ -46,7 +46,7 @@ def log_softmax_of_others(logits: Tensor, target: Tensor, temperature: float = 1
     """
     if logits.shape[1] < 2:
         raise ValueError(f"the target is set against other classes, but the logits have {logits.shape[1]}")
-    return F.log_softmax((logits / temperature).scatter(1, target[:, None], HIDDEN), dim=1)
+    return F.log_softmax((logits / temperature).scatter_(1, target[:, None], HIDDEN), dim=1)
 
 
 def log_binary(logits: Tensor, target: Tensor, log_others: Tensor, temperature: float = 1.0) -> Tensor:

