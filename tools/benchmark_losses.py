@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -129,3 +130,19 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
         total += event["args"]["Bytes"]
         peak = max(peak, total)
     return peak
+
+
+def use_usual_losses() -> set[str]:
+    """Put the usual formulas in the place of our functions, in this process: those that take the same arguments.
+
+    Returns:
+        The methods' names, in lower case.
+    """
+    replaced = set()
+    for name, usual in inspect.getmembers(usual_losses, inspect.isfunction):
+        module = import_module(f"{distillers.__name__}.{name}")
+        own = getattr(module, f"{name}_loss")
+        if list(inspect.signature(own).parameters) == list(inspect.signature(usual).parameters):
+            setattr(module, own.__name__, usual)
+            replaced.add(name)
+    return replaced
