@@ -40,7 +40,9 @@ def _main() -> None:
     parser.add_argument("--with", dest="others", help=what, **several)
     parser.add_argument("--again", help="the same, timed in its second pass over the same batches", **several)
     parser.add_argument("--synthetic", action="store_true", help="random images, also where the data set is there")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of all variants (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=0, metavar="N", help="of all variants (default: 7; a suite's own)"
+    )
     parser.add_argument("--steps", type=int, default=0, metavar="N", help="in a round (default: about 3 seconds)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="torch's, on the CPU (default: its own)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases of the suite whose name has it")
@@ -109,7 +111,7 @@ def _measure(case: dict[str, Any], args: Any) -> dict[str, Any]:
     else:
         arguments["synthetic"] = bool(args.suite) or case.get("synthetic", False)
     module = f"d2distill.tools.benchmark_{'detection' if task == 'detection' else 'classification'}"
-    rounds, steps = (2, 2) if args.quick else (args.rounds, args.steps)
+    rounds, steps = (2, 2) if args.quick else (args.rounds or case.get("rounds", 7), args.steps)
     result = measure(module, variants, arguments, rounds, steps, args.threads)
     rows, timed = [], {name: row for name, row in result["variants"].items() if "rounds" in row}
     for name, row in timed.items():

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,33 +43,36 @@ TRANSFORMS = {
 }
 
 
-def prepare(config: str, opts: list[str], synthetic: bool, folder: str) -> tuple[CfgNode, ImageDataset, list[str]]:
-    """The configuration and its training set; where that is not on the machine, random images of its shape.
+def prepare(
+    config: str, opts: list[str], synthetic: bool, folder: str
+) -> tuple[CfgNode, tuple[ImageDataset, ImageDataset], list[str]]:
+    """The configuration, its training and test set, and what is to be said of them.
 
-    Networks have then random weights. The last value says so.
+    Where the data set is not on the machine they are random images of its shape, and networks have random weights.
     """
     cfg = load_cfg(config, [*LONG, *opts, "OUTPUT_DIR", folder])
     if not synthetic:
         try:
-            return cfg, load_datasets(cfg)[0], []
+            return cfg, load_datasets(cfg), []
         except (FileNotFoundError, DataError):
             pass
     cfg.MODEL.TEACHER.WEIGHTS = cfg.MODEL.STUDENT.WEIGHTS = ""
-    dataset = synthetic_dataset(cfg)
-    shape = "x".join(map(str, dataset.images.shape))
-    return cfg, dataset, [f"random uint8 images {shape} of {dataset.num_classes} classes, networks of random weights"]
+    datasets = synthetic_datasets(cfg)
+    images, classes = "x".join(map(str, datasets[0].images.shape)), datasets[0].num_classes
+    return cfg, datasets, [f"random uint8 images {images} of {classes} classes, networks of random weights"]
 
 
-def synthetic_dataset(cfg: CfgNode) -> ArrayDataset:
-    """Noise of the size and with as many classes as `cfg` has; sets MODEL.NUM_CLASSES."""
+def synthetic_datasets(cfg: CfgNode) -> tuple[ArrayDataset, ArrayDataset]:
+    """Noise of the size and with as many classes as `cfg` has, and of that the first images for a test; sets
+    MODEL.NUM_CLASSES."""
     info = dataset_info(cfg.DATASETS.NAME)
     size, generator = cfg.INPUT.SIZE or info.image_size, torch.Generator().manual_seed(0)
     classes = info.num_classes or cfg.MODEL.NUM_CLASSES or CLASSES
     n = cfg.DATASETS.TRAIN_SIZE or SYNTHETIC_BYTES // (3 * size * size)
     cfg.MODEL.NUM_CLASSES, cfg.DATASETS.TRAIN_SIZE = classes, 0
     images = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(n) % classes
-    return ArrayDataset(info, images, labels, [str(number) for number in range(classes)])
+    labels, names = torch.arange(n) % classes, [str(number) for number in range(classes)]
+    return tuple(ArrayDataset(info, images[:size], labels[:size], names) for size in (n, min(n, 64)))
 
 
 class PILDataset(Dataset):
@@ -167,7 +169,7 @@ class PlainLoop:
 
 
 def plain(config: str, opts: list[str], synthetic: bool, folder: str) -> Runner:
-    cfg, dataset, notes = prepare(config, opts, synthetic, folder)
+    cfg, (dataset, _), notes = prepare(config, opts, synthetic, folder)
     # For the whole process, which is the plain loop's own.
     usual = use_usual_losses() & {name.lower() for name in cfg.DISTILL.METHODS}
     notes += [f"{name}: its loss as it is usually written" for name in sorted(usual)]
@@ -181,10 +183,9 @@ def _lead(cfg: CfgNode) -> int:
 
 
 def trainer_for(config: str, opts: list[str], synthetic: bool, folder: str) -> tuple[CfgNode, Trainer, list[str]]:
-    """The trainer as configured, on the data of :func:`prepare`, which stand for the test images too."""
-    cfg, dataset, notes = prepare(config, opts, synthetic, folder)
-    Path(folder).mkdir(exist_ok=True)
-    return cfg, build_trainer(cfg, dataset, dataset), notes
+    """The trainer as configured, on the data of :func:`prepare`."""
+    cfg, datasets, notes = prepare(config, opts, synthetic, folder)
+    return cfg, build_trainer(cfg, *datasets), notes
 
 
 def ours(**arguments: Any) -> Runner:
@@ -242,7 +243,7 @@ def limit(**arguments: Any) -> Runner:
 
 def plain_data(**arguments: Any) -> Runner:
     """The plain loop's images, on the device."""
-    cfg, dataset, notes = prepare(**arguments)
+    cfg, (dataset, _), notes = prepare(**arguments)
     batches, device = plain_batches(cfg, dataset), resolve_device(cfg)
     step = lambda: next(batches)[0].to(device)  # noqa: E731
     return Runner(step, cfg.SOLVER.IMS_PER_BATCH, device.type, 2 * workers(cfg), notes=notes)

@@ -26,8 +26,8 @@ from d2distill import __version__
 from d2distill.common.engine.cli import user_message
 from d2distill.common.engine.trainer import Trainer
 
-#: Steps before the first timed round. On a GPU algorithms are chosen and graphs captured in the first few.
-WARMUP = {"cpu": 2, "cuda": 12}
+#: Steps before the first timed round, and one more. On a GPU algorithms are chosen and graphs captured in the first.
+WARMUP = {"cpu": 1, "cuda": 12}
 #: A round is so many steps of every variant that the slowest takes about so long (at least 2, at most 500).
 ROUND_SECONDS = 3.0
 

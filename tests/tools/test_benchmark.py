@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.utils.events import EventStorage
 
+from d2distill.classification import config as classification_config
 from d2distill.common import distillers
 from d2distill.configs import find_config
+from d2distill.detection import config as detection_config
 from d2distill.tools import benchmark_classification, benchmark_detection, usual_losses
+from d2distill.tools.benchmark import SUITES
 from d2distill.tools.benchmark_losses import loss_pairs, loss_tensors, peak_memory, use_usual_losses
 from d2distill.tools.benchmark_runs import parse_variants, ratios
 from tests.detection.tiny_detectors import SMALL, TEACHER
@@ -96,12 +101,12 @@ def test_plain_and_ours_compute_the_same_losses(tmp_path, usual):
 def test_synthetic_images_have_the_shape_of_the_data(tmp_path):
     opts = ["MODEL.DEVICE", "cpu", "DATASETS.ROOT", str(tmp_path), "DATASETS.TRAIN_SIZE", "12"]
     config = find_config("cls/cifar100_r32x4_r8x4_dkd.yaml")
-    cfg, dataset, notes = benchmark_classification.prepare(config, opts, False, str(tmp_path))
+    cfg, (dataset, _), notes = benchmark_classification.prepare(config, opts, False, str(tmp_path))
     assert dataset.images.shape == (12, 3, 32, 32) and dataset.num_classes == 100 and not cfg.MODEL.TEACHER.WEIGHTS
     assert notes == ["random uint8 images 12x3x32x32 of 100 classes, networks of random weights"]
     opts += ["SOLVER.IMS_PER_BATCH", "4"]
     imagenet = find_config("cls/imagenet_r34_r18_dkd.yaml")
-    cfg, dataset, _ = benchmark_classification.prepare(imagenet, opts, True, str(tmp_path))
+    cfg, (dataset, _), _ = benchmark_classification.prepare(imagenet, opts, True, str(tmp_path))
     assert dataset.images.shape == (12, 3, 224, 224) and cfg.MODEL.NUM_CLASSES == 1000
     cfg.DATALOADER.NUM_WORKERS = 0
     images, *_ = next(benchmark_classification.plain_batches(cfg, dataset))
@@ -128,6 +133,19 @@ def test_ratios_are_medians_of_rounds():
     assert ratios(results) == {"ours/plain": 2.0, "ours/limit": 0.5}
     (variant,) = parse_variants(["a b: KEY '' OTHER {tmp}"], True).items()
     assert variant[0] == "a b" and variant[1].opts == ["KEY", "", "OTHER", "{tmp}"] and variant[1].again
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_suites_are_configurations(name):
+    device = {"cpu": "cpu", "gpu": "cuda"}[name]
+    for case in yaml.safe_load(SUITES.read_text())[name].values():
+        load = (detection_config if case["task"] == "detection" else classification_config).load_cfg
+        assert f"MODEL.DEVICE {device}" in case["settings"]
+        opts = shlex.split(case["settings"].replace(f"MODEL.DEVICE {device}", "MODEL.DEVICE cpu"))
+        cfg = load(find_config(case["config"]), [*opts, "TEACHER.MODEL.WEIGHTS", ""] if "shape" in case else opts)
+        assert cfg.DISTILL.METHODS == ["DKD"]
+        for variant in parse_variants([*case.get("with", []), *case.get("again", [])], False).values():
+            assert variant.opts and len(variant.opts) % 2 == 0
 
 
 @pytest.mark.slow
