@@ -37,6 +37,7 @@ setup(
             "d2distill-report = d2distill.tools.report:main",
             "d2distill-sweep = d2distill.tools.sweep:main",
             "d2distill-list = d2distill.tools.list:main",
+            "d2distill-benchmark = d2distill.tools.benchmark:main",
             "d2distill-convert-config = d2distill.tools.convert_config:main",
             "d2distill-visualize = d2distill.tools.visualize:main",
         ]

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measure on a device: losses against the CPU, step times with and without mixed precision, a table of trainings.
+"""Measure on a device: losses against the CPU, step times with and without mixed precision, the cases of
+`d2distill-benchmark --suite gpu`, a table of trainings.
 
     bash benchmarks/gpu.sh [detection]                  # on a GPU; again, until it says that all is done
     python benchmarks/gpu.py detection --device cpu --quick --runs /tmp/runs --output /tmp/out
@@ -13,6 +14,8 @@ import copy
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import yaml
 from detectron2.layers import batched_nms
 from detectron2.modeling import build_model as build_detector
 from detectron2.modeling.proposal_generator import proposal_utils
@@ -203,6 +207,24 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def suite(args: argparse.Namespace) -> dict[str, Any]:
+    """The cases of this task in `d2distill-benchmark --suite`, until the deadline; those of earlier calls are kept."""
+    name, folder = "gpu" if args.device == "cuda" else "cpu", args.runs / "suite"
+    cases = yaml.safe_load((ROOT / "tools" / "benchmark_suites.yaml").read_text())[name]
+    tasks = ["data"] if args.quick else ["classification", "data"]
+    chosen = [
+        case for case in cases if cases[case]["task"] in (tasks if args.task == "classification" else [args.task])
+    ]
+    done: dict[str, Any] = {}
+    for case in [] if args.quick and args.task == "detection" else chosen:
+        output = folder / f"{case}.json"
+        if not output.is_file() and time.monotonic() < args.deadline:
+            line = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "--suite", name, "--only", case]
+            subprocess.run([*line, "--output", str(output), *(["--quick"] if args.quick else [])])
+        done[case] = json.loads(output.read_text()) if output.is_file() else None
+    return {"cases to do": sum(found is None for found in done.values()), **done}
+
+
 def table(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Train until the deadline: the table as far as it has come, and what is missing."""
     os.environ.setdefault(ROOT_VARIABLE, str(args.runs / "datasets"))
@@ -258,10 +280,10 @@ def main() -> None:
     report |= {"device": name, "torch": torch.__version__}
     for folder in (args.runs, args.output):
         folder.mkdir(parents=True, exist_ok=True)
-    for part in (against_cpu, steps, table):
+    for part in (against_cpu, steps, suite, table):
         part_name = part.__name__
-        # What failed is tried again, and the table continues.
-        if part is not table and isinstance(report.get(part_name), dict):
+        # What failed is tried again, and the suite and the table continue.
+        if part in (against_cpu, steps) and isinstance(report.get(part_name), dict):
             continue
         # TF32 would hide a difference of three digits.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -277,8 +299,9 @@ def main() -> None:
         for file in (kept, args.output / kept.name):
             file.write_text(json.dumps(report, indent=2) + "\n")
         print(f"{part_name}: {json.dumps(report[part_name], indent=1)}", flush=True)
-    left = report.get("table", {})
-    print("all is done" if isinstance(left, dict) and not left.get("runs to do") else "the same command continues")
+    left = [report["suite"], report["table"]]
+    ended = all(isinstance(part, dict) and not part.get("runs to do") and not part.get("cases to do") for part in left)
+    print("all is done" if ended else "the same command continues")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 #   bash benchmarks/gpu.sh              # classification
 #   bash benchmarks/gpu.sh detection    # detection; both in calls of under 10 minutes: until it says "all is done"
 #
-# Losses and models against the CPU, step times, mixed precision, a training table; what is done is in output/gpu.
+# Losses and models against the CPU, step times, mixed precision, the cases of `d2distill-benchmark --suite gpu`, a
+# training table; what is done is in output/gpu.
 # On a machine without network put the wheels that are missing (of torch, torchvision and what usually comes with them
 # none) into .wheels first, in an environment with the package wheel:
 #

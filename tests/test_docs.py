@@ -248,6 +248,7 @@ def test_the_gpu_script_continues_where_it_stopped(tmp_path, task):
         assert exit_code(start(*line, minutes, output=output)) == 0, output.read_text()
         report = json.loads((tmp_path / f"{task}_cpu.json").read_text())
         assert report["table"] == {"runs to do": left, "failed": ""}
+        assert report["suite"]["cases to do"] == (minutes == 0 and task == "classification")
         # The second time they are there already.
         assert ("against_cpu:" in output.read_text()) == (minutes == 0)
     # Of the CPU to itself.

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 __all__: list[str] = []
 
+#: A logit that counts for nothing: its probability is 0, and it is finite, where -inf would turn a product into NaN.
+HIDDEN = -1e30
+
 
 def upcast(tensor: Tensor) -> Tensor:
     """Half precision becomes fp32, where a sum over classes or pixels keeps its digits; fp64 stays."""
@@ -31,29 +34,33 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 def kl_per_sample(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     """KL(teacher || student) of log-probabilities (N, C), summed over classes: (N,)."""
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    # The same numbers as F.kl_div's with log_target, whose backward pass has one more copy of the matrix.
+    return -((log_student - log_teacher) * log_teacher.exp()).sum(1)
 
 
-def without_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Logits (N, C) that are -inf at each row's target (N,).
+def log_softmax_of_others(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax (N, C) of logits / T over the classes other than the target, whose column is about `HIDDEN`.
 
     Raises:
         ValueError: fewer than two classes.
     """
     if logits.shape[1] < 2:
         raise ValueError(f"the target is set against other classes, but the logits have {logits.shape[1]}")
-    return logits.scatter(1, target[:, None], -torch.inf)
+    return F.log_softmax((logits / temperature).scatter_(1, target[:, None], HIDDEN), dim=1)
 
 
-def log_binary(logits: Tensor, target: Tensor) -> Tensor:
-    """log p and log(1 - p) of each row's target, (N, 2): in log space, where neither overflows or cancels."""
-    odds = logits.gather(1, target[:, None])[:, 0] - without_target(logits, target).logsumexp(1)
+def log_binary(logits: Tensor, target: Tensor, log_others: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p and log(1 - p) of each row's target, (N, 2): in log space, where neither overflows or cancels.
+
+    Args:
+        log_others: `log_softmax_of_others` of the same. It is fused, where a logsumexp is five passes over the logits:
+            the sum of the others is found at the largest of them, whose logit and log-probability are known.
+    """
+    label, top = target[:, None], log_others.detach().argmax(1, keepdim=True)
+    # The logits as they are given, and not their quotient, which need then not be kept for the backward pass.
+    chosen = logits.gather(1, torch.cat([label, top], dim=1)) / temperature
+    odds = chosen[:, 0] - chosen[:, 1] + log_others.gather(1, top)[:, 0]
     return torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)], dim=1)
-
-
-def log_softmax_of_others(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-softmax (N, C) over the classes other than the target. The target's column is 0 where -inf gives NaN."""
-    return F.log_softmax(without_target(logits, target), dim=1).scatter(1, target[:, None], 0.0)
 
 
 def l2_normalize(tensor: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
@@ -62,17 +69,23 @@ def l2_normalize(tensor: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
     (With ``F.normalize`` such a slice, a dead channel say, has gradients that are 1 / eps times too large.)
     """
     norm = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
-    return torch.where(norm > eps, tensor / norm.clamp_min(eps), 0.0)
+    return tensor / torch.where(norm > eps, norm, torch.inf)
 
 
 def zero_mean(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Values minus their mean over `dim`; 0, without a gradient, where they are constant.
+    """Values minus their mean over `dim`; 0, without a gradient, where they are constant."""
+    difference, constant = centered(values, dim)
+    return difference.masked_fill(constant, 0.0)
+
+
+def centered(values: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Values minus their mean over `dim`, and where they are constant, of size 1 along `dim`.
 
     What rounding leaves of constant values has no direction, and would become one when divided by its norm.
     """
     difference = values - values.mean(dim, keepdim=True)
-    norm, size = (torch.linalg.vector_norm(part, dim=dim, keepdim=True) for part in (difference, values))
-    return difference.masked_fill(norm <= 8 * torch.finfo(values.dtype).eps * size, 0.0)
+    norm, size = (torch.linalg.vector_norm(part.detach(), dim=dim, keepdim=True) for part in (difference, values))
+    return difference, norm <= 8 * torch.finfo(values.dtype).eps * size
 
 
 def standardize(values: Tensor, dim: tuple[int, ...], eps: float) -> Tensor:

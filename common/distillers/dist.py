@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import upcast, zero_mean
+from d2distill.common.distillers._numerics import centered, upcast
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -12,8 +12,9 @@ __all__ = ["DIST", "dist_loss"]
 
 def _correlation(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
     """Pearson correlation along `dim`; 0, without a gradient, where one of the two is constant."""
-    x, y = zero_mean(x, dim), zero_mean(y, dim)
-    return (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim) + eps)
+    (x, of_x), (y, of_y) = centered(x, dim), centered(y, dim)
+    correlation = (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim) + eps)
+    return correlation.masked_fill((of_x | of_y).squeeze(dim), 0.0)
 
 
 def dist_loss(

@@ -26,8 +26,10 @@ def decoupled_kl(
     Returns:
         TCKD and NCKD, each (N,), without the factor T^2.
     """
-    scaled = [upcast(logits) / temperature for logits in (logits_student, logits_teacher.detach())]
-    return tuple(kl_per_sample(*(part(z, target) for z in scaled)) for part in (log_binary, log_softmax_of_others))
+    networks = [upcast(logits) for logits in (logits_student, logits_teacher.detach())]
+    others = [log_softmax_of_others(logits, target, temperature) for logits in networks]
+    pairs = [log_binary(z, target, log_q, temperature) for z, log_q in zip(networks, others, strict=True)]
+    return kl_per_sample(*pairs), kl_per_sample(*others)
 
 
 def dkd_loss(

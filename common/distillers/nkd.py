@@ -33,13 +33,13 @@ def nkd_loss(
 
 
 def _target_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor) -> Tensor:
-    p_teacher, log_p_student = F.softmax(upcast(logits_teacher).detach(), 1), F.log_softmax(upcast(logits_student), 1)
-    return -safe_mean((p_teacher * log_p_student).gather(1, target[:, None]))
+    p_teacher = F.softmax(upcast(logits_teacher).detach(), dim=1).gather(1, target[:, None])
+    return -safe_mean(p_teacher * F.log_softmax(upcast(logits_student), dim=1).gather(1, target[:, None]))
 
 
 def _other_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     networks = logits_student, logits_teacher.detach()
-    log_q_student, log_q_teacher = (log_softmax_of_others(upcast(z) / temperature, target) for z in networks)
+    log_q_student, log_q_teacher = (log_softmax_of_others(upcast(z), target, temperature) for z in networks)
     return -(temperature**2) * safe_mean((log_q_teacher.exp() * log_q_student).sum(1))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import l2_normalize, no_autocast, safe_mean, upcast
+from d2distill.common.distillers._numerics import no_autocast, safe_mean, upcast
 from d2distill.common.distillers.base import DISTILLERS, Distiller
 from d2distill.common.outputs import Batch, Outputs
 
@@ -41,12 +41,13 @@ def rkd_loss(
         embedding = upcast(embedding)
         # Differences and not |a|^2 + |b|^2 - 2ab, which cancels for neighbors far from the origin.
         differences = embedding.unsqueeze(0) - embedding.unsqueeze(1)
-        distances = differences.square().sum(2).clamp_min(eps)
-        if not squared:
-            distances = distances.sqrt()
+        norms = torch.linalg.vector_norm(differences, dim=2)
+        distances = norms.square().clamp_min(eps) if squared else norms.clamp_min(eps**0.5)
         distances = distances * (1 - torch.eye(len(embedding), dtype=embedding.dtype, device=embedding.device))
         mean = distances.sum() / (distances > 0).sum().clamp_min(1)
-        directions = l2_normalize(differences, dim=2)
+        # Two samples at the same place have no direction: 0, without a gradient. A product, not a quotient, whose
+        # backward pass goes through the N x N x D differences five times.
+        directions = differences * torch.where(norms > 1e-12, norms, torch.inf).reciprocal()[:, :, None]
         return distances / mean.clamp_min(eps), directions @ directions.mT
 
     with no_autocast(embedding_student):

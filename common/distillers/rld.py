@@ -3,14 +3,18 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2distill.common.distillers._numerics import kl_per_sample, log_binary, safe_mean, upcast
+from d2distill.common.distillers._numerics import (
+    HIDDEN,
+    kl_per_sample,
+    log_binary,
+    log_softmax_of_others,
+    safe_mean,
+    upcast,
+)
 from d2distill.common.distillers.base import DISTILLERS, LogitDistiller
 from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["RLD", "rld_loss"]
-
-# Far below any logit, and finite: a row of nothing else is uniform where -inf would make it NaN.
-_HIDDEN = -1e9
 
 
 def rld_loss(
@@ -44,15 +48,25 @@ def rld_loss(
 
 def _confidence_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    pairs = log_binary(student / temperature, target), log_binary(teacher / temperature, teacher.argmax(1))
+    pairs = (
+        log_binary(z, chosen, log_softmax_of_others(z, chosen, temperature), temperature)
+        for z, chosen in ((student, target), (teacher, teacher.argmax(1)))
+    )
     return temperature**2 * safe_mean(kl_per_sample(*pairs))
 
 
 def _correlation_part(logits_student: Tensor, logits_teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
     student, teacher = upcast(logits_student), upcast(logits_teacher).detach()
-    misleading = teacher >= teacher.gather(1, target[:, None])
-    relations = (F.log_softmax((z / temperature).masked_fill(misleading, _HIDDEN), dim=1) for z in (student, teacher))
-    return temperature**2 * safe_mean(kl_per_sample(*relations))
+    # As numbers: on a CPU ten times faster than masked_fill, whose branches follow the mask.
+    kept = (teacher < teacher.gather(1, target[:, None])).to(teacher.dtype)
+
+    def log_softmax_of_kept(logits: Tensor) -> Tensor:
+        # A row of nothing but hidden classes is uniform, in both networks.
+        return F.log_softmax((logits / temperature * kept).sub_(kept - 1, alpha=HIDDEN), dim=1)
+
+    log_student, log_teacher = map(log_softmax_of_kept, (student, teacher))
+    # kl_per_sample(), but for its exponential, which is slow where it underflows: here for all hidden classes.
+    return -(temperature**2) * safe_mean(((log_student - log_teacher) * F.softmax(log_teacher, dim=1)).sum(1))
 
 
 @DISTILLERS.register()
