@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from d2distill.classification.config import PRECISIONS, get_cfg, schedule_notes, teacher_nodes
+from d2distill.classification.config import get_cfg, schedule_notes, teacher_nodes
 from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import CenterFit, build_augmentation
 from d2distill.classification.data.datasets import shortened
@@ -25,7 +25,7 @@ from d2distill.classification.evaluation import build_evaluator, report_classes
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats, network_info
-from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.solver import PRECISIONS, build_lr_scheduler, build_optimizer
 from d2distill.classification.worst import draw_worst, worst_images
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
