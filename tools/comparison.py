@@ -149,13 +149,19 @@ DETECTION = Task(
 class Comparison:
     """The rows of a table, and their runs in a folder for each.
 
+    Args:
+        settings: of all runs, as KEY VALUE pairs. They are not in the folders' names.
+
     Raises:
         ConfigError: two rows or runs have one name, a configuration is invalid, or a folder holds a run with other
             settings, whose results are not the row's.
     """
 
-    def __init__(self, task: Task, entries: Sequence[Entry], output_dir: str | Path) -> None:
+    def __init__(
+        self, task: Task, entries: Sequence[Entry], output_dir: str | Path, settings: Sequence[str] = ()
+    ) -> None:
         self.task, self.entries, self.output_dir = task, entries, Path(output_dir).absolute()
+        self.settings = settings
         names = [entry.label for entry in entries] + [entry.run_name(seed) for entry in entries for seed in entry.seeds]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two rows or runs are called {twice[0]}: change a label, a setting or a seed")
@@ -232,6 +238,7 @@ class Comparison:
                     run.stop()
                 for _, run, _ in running:
                     run.wait()
+                launcher.close()
         if received:
             raise SystemExit(128 + received[0])
         if failures:
@@ -300,9 +307,9 @@ class Comparison:
 
     def _settings(self, entry: Entry) -> list[str]:
         if entry.teacher is None:
-            return [*entry.opts]
+            return [*self.settings, *entry.opts]
         weights = self.folder(entry.teacher, entry.teacher.seeds[0]) / "student_final.pth"
-        return [*entry.opts, self.task.teacher_key, str(weights)]
+        return [*self.settings, *entry.opts, self.task.teacher_key, str(weights)]
 
     def _ended(self, entry: Entry, seed: int) -> bool:
         # Results without settings may be anyone's.

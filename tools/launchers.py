@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,9 @@ class Launcher(Protocol):
 
     def start(self, command: Sequence[str], folder: Path) -> Run:
         """Start a command whose run folder exists."""
+
+    def close(self) -> None:
+        """Called when all runs have ended."""
 
 
 def visible_gpus() -> list[str]:
@@ -92,6 +96,11 @@ class LocalLauncher:
         else:
             self.running.append(_ForkedProcess(self._fork(command, console, environment), console))
         return self.running[-1]
+
+    def close(self) -> None:
+        # Waits for the server: the CPU time of its runs is then that of this process's children. A next run starts it
+        # again. There is no public way.
+        forkserver._forkserver._stop()
 
     def _fork(self, command: Sequence[str], console: Path, environment: dict[str, str]) -> ForkServerProcess:
         context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
@@ -190,6 +199,9 @@ class SlurmLauncher:
 
     def start(self, command: Sequence[str], folder: Path) -> "_Job":
         return _Job(self.executor.submit(_Command(list(command))))
+
+    def close(self) -> None:
+        """The cluster needs no telling."""
 
 
 @dataclass
