@@ -5,31 +5,28 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from detectron2.evaluation import inference_context, inference_on_dataset
+from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from d2distill.classification.config import get_cfg, schedule_notes, teacher_nodes
+from d2distill.classification.config import get_cfg, schedule_notes
 from d2distill.classification.data import ImageDataset
-from d2distill.classification.data.augment import CenterFit, build_augmentation
+from d2distill.classification.data.augment import build_augmentation
 from d2distill.classification.data.datasets import shortened
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.data.mixing import build_soft_targets
-from d2distill.classification.data.splits import load_splits, load_test_set, read_options
+from d2distill.classification.data.splits import load_splits, load_test_set
 from d2distill.classification.data.unreadable import UnreadableImages
 from d2distill.classification.deployed import describe_student, shipped_methods
 from d2distill.classification.evaluation import build_evaluator, report_classes
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
-from d2distill.classification.networks import build_network, model_stats, network_info
+from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import PRECISIONS, build_lr_scheduler, build_optimizer
-from d2distill.classification.worst import draw_worst, worst_images
+from d2distill.classification.testing import Testing, center_fit
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
-    broadcast_buffers,
     run_on_main_process,
     synchronize_batch_norms,
     wrap_student,
@@ -38,7 +35,6 @@ from d2distill.common.engine.dot import DOT
 from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
-from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.engine.weight_loading import load_weights
@@ -67,7 +63,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         cfg.SOLVER.CLASS_WEIGHTS = _balanced_weights(train_set)
         weights = shortened((f"{weight:.3f}" for weight in cfg.SOLVER.CLASS_WEIGHTS), 20)
         logger.info(f"SOLVER.CLASS_WEIGHTS balanced: {weights}")
-    solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, _center_fit(cfg)
+    solver, workers, fit = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS, center_fit(cfg)
     # The student is built first, so that its weights are the same whatever teacher and methods follow. All processes
     # build the same: not everything is sent to them from the main one.
     seed_step(cfg.SEED, 0, rank=0)
@@ -85,8 +81,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     sampler = build_sampler()
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
-    test_loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers, unreadable)
-    evaluator, per_class, worst = build_evaluator(test_set.info), {}, {}
+    testing = Testing(cfg, test_set, unreadable)
 
     def build_batches(start: int) -> Any:
         return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable)
@@ -107,25 +102,12 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         return [({**batch, "progress": progress}, weight)]
 
     def evaluate_student(network: nn.Module, interruptible: Interruptible) -> dict[str, float]:
-        if comm.get_world_size() > 1:
-            # Running statistics differ between the processes after a step; the main one's are those that are saved.
-            broadcast_buffers(network)
-        with inference_context(network):
-            results = inference_on_dataset(
-                lambda batch: network(model.student_norm(batch["image"])), interruptible(test_loader), evaluator
-            )
-        if unreadable is not None:
-            unreadable.summarize()
-        if trainer.ema is None or network is not trainer.ema.network:
-            per_class.update(
-                run_on_main_process(lambda: report_classes(evaluator, test_set, Path(cfg.OUTPUT_DIR, "confusion.csv")))
-            )
-            worst.update(worst_images(evaluator))
-        return results
+        average = trainer.ema is not None and network is trainer.ema.network
+        return testing.evaluate_student(network, model.student_norm, interruptible, report=not average)
 
     backward = dot_backward if isinstance(optimizer, DOT) else None
     teacher = None if model.teacher is None else weights_digest(model.teacher)
-    teacher_results = _measure_teachers(cfg, model, test_loader, test_set) if cfg.TEST.TEACHER else {}
+    teacher_results = testing.measure_teachers(model) if cfg.TEST.TEACHER else {}
     task = Task(
         model=model,
         # DOT averages its gradients over the processes itself.
@@ -135,7 +117,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         build_batches=build_batches,
         deployed_student=model.deployed_student,
         evaluate=evaluate_student,
-        best_metric=evaluator.best_metric,
+        best_metric=testing.best_metric,
         max_iter=len(sampler),
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
@@ -155,52 +137,16 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         backward=backward,
         model_stats=lambda network: model_stats(network, fit.size),
         description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
-        facts=lambda: {**teacher_results, **_teacher_stats(cfg, model), "per_class": per_class},
+        facts=lambda: {**teacher_results, **_teacher_stats(cfg, model), "per_class": testing.per_class},
         finite_outputs=lambda: model.finite,
         # Mixed images have no one class, and some methods deploy other logits than the student's.
         step_metrics=dict if mixes or shipped_methods(cfg) else lambda: model.step_metrics,
         images_per_step=len(train_set) / epoch_length,
         default_settings=get_cfg,
-        report_parts=lambda: {"worst": draw_worst(worst, test_set, fit)} if worst else {},
+        report_parts=testing.worst,
     )
     trainer = Trainer(given, task)  # a name that evaluate_student knows
     return trainer
-
-
-def _measure_teachers(
-    cfg: CfgNode, model: DistillModel, loader: DataLoader, test_set: ImageDataset
-) -> dict[str, float]:
-    """Metrics of each teacher with trained weights on the test images as the student sees them."""
-    results, evaluator, shares = {}, build_evaluator(test_set.info), np.array(test_set.samples_per_class())
-    # Of guesses alike for all images: accuracy is the largest class's share, average precision each class's own.
-    shares = 100 * shares[shares > 0] / len(test_set)
-    chance, metric = shares.mean() if test_set.info.multi_label else shares.max(), evaluator.best_metric
-    for number, (node, norm) in enumerate(zip(teacher_nodes(cfg), model.teacher_norms, strict=False)):
-        several = isinstance(model.teacher, nn.ModuleList)
-        network, name = (model.teacher[number], f"teacher_{number}_") if several else (model.teacher, "teacher_")
-        if not node.WEIGHTS or network_info(network, cfg.INPUT.SIZE).num_classes != cfg.MODEL.NUM_CLASSES:
-            continue
-
-        def measure(network: nn.Module = network, norm: nn.Module = norm) -> dict[str, float]:
-            with inference_context(network):
-                predict = lambda batch: network(norm(batch["image"]))  # noqa: E731
-                return inference_on_dataset(predict, loader, evaluator) or {}
-
-        data = (test_set.fingerprint(), read_options(cfg))
-        facts = (weights_digest(network), *data, _center_fit(cfg), node.PIXEL_MEAN, node.PIXEL_STD)
-        try:
-            found = measured(repr(facts), measure)
-        except DivergedError as error:
-            raise CheckpointError(f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: its logits are not finite") from error
-        logger.info(f"The teacher {node.NAME}: {', '.join(f'{key} {value:.2f}' for key, value in found.items())}")
-        if found[metric] < chance + (100 - chance) / 10:
-            logger.warning(
-                f"MODEL.TEACHER.WEIGHTS {node.WEIGHTS}: {metric} {found[metric]:.2f} is near chance "
-                f"({chance:.2f}): are the classes in another order, or PIXEL_MEAN and PIXEL_STD others than in its "
-                "training?"
-            )
-        results |= {f"{name}{metric}": value for metric, value in found.items()}
-    return results
 
 
 def _teacher_stats(cfg: CfgNode, model: DistillModel) -> dict[str, int]:
@@ -210,10 +156,6 @@ def _teacher_stats(cfg: CfgNode, model: DistillModel) -> dict[str, int]:
     teachers = model.teacher if isinstance(model.teacher, nn.ModuleList) else [model.teacher]
     stats = [model_stats(teacher, cfg.INPUT.SIZE) for teacher in teachers]
     return {f"teacher_{name}": sum(each[name] for each in stats) for name in ("parameters", "flops")}
-
-
-def _center_fit(cfg: CfgNode) -> CenterFit:
-    return CenterFit(cfg.INPUT.SIZE, cfg.INPUT.RESIZE, cfg.INPUT.INTERPOLATION)
 
 
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
@@ -292,7 +234,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS", cfg.MODEL.STUDENT.USE_EMA)
     unreadable = UnreadableImages() if cfg.DATALOADER.ON_ERROR == "skip" else None
     workers, evaluator = cfg.DATALOADER.NUM_WORKERS, build_evaluator(test_set.info)
-    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, _center_fit(cfg), workers, unreadable)
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, center_fit(cfg), workers, unreadable)
     try:
         results = inference_on_dataset(model, loader, evaluator)
     except DivergedError as error:

@@ -119,11 +119,11 @@ def test_steps_differ_between_processes_and_starts_do_not(monkeypatch):
 def test_every_process_evaluates_with_the_main_ones_statistics(tmp_path, monkeypatch):
     cfg, sent = small_cfg(tmp_path), []
     trainer = build_trainer(cfg, *load_datasets(cfg))
-    monkeypatch.setattr("d2distill.classification.trainer.broadcast_buffers", sent.append)
-    monkeypatch.setattr("d2distill.classification.trainer.inference_on_dataset", lambda *_: {"sent": list(sent)})
-    monkeypatch.setattr("d2distill.classification.trainer.run_on_main_process", lambda action: {})
+    monkeypatch.setattr("d2distill.classification.testing.broadcast_buffers", sent.append)
+    monkeypatch.setattr("d2distill.classification.testing.inference_on_dataset", lambda *_: {"sent": list(sent)})
+    monkeypatch.setattr("d2distill.classification.testing.run_on_main_process", lambda action: {})
     assert trainer.evaluate() == {"sent": []}
-    monkeypatch.setattr("d2distill.classification.trainer.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("d2distill.classification.testing.comm.get_world_size", lambda: 2)
     assert trainer.evaluate() == {"sent": [trainer.task.model.student]}
 
 
