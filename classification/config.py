@@ -1,21 +1,23 @@
-"""Settings of the classification trainer: all defaults, reading, and every check that needs no data."""
+"""Settings of the classification trainer: all defaults, reading, and every check that needs no data.
+
+torch and the data sets are imported when they are needed: a wrong key is answered before that.
+"""
 
 import os
 
-import torch
-
-from d2distill.classification.data import dataset_info
-from d2distill.classification.data.splits import read_class_names
-from d2distill.classification.solver import OPTIMIZERS, SCHEDULES
-from d2distill.common.config import CfgNode, add_distill_defaults, chosen_methods, read_cfg, resolve_device
+from d2distill.common.config import (
+    CfgNode,
+    add_distill_defaults,
+    chosen_methods,
+    read_cfg,
+    resolve_device,
+)
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.rules import BELOW_ONE, INCREASING, LOGGERS, NUMBERS, STR_OR_LIST, Rule, at_least, check_rules
 
-__all__ = ["PRECISIONS", "get_cfg", "image_size", "load_cfg", "schedule_notes", "teacher_nodes", "validate"]
+__all__ = ["check_keys", "get_cfg", "image_size", "load_cfg", "schedule_notes", "teacher_nodes", "validate"]
 
-#: Precisions of autocast by SOLVER.AMP.
-PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: What single settings must be, whatever the others are. The methods check their own.
 _RULES = {
     at_least(0): (
@@ -61,6 +63,13 @@ class _CfgNode(CfgNode):
 
 def get_cfg() -> CfgNode:
     """All settings with their defaults, DISTILL included."""
+    cfg = _own_cfg()
+    add_distill_defaults(cfg)
+    return cfg
+
+
+def _own_cfg() -> CfgNode:
+    """All settings but DISTILL."""
     cfg = _CfgNode()
     # The run folder: config, logs, checkpoints. Empty: output/<name of the config file>.
     cfg.OUTPUT_DIR = ""
@@ -108,8 +117,6 @@ def get_cfg() -> CfgNode:
     cfg.MODEL.TEACHER.CACHE_TOP_K = 0
     # Batch norms of the student take their statistics over all processes.
     cfg.MODEL.SYNC_BN = False
-
-    add_distill_defaults(cfg)
 
     cfg.DATASETS = _CfgNode()
     cfg.DATASETS.NAME = "cifar100"
@@ -221,13 +228,20 @@ def get_cfg() -> CfgNode:
     return cfg
 
 
+def check_keys(config_file: str = "", opts: list[str] | None = None) -> None:
+    """Raise what :func:`load_cfg` does for wrong keys, types and methods, and import no more than that needs."""
+    chosen_methods(read_cfg(_own_cfg, add_distill_defaults, config_file, opts))
+
+
 def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     """Defaults, YAML file and ``KEY VALUE`` pairs (:func:`read_cfg`), checked by :func:`validate`."""
-    cfg = read_cfg(get_cfg, config_file, opts)
+    cfg = read_cfg(_own_cfg, add_distill_defaults, config_file, opts)
     validate(cfg)
     for node in (cfg.MODEL.STUDENT, cfg.MODEL.TEACHER):
         several = not isinstance(node.WEIGHTS, str)
         node.WEIGHTS = [*map(absolute_file, node.WEIGHTS)] if several else absolute_file(node.WEIGHTS)
+    from d2distill.classification.data.splits import read_class_names
+
     # The names themselves: a run folder needs no other file.
     cfg.DATASETS.CLASSES = read_class_names(cfg.DATASETS.CLASSES)
     if cfg.DATASETS.ROOT:
@@ -239,6 +253,8 @@ def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
 
 def image_size(cfg: CfgNode) -> int:
     """Side in pixels of the images the networks see."""
+    from d2distill.classification.data import dataset_info
+
     return cfg.INPUT.SIZE or dataset_info(cfg.DATASETS.NAME).image_size
 
 
@@ -291,6 +307,9 @@ def schedule_notes(cfg: CfgNode) -> list[str]:
 
 def validate(cfg: CfgNode) -> None:
     """Check what can be checked before data and weights are touched; a ConfigError says what would be right."""
+    from d2distill.classification.data import dataset_info
+    from d2distill.classification.solver import OPTIMIZERS, PRECISIONS, SCHEDULES
+
     methods, solver = chosen_methods(cfg), cfg.SOLVER
     check_rules(cfg, _RULES)
     if not cfg.MODEL.STUDENT.NAME:

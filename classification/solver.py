@@ -8,10 +8,12 @@ from torch import nn
 
 from d2distill.common.engine.dot import DOT
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
 
 OPTIMIZERS = ("SGD", "AdamW", "DOT")
 SCHEDULES = ("step", "cosine")
+#: Precisions of autocast by SOLVER.AMP.
+PRECISIONS = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:

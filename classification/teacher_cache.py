@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from d2distill.classification.config import PRECISIONS, teacher_nodes
+from d2distill.classification.config import teacher_nodes
 from d2distill.classification.data import Augmentation, ImageDataset
 from d2distill.classification.data.augment import AugmentedDataset, build_augmentation
 from d2distill.classification.data.datasets import ImageSelection
@@ -24,6 +24,7 @@ from d2distill.classification.data.mixing import build_soft_targets
 from d2distill.classification.data.replay import Replay
 from d2distill.classification.data.unreadable import SkippingLoader, UnreadableImages
 from d2distill.classification.modeling import DistillModel
+from d2distill.classification.solver import PRECISIONS
 from d2distill.classification.testing import center_fit
 from d2distill.common.cached_teacher import CACHED_PARTS, CachedTeacher, TeacherMemory
 from d2distill.common.config import CfgNode

@@ -9,7 +9,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from d2distill.classification.config import PRECISIONS, get_cfg, schedule_notes
+from d2distill.classification.config import get_cfg, schedule_notes
 from d2distill.classification.data import ImageDataset
 from d2distill.classification.data.augment import build_augmentation
 from d2distill.classification.data.datasets import shortened
@@ -25,7 +25,7 @@ from d2distill.classification.evaluation import build_evaluator, report_classes
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats
-from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.solver import PRECISIONS, build_lr_scheduler, build_optimizer
 from d2distill.classification.speed import prepare_networks
 from d2distill.classification.teacher_cache import cache_teachers
 from d2distill.classification.testing import Testing, center_fit

@@ -1,4 +1,7 @@
-"""The DISTILL node, made of every registered method's own defaults, and how a configuration is read."""
+"""The DISTILL node, made of every registered method's own defaults, and how a configuration is read.
+
+The methods, and torch with them, are imported where they are needed: a wrong key is answered before that.
+"""
 
 import importlib.util
 import os
@@ -6,40 +9,55 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-import torch
 from fvcore.common.config import CfgNode as _CfgNode
 
-from d2distill.common.config_node import CfgNode, CheckedMerge, absolute_file
-from d2distill.common.distillers import DISTILLERS, Distiller
+from d2distill.common.config_node import CfgNode, CheckedMerge, absolute_file, load_yaml
 from d2distill.common.errors import ConfigError, did_you_mean
 from d2distill.common.foreign import is_of_mdistiller
 from d2distill.common.rules import LIST_OF_STR, check_rules
 
+if TYPE_CHECKING:
+    import torch
+
+    from d2distill.common.distillers import Distiller
+
+_FILES = iter_modules([str(Path(__file__).with_name("distillers"))])
+#: Nodes that can be checked once the methods are there; also their own names, which MDistiller has at the top.
+_OF_METHODS = {"DISTILL", "TEACHER", *(file.name.upper() for file in _FILES)}
 __all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "read_cfg", "resolve_device"]
 
 
 def add_distill_defaults(cfg: _CfgNode) -> None:
     """Add the node DISTILL to `cfg`: METHODS, CE_WEIGHT, and one node per registered method."""
-    node = type(cfg)()
-    # Any number of registered methods at once; an empty list is plain training.
-    node.METHODS = []
-    # Weight of the task's own cross-entropy (classification).
-    node.CE_WEIGHT = 1.0
+    from d2distill.common.distillers import DISTILLERS
+
+    _add_distill_node(cfg)
+    node = cfg.DISTILL
     for name, method in DISTILLERS:
         if name.upper() in node:  # names that differ in case alone would share their settings
             raise ConfigError(f"method {name} ({method.__module__}): DISTILL.{name.upper()} is taken; rename the class")
         node[name.upper()] = type(cfg)({**method.common_defaults(), **method.defaults()})
-    cfg.DISTILL = node
 
 
-def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
+def _add_distill_node(cfg: _CfgNode) -> None:
+    node = cfg.DISTILL = type(cfg)()
+    # Any number of registered methods at once; an empty list is plain training.
+    node.METHODS = []
+    # Weight of the task's own cross-entropy (classification).
+    node.CE_WEIGHT = 1.0
+
+
+def chosen_methods(cfg: _CfgNode) -> "dict[str, type[Distiller]]":
     """The methods of DISTILL.METHODS by name.
 
     Raises:
         ConfigError: no list of names, an unknown method, or one that is named twice.
     """
+    from d2distill.common.distillers import DISTILLERS
+
     check_rules(cfg, {LIST_OF_STR: ["DISTILL.METHODS"]})
     for name in cfg.DISTILL.METHODS:
         if name not in DISTILLERS:
@@ -52,46 +70,57 @@ def chosen_methods(cfg: _CfgNode) -> dict[str, type[Distiller]]:
     return {name: DISTILLERS.get(name) for name in cfg.DISTILL.METHODS}
 
 
-def read_cfg(get_cfg: Callable[[], _CfgNode], config_file: str, opts: Sequence[Any] | None) -> _CfgNode:
+def read_cfg(
+    own_cfg: Callable[[], _CfgNode],
+    add_methods: Callable[[_CfgNode], None],
+    config_file: str,
+    opts: Sequence[Any] | None,
+) -> _CfgNode:
     """Defaults, then a YAML file with its ``_BASE_`` files, then ``KEY VALUE`` pairs.
 
     Paths of files that exist become absolute, and so do OUTPUT_DIR (empty: named after the file) and the report's
     baseline, so that the run folder's copy of the configuration loads from anywhere.
 
     Args:
-        get_cfg: the defaults, with nodes of :class:`CheckedMerge`.
+        own_cfg: the defaults but for the methods', with nodes of :class:`CheckedMerge`.
+        add_methods: adds those.
 
     Raises:
         ConfigError: an unknown key (named with the nearest known ones), a value of another type, or a faulty file.
         FileNotFoundError: no such file.
     """
-    opts = list(opts or [])
-    cfg, given = get_cfg(), {}
     if config_file:
         if not os.path.isfile(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
-        given = cfg.load_yaml_with_base(config_file)
-        if is_of_mdistiller(given):
+        if is_of_mdistiller(load_yaml(config_file)):
             raise ConfigError(
                 f"{config_file} is a configuration of MDistiller: `d2distill-convert-config {config_file} -o "
                 "FILE.yaml` writes it as one of d2distill"
             )
-    given |= dict(zip(opts[0::2], opts[1::2], strict=False))
-    cfg.merge_from_list(["IMPORTS", given.get("IMPORTS", [])])
+    # What is wrong beside the methods' settings is said before the seconds that importing them takes.
+    cfg = own_cfg()
+    _add_distill_node(cfg)
+    cfg.pass_over(_OF_METHODS)
+    _merge(cfg, config_file, opts)
     check_rules(cfg, {LIST_OF_STR: ["IMPORTS"]})
     imports = [absolute_file(name, os.path.dirname(config_file)) for name in cfg.IMPORTS]
+    # The user's own methods have settings too.
     import_extensions(imports)
-    # Once more, now with the settings of the user's own methods.
-    cfg = get_cfg()
-    if config_file:
-        cfg.merge_from_file(config_file)
-    cfg.merge_from_list(opts)
+    cfg = own_cfg()
+    add_methods(cfg)
+    _merge(cfg, config_file, opts)
     cfg.IMPORTS = imports
     output = cfg.OUTPUT_DIR or os.path.join("output", Path(config_file).stem or "run")
     cfg.OUTPUT_DIR = os.path.abspath(os.path.expanduser(output))
     if "REPORT" in cfg and cfg.REPORT.BASELINE:
         cfg.REPORT.BASELINE = os.path.abspath(os.path.expanduser(cfg.REPORT.BASELINE))
     return cfg
+
+
+def _merge(cfg: _CfgNode, config_file: str, opts: Sequence[Any] | None) -> None:
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts or []))
 
 
 def import_extensions(names: Iterable[str]) -> None:
@@ -114,8 +143,10 @@ def import_extensions(names: Iterable[str]) -> None:
             raise ConfigError(f"IMPORTS: {where}: {type(error).__name__}: {error}") from error
 
 
-def resolve_device(cfg: _CfgNode) -> torch.device:
+def resolve_device(cfg: _CfgNode) -> "torch.device":
     """The device of MODEL.DEVICE; "auto" is the GPU if there is one. A ConfigError, if it is not here."""
+    import torch
+
     name = cfg.MODEL.DEVICE
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

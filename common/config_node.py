@@ -2,7 +2,7 @@
 
 import os
 from ast import literal_eval
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -22,6 +22,12 @@ class CheckedMerge:
 
     #: Keys that take a string or a list of strings.
     LISTABLE: tuple[str, ...] = ()
+    _passed_over: Container[str] = ()
+
+    def pass_over(self, nodes: Container[str]) -> None:
+        """Neither check nor merge nodes of these names at the top."""
+        # Past yacs, which takes an attribute for a key.
+        object.__setattr__(self, "_passed_over", nodes)
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
@@ -47,7 +53,7 @@ class CheckedMerge:
 
     def merge_from_other_cfg(self, cfg_other: Mapping[str, Any]) -> None:
         """Merge another node, or nested dicts."""
-        _merge(self, cfg_other, self)
+        _merge(self, {key: value for key, value in cfg_other.items() if key not in self._passed_over}, self)
 
 
 class CfgNode(CheckedMerge, _CfgNode):

@@ -35,12 +35,13 @@ def _main(task: str, network: str, weights_key: str, example: str) -> None:
     with user_errors():
         args = _parser(network, weights_key, example).parse_args()
         require_detectron2()
+        config = import_module(f"d2distill.{task}.config")
+        settings = find_config(args.config_file), (["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []) + args.opts
+        config.check_keys(*settings)  # before the seconds that the imports below take
         from d2distill.common.engine.launch import join_job, launch, processes_to_start
 
         with join_job():
-            config, trainer = (import_module(f"d2distill.{task}.{name}") for name in ("config", "trainer"))
-            cpu = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
-            cfg = config.load_cfg(find_config(args.config_file), cpu + args.opts)
+            trainer, cfg = import_module(f"d2distill.{task}.trainer"), config.load_cfg(*settings)
             main, arguments = trainer.train, (cfg, args.resume)
             if args.eval_only:
                 from d2distill.deployed import student_file

@@ -2,15 +2,17 @@
 
 from importlib import import_module
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from d2distill.common.errors import CheckpointError, require_detectron2
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["load", "student_file"]
 
 
-def load(path: str | Path, device: str = "cpu") -> nn.Module:
+def load(path: str | Path, device: str = "cpu") -> "nn.Module":
     """The student of a run, ready for use.
 
     Args:

@@ -13,7 +13,13 @@ from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from d2distill.common.config import CheckedMerge, add_distill_defaults, chosen_methods, read_cfg, resolve_device
+from d2distill.common.config import (
+    CheckedMerge,
+    add_distill_defaults,
+    chosen_methods,
+    read_cfg,
+    resolve_device,
+)
 from d2distill.common.config_node import absolute_file, overlay, parse_as
 from d2distill.common.data.locate import data_path
 from d2distill.common.errors import ConfigError, did_you_mean
@@ -22,6 +28,7 @@ from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, LOGGERS, 
 __all__ = [
     "CfgNode",
     "add_distill_config",
+    "check_keys",
     "copy_settings",
     "get_cfg",
     "load_cfg",
@@ -95,8 +102,14 @@ def add_distill_config(cfg: Detectron2CfgNode) -> None:
 
 def get_cfg() -> CfgNode:
     """All settings with their defaults: Detectron2's, DISTILL, TEACHER, and those of the run."""
-    cfg = CfgNode(detectron2_cfg())
+    cfg = _own_cfg()
     add_distill_config(cfg)
+    return cfg
+
+
+def _own_cfg() -> CfgNode:
+    """All settings but DISTILL and TEACHER."""
+    cfg = CfgNode(detectron2_cfg())
     # Everything random in a run is a function of it: weights, order, augmentation, sampling.
     cfg.SEED = 0
     # auto: the GPU if there is one.
@@ -128,9 +141,14 @@ def get_cfg() -> CfgNode:
     return cfg
 
 
+def check_keys(config_file: str = "", opts: list[str] | None = None) -> None:
+    """Raise what :func:`load_cfg` does for wrong keys, types and methods, and import no more than that needs."""
+    chosen_methods(read_cfg(_own_cfg, add_distill_config, config_file, opts))
+
+
 def load_cfg(config_file: str = "", opts: list[str] | None = None) -> CfgNode:
     """Defaults, YAML file and ``KEY VALUE`` pairs (:func:`read_cfg`), checked by :func:`validate`."""
-    cfg = read_cfg(get_cfg, config_file, opts)
+    cfg = read_cfg(_own_cfg, add_distill_config, config_file, opts)
     for node in (cfg.MODEL, cfg.TEACHER.MODEL):
         node.WEIGHTS = absolute_file(node.WEIGHTS)
     for entry in cfg.DATASETS.REGISTER.values():

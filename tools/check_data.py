@@ -32,14 +32,15 @@ def _main() -> None:
         raise ConfigError("name either --config-file or --folder")
     require_detectron2()
     from d2distill.classification.config import load_cfg
+
+    # A student is not needed here, but a configuration without one is refused.
+    settings = ["MODEL.STUDENT.NAME", "resnet8", "DATASETS.NAME", "folder", "DATASETS.ROOT", args.folder]
+    cfg = load_cfg(find_config(args.config_file), [*(settings if args.folder else []), *args.opts])
     from d2distill.classification.data import build_dataset
     from d2distill.classification.data.check import check_files
     from d2distill.classification.data.describe import describe_dataset
     from d2distill.classification.data.splits import load_splits, read_options
 
-    # A student is not needed here, but a configuration without one is refused.
-    settings = ["MODEL.STUDENT.NAME", "resnet8", "DATASETS.NAME", "folder", "DATASETS.ROOT", args.folder]
-    cfg = load_cfg(find_config(args.config_file), [*(settings if args.folder else []), *args.opts])
     data = cfg.DATASETS
     undivided = not any(os.path.isdir(os.path.join(data.ROOT, name)) for name in ("train", "val"))
     if data.NAME == "folder" and undivided and not data.VAL_FRACTION:

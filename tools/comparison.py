@@ -11,22 +11,20 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import yaml
 from fvcore.common.config import CfgNode
-from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from d2distill.classification.config import load_cfg as load_classification_cfg
 from d2distill.common.engine.settings import flat_settings
-from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import ConfigError, UserError
-from d2distill.detection.config import load_cfg as load_detection_cfg
 from d2distill.tools.launchers import Launcher, LocalLauncher, Run, stop_signals
+from d2distill.tools.progress import LastLine
 
 __all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "RunsFailed", "Task", "mean_std"]
 
@@ -89,6 +87,11 @@ def _millions(key: str, decimals: int) -> Column:
     return lambda runs: f"{runs[0][key] / 1e6:.{decimals}f} M"
 
 
+def _load_cfg(task: str) -> Callable[[str, Sequence[str]], CfgNode]:
+    # A wrong key is answered before torch and the other task are imported.
+    return lambda file, opts: import_module(f"d2distill.{task}.config").load_cfg(file, opts)
+
+
 @dataclass(frozen=True)
 class Task:
     """What comparisons of classifiers and of detectors do not share.
@@ -101,6 +104,7 @@ class Task:
         metrics: of which a run has one, by which rows are ranked; the larger the better.
         teacher_network: the setting that names a teacher's network, and its value, from the teacher's own file and
             configuration.
+        share: of a run that is done, from a line of its metrics.json and its configuration.
     """
 
     script: Path
@@ -109,11 +113,12 @@ class Task:
     columns: dict[str, Column]
     metrics: tuple[str, ...]
     teacher_network: Callable[[str, CfgNode], tuple[str, str]]
+    share: Callable[[Mapping[str, float], CfgNode], float]
 
 
 CLASSIFICATION = Task(
     ROOT / "tools" / "train_cls.py",
-    load_classification_cfg,
+    _load_cfg("classification"),
     "MODEL.TEACHER.WEIGHTS",
     {
         "last top-1 (%)": _mean("top1"),
@@ -123,10 +128,11 @@ CLASSIFICATION = Task(
     },
     ("top1", "mAP"),
     lambda file, cfg: ("MODEL.TEACHER.NAME", cfg.MODEL.STUDENT.NAME),
+    lambda line, cfg: line.get("epoch", 0) / cfg.SOLVER.EPOCHS,
 )
 DETECTION = Task(
     ROOT / "detection" / "train_net.py",
-    load_detection_cfg,
+    _load_cfg("detection"),
     "TEACHER.MODEL.WEIGHTS",
     {
         "AP": _mean("bbox/AP"),
@@ -136,24 +142,30 @@ DETECTION = Task(
     },
     ("bbox/AP",),
     lambda file, cfg: ("TEACHER.CONFIG_FILE", file),
+    lambda line, cfg: (line["iteration"] + 1) / cfg.SOLVER.MAX_ITER,
 )
 
 
 class Comparison:
     """The rows of a table, and their runs in a folder for each.
 
+    Args:
+        settings: of all runs, as KEY VALUE pairs. They are not in the folders' names.
+
     Raises:
         ConfigError: two rows or runs have one name, a configuration is invalid, or a folder holds a run with other
             settings, whose results are not the row's.
     """
 
-    def __init__(self, task: Task, entries: Sequence[Entry], output_dir: str | Path) -> None:
+    def __init__(
+        self, task: Task, entries: Sequence[Entry], output_dir: str | Path, settings: Sequence[str] = ()
+    ) -> None:
         self.task, self.entries, self.output_dir = task, entries, Path(output_dir).absolute()
+        self.settings = settings
         names = [entry.label for entry in entries] + [entry.run_name(seed) for entry in entries for seed in entry.seeds]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two rows or runs are called {twice[0]}: change a label, a setting or a seed")
-        for entry in entries:
-            self._check(entry)
+        self._cfgs = {entry.label: self._check(entry) for entry in entries}
 
     def folder(self, entry: Entry, seed: int) -> Path:
         return self.output_dir / entry.run_name(seed)
@@ -181,12 +193,14 @@ class Comparison:
         jobs = jobs or launcher.jobs
         everything = [(entry, seed) for entry in self.entries for seed in entry.seeds]
         waiting = [job for job in everything if not self._ended(*job)]
-        running: list[tuple[Path, Run]] = []
+        trained = {entry.label for entry in self.entries if self.results(entry)}
+        running: list[tuple[tuple[Entry, int], Run, LastLine]] = []
         failures = []
         bar = tqdm(
+            desc=f"{len(everything) - len(waiting)}/{len(everything)} runs",
             initial=len(everything) - len(waiting),
             total=len(everything),
-            bar_format="{n_fmt}/{total_fmt} runs, {percentage:.0f} %, {elapsed}, about {remaining} left",
+            bar_format="{desc}, {percentage:.0f} %, {elapsed}, about {remaining} left",
             smoothing=0,
             miniters=0,
             mininterval=0.2 if sys.stderr.isatty() else 10,
@@ -194,28 +208,37 @@ class Comparison:
         with bar, stop_signals() as received:
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
-                    ready = [job for job in waiting if job[0].teacher is None or self.results(job[0].teacher)]
+                    ready = [job for job in waiting if job[0].teacher is None or job[0].teacher.label in trained]
                     for job in ready[: jobs - len(running)]:
                         waiting.remove(job)
                         folder = self.folder(*job)
                         folder.mkdir(parents=True, exist_ok=True)
-                        running.append((folder, launcher.start(self._command(*job), folder)))
+                        running.append((job, launcher.start(self._command(*job), folder), LastLine(folder)))
                     if not running:
                         failures.append(f"{len(waiting)} runs have no teacher")
                         break
                     time.sleep(0.2)
-                    for folder, run in [entry for entry in running if entry[1].poll() is not None]:
-                        running.remove((folder, run))
+                    for one in [one for one in running if one[1].poll() is not None]:
+                        running.remove(one)
+                        job, run, _ = one
+                        if self._ended(*job):
+                            trained.add(job[0].label)
                         if run.poll():
+                            folder = self.folder(*job)
                             failures.append("\n".join([f"the run in {folder} failed:", *run.log_end()]))
                             bar.write(f"{folder} failed", file=sys.stderr)
-                    bar.update(len(everything) - len(waiting) - len(running) - bar.n)
+                    # Every run counts alike, and as far as it is.
+                    ended = len(everything) - len(waiting) - len(running)
+                    shares = [self._share(job[0], log) for job, _, log in running]
+                    bar.set_description_str(f"{ended}/{len(everything)} runs", refresh=False)
+                    bar.update(ended + sum(shares) - bar.n)
             finally:
                 # All save at the same time, after their step.
-                for _, run in running:
+                for _, run, _ in running:
                     run.stop()
-                for _, run in running:
+                for _, run, _ in running:
                     run.wait()
+                launcher.close()
         if received:
             raise SystemExit(128 + received[0])
         if failures:
@@ -240,6 +263,10 @@ class Comparison:
 
     def draw_curves(self, entries: Sequence[Entry], path: str | Path, title: str) -> None:
         """Test top-1 over epochs as a PNG: mean over the seeds, with a band from the lowest to the highest."""
+        from matplotlib.figure import Figure
+
+        from d2distill.common.engine.run_folder import read_metrics
+
         axes = Figure(figsize=(7, 4.5), dpi=150, layout="constrained").add_subplot()
         lowest = []
         for entry in entries:
@@ -257,9 +284,10 @@ class Comparison:
         axes.legend(title="last epoch, mean over seeds", loc="lower right")
         axes.figure.savefig(path)
 
-    def _check(self, entry: Entry) -> None:
-        """Refuse run folders with other settings than the row's."""
-        wanted = _flatten(self.task.load_cfg(entry.config_file, self._settings(entry)).dump())
+    def _check(self, entry: Entry) -> CfgNode:
+        """The row's configuration; run folders with other settings are refused."""
+        cfg = self.task.load_cfg(entry.config_file, self._settings(entry))
+        wanted = _flatten(cfg.dump())
         # Where a run is, and what its data set fills in. Seed and teacher are in the folder's name.
         ignored = {"SEED", "OUTPUT_DIR", "MODEL.NUM_CLASSES"} | ({self.task.teacher_key} if entry.teacher else set())
         for seed in entry.seeds:
@@ -271,12 +299,17 @@ class Comparison:
                 raise ConfigError(
                     f"{file.parent} holds another run ({other}): choose another folder, or remove it and its students"
                 )
+        return cfg
+
+    def _share(self, entry: Entry, log: LastLine) -> float:
+        line = log.read()
+        return min(self.task.share(line, self._cfgs[entry.label]), 1.0) if line else 0.0
 
     def _settings(self, entry: Entry) -> list[str]:
         if entry.teacher is None:
-            return [*entry.opts]
+            return [*self.settings, *entry.opts]
         weights = self.folder(entry.teacher, entry.teacher.seeds[0]) / "student_final.pth"
-        return [*entry.opts, self.task.teacher_key, str(weights)]
+        return [*self.settings, *entry.opts, self.task.teacher_key, str(weights)]
 
     def _ended(self, entry: Entry, seed: int) -> bool:
         # Results without settings may be anyone's.

@@ -25,11 +25,13 @@ def _main() -> None:
     args = parser.parse_args()
     require_detectron2()
     from d2distill.classification.config import load_cfg
-    from d2distill.classification.trainer import evaluate
 
     settings = ["DATASETS.NAME", args.dataset, "MODEL.STUDENT.NAME", args.model, "MODEL.STUDENT.WEIGHTS", args.ckpt]
     settings += ["MODEL.STUDENT.USE_EMA", not args.no_ema]
-    results = evaluate(load_cfg("", [*settings, "TEST.IMS_PER_BATCH", args.batch_size, *args.opts]))
+    cfg = load_cfg("", [*settings, "TEST.IMS_PER_BATCH", args.batch_size, *args.opts])
+    from d2distill.classification.trainer import evaluate
+
+    results = evaluate(cfg)
     print(f"{args.model} on {args.dataset}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
 
 

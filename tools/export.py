@@ -39,16 +39,17 @@ def _main() -> None:
     parser.add_settings()
     args = parser.parse_args()
     require_detectron2()
+    from d2distill.deployed import student_file
+
+    file = student_file(args.run).absolute()
     import torch
 
     from d2distill.common.config import CfgNode, resolve_device
     from d2distill.common.engine.run_folder import write_text
     from d2distill.common.engine.weight_files import read_description
-    from d2distill.deployed import student_file
     from d2distill.exported import require
     from d2distill.tools.measuring import table
 
-    file = student_file(args.run).absolute()
     task = "detection" if read_description(str(file)).get("task") == "detection" else "classification"
     kind = import_module(f"d2distill.tools.export_{task}").Export
     formats = args.format or list(kind.formats)

@@ -1,12 +1,17 @@
 """Where the runs of a comparison are made: in processes of this machine, or in jobs of SLURM."""
 
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +21,8 @@ __all__ = ["Launcher", "LocalLauncher", "SlurmLauncher", "stop_signals", "visibl
 
 #: The last digits of a run depend on the number of threads: it is not left to the machine.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+#: What the training commands import.
+_TRAINERS = ("d2distill.classification.trainer", "d2distill.detection.trainer")
 
 
 class Run(Protocol):
@@ -41,6 +48,9 @@ class Launcher(Protocol):
     def start(self, command: Sequence[str], folder: Path) -> Run:
         """Start a command whose run folder exists."""
 
+    def close(self) -> None:
+        """Called when all runs have ended."""
+
 
 def visible_gpus() -> list[str]:
     """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them."""
@@ -51,34 +61,81 @@ def visible_gpus() -> list[str]:
 
 
 class LocalLauncher:
-    """Processes of this machine. Where it has GPUs, a run sees one of them: that with the fewest runs."""
+    """Processes of this machine. Where it has GPUs, a run sees one of them: that with the fewest runs.
 
-    def __init__(self, gpus: Sequence[str] | None = None) -> None:
+    Without GPUs runs are forked from a process that has imported what they need, which takes about as long as ten
+    epochs of a small student. With GPUs, to whose libraries a fork may do harm, each run is an interpreter of its own.
+
+    Args:
+        gpus: as CUDA_VISIBLE_DEVICES names them; default: :func:`visible_gpus`.
+        preload: modules that the runs need, beside the trainers.
+    """
+
+    def __init__(self, gpus: Sequence[str] | None = None, preload: Sequence[str] = ()) -> None:
         self.gpus = visible_gpus() if gpus is None else gpus
         self.jobs = len(self.gpus) or 2
+        self.preload = [*_TRAINERS, *preload]
         self.running: list[_Process] = []
 
     def start(self, command: Sequence[str], folder: Path) -> "_Process":
         self.running = [run for run in self.running if run.poll() is None]
-        environment, used = {**os.environ, **_ENVIRONMENT}, [run.gpu for run in self.running]
-        gpu = min(self.gpus, key=used.count, default="")
-        if gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        console = folder / "console.txt"
-        with open(console, "w") as file:
-            # In a session of its own, or Ctrl-C would kill it before it can save.
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        self.running.append(_Process(process, console, gpu))
+        environment, console = {**os.environ, **_ENVIRONMENT}, folder / "console.txt"
+        if self.gpus:
+            used = [run.gpu for run in self.running]
+            gpu = min(self.gpus, key=used.count)
+            with open(console, "w") as file:
+                # In a session of its own, or Ctrl-C would kill it before it can save.
+                process = subprocess.Popen(
+                    command,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, "CUDA_VISIBLE_DEVICES": gpu},
+                    start_new_session=True,
+                )
+            self.running.append(_Process(process, console, gpu))
+        else:
+            self.running.append(_ForkedProcess(self._fork(command, console, environment), console))
         return self.running[-1]
+
+    def close(self) -> None:
+        # Waits for the server: the CPU time of its runs is then that of this process's children. A next run starts it
+        # again. There is no public way.
+        forkserver._forkserver._stop()
+
+    def _fork(self, command: Sequence[str], console: Path, environment: dict[str, str]) -> ForkServerProcess:
+        context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
+        context.set_forkserver_preload(self.preload)
+        # DataLoaders fork their workers there as they do here.
+        arguments = (command[1:], console, environment, multiprocessing.get_start_method())
+        process = context.Process(target=_run_script, args=arguments)
+        # The first one starts the server, in which the number of threads is read when torch is imported.
+        os.environ.update(_ENVIRONMENT)
+        try:
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return process
+
+
+def _run_script(argv: list[str], console: Path, environment: dict[str, str], start_method: str) -> None:
+    """What ``python SCRIPT ARGUMENTS`` does, in a session of its own, printing into `console`."""
+    os.setsid()
+    with open(console, "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    multiprocessing.set_start_method(start_method, force=True)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 @dataclass
 class _Process:
-    process: subprocess.Popen
+    process: Any
     console: Path
-    gpu: str
+    gpu: str = ""
 
     def poll(self) -> int | None:
         return self.process.poll()
@@ -90,11 +147,22 @@ class _Process:
         self.process.terminate()
 
     def wait(self) -> None:
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
+        self._join(60)
+        if self.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # its workers as well; its last periodic checkpoint stays
-            self.process.wait()
+            self._join(None)
+
+    def _join(self, seconds: float | None) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+
+class _ForkedProcess(_Process):
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def _join(self, seconds: float | None) -> None:
+        self.process.join(seconds)
 
 
 class SlurmLauncher:
@@ -131,6 +199,9 @@ class SlurmLauncher:
 
     def start(self, command: Sequence[str], folder: Path) -> "_Job":
         return _Job(self.executor.submit(_Command(list(command))))
+
+    def close(self) -> None:
+        """The cluster needs no telling."""
 
 
 @dataclass

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from d2distill.common.engine.run_folder import write_text
 from d2distill.tools.comparison import Comparison, Entry, mean_std
 
 __all__ = ["Standing", "paired_test", "standings", "write_leaderboard"]
@@ -86,6 +85,8 @@ def write_leaderboard(comparison: Comparison, baseline: Entry, command: str) -> 
     Args:
         command: that makes the table.
     """
+    from d2distill.common.engine.run_folder import write_text
+
     rows = standings(comparison, baseline)
     notes = (
         f"Sorted by the last evaluation. ± is the sample standard deviation over the seeds. Against {baseline.label}: "

@@ -45,11 +45,13 @@ def _main() -> None:
     parser.add_argument("--draw", action="store_true", help="write pictures with their classes too")
     args = parser.parse_args()
     require_detectron2()
+    from d2distill.deployed import load, student_file
+
+    student_file(args.model)  # a wrong name is answered before torch is imported
     import torch
     from tabulate import tabulate
 
     from d2distill.common.config import CfgNode, resolve_device
-    from d2distill.deployed import load
 
     output, device = Path(args.output), resolve_device(CfgNode({"MODEL": {"DEVICE": args.device}}))
     model = load(args.model, str(device))

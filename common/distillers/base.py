@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
 from d2distill.common.distillers._numerics import standardize, upcast
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress, TrainingData
+
+if TYPE_CHECKING:  # yacs, PyYAML and iopath, which the loss functions do not use
+    from fvcore.common.config import CfgNode
 
 __all__ = ["DISTILLERS", "Distiller", "LogitDistiller", "standardize_logits"]
 
@@ -48,7 +50,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        cfg: CfgNode,
+        cfg: "CfgNode",
         student: NetworkInfo,
         teacher: NetworkInfo | None = None,
         data: TrainingData | None = None,

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from detectron2.solver import LRMultiplier
 from fvcore.common.config import CfgNode
-from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from detectron2.solver import LRMultiplier
+    from torch.optim import Optimizer
 
 #: Which folder it is, and where files are: another value changes nothing in a run that continues.
 _OF_NO_EFFECT = ("OUTPUT_DIR", "IMPORTS", "DATASETS.ROOT", "*MODEL.WEIGHTS", "MODEL.STUDENT.WEIGHTS")
@@ -37,7 +39,7 @@ def config_diff(before: Mapping[str, Any], now: Mapping[str, Any], may_change: I
     return [f"{key} was {before[key]!r}, now {now[key]!r}" for key in different]
 
 
-def param_group_hparams(optimizer: Optimizer) -> list[dict[str, Any]]:
+def param_group_hparams(optimizer: "Optimizer") -> list[dict[str, Any]]:
     """Of each group of a freshly built optimizer everything but its parameters and the scheduled learning rate.
 
     Nor how it is computed: the state of an optimizer that was not fused does not lie where a fused one reads it.
@@ -47,7 +49,7 @@ def param_group_hparams(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_new_hyperparams(
-    optimizer: Optimizer, schedule: LRMultiplier, before: list[dict[str, Any]], now: list[dict[str, Any]]
+    optimizer: "Optimizer", schedule: "LRMultiplier", before: list[dict[str, Any]], now: list[dict[str, Any]]
 ) -> None:
     """Give a restored optimizer the hyperparameters that it is built with `now` and was not `before`.
 

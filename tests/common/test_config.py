@@ -207,6 +207,10 @@ def test_an_own_file_that_failed_is_run_again(tmp_path):
             import_extensions([str(file)])
 
 
+def own_cfg():
+    return CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""})
+
+
 METHOD = """
 from d2distill.common.distillers import DISTILLERS, DKD
 @DISTILLERS.register()
@@ -226,14 +230,9 @@ def test_a_method_takes_no_others_name(tmp_path, name, message):
     (tmp_path / "own.py").write_text(METHOD.format(name))
     (tmp_path / "c.yaml").write_text("IMPORTS: [own.py]\n")
 
-    def get_cfg():
-        cfg = CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""})
-        add_distill_defaults(cfg)
-        return cfg
-
     try:
         with pytest.raises(ConfigError, match=message):
-            read_cfg(get_cfg, str(tmp_path / "c.yaml"), [])
+            read_cfg(own_cfg, add_distill_defaults, str(tmp_path / "c.yaml"), [])
     finally:
         DISTILLERS._obj_map.pop("Dkd", None)
 
@@ -248,7 +247,7 @@ def test_own_files_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
 
     def imports(*opts):
-        return read_cfg(lambda: CfgNode({"IMPORTS": [], "OUTPUT_DIR": ""}), "../child/c.yaml", opts).IMPORTS
+        return read_cfg(own_cfg, add_distill_defaults, "../child/c.yaml", opts).IMPORTS
 
     assert imports() == [str(tmp_path / "base" / "base.py"), "json"]
     given = imports("IMPORTS", "[child.py, here.py]")

@@ -15,7 +15,8 @@ from fvcore.common.config import CfgNode
 
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.tools import benchmark_methods
-from d2distill.tools.comparison import CLASSIFICATION, DETECTION, Comparison, Entry, mean_std
+from d2distill.tools.comparison import CLASSIFICATION, DETECTION, Comparison, Entry, RunsFailed, mean_std
+from d2distill.tools.launchers import LocalLauncher
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = Entry("teacher", str(ROOT / "configs/cls/digits_vgg8.yaml"), [0])
@@ -256,3 +257,33 @@ def test_a_real_run_is_found_again(tmp_path):
     comparison = Comparison(CLASSIFICATION, [entry], tmp_path / "out")
     assert list(comparison.results(entry)) == [3]
     assert cells(comparison.table())[2][-1] == "1"
+
+
+def test_settings_of_all_runs_are_in_no_name(stand_in, tmp_path):
+    entry = Entry("plain", str(tmp_path / "digits_a.yaml"), [0])
+    comparison = Comparison(stand_in, [entry], tmp_path / "out", ["ENDS", "with an error"])
+    assert comparison.folder(entry, 0).name == entry.run_name(0) == "digits_a_seed0"
+    with pytest.raises(RunsFailed, match="it cannot be done"):
+        comparison.run(1)
+    Comparison(stand_in, [entry], tmp_path / "out").run(1)
+    with pytest.raises(ConfigError, match=r"holds another run \(ENDS '', not 'with an error'\)"):
+        Comparison(stand_in, [entry], tmp_path / "out", ["ENDS", "with an error"])
+
+
+def test_a_run_is_what_the_command_does(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import os, sys\nprint(__name__, sys.argv[1:], os.getsid(0) == os.getpid())\nsys.exit(7)\n")
+    for gpus in ([], ["0"]):
+        launcher = LocalLauncher(gpus)
+        run = launcher.start([sys.executable, str(script), "KEY", "a b"], tmp_path)
+        run.wait()
+        launcher.close()
+        assert run.poll() == 7 and run.log_end() == ["__main__ ['KEY', 'a b'] True"]
+
+
+def test_without_a_gpu_runs_find_everything_imported(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nprint('d2distill.detection.trainer' in sys.modules)\n")
+    run = LocalLauncher([]).start([sys.executable, str(script)], tmp_path)
+    run.wait()
+    assert run.log_end() == ["True"]
