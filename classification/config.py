@@ -43,6 +43,10 @@ _RULES = {
     Rule("shuffle or balanced", ("shuffle", "balanced").__contains__): ("DATALOADER.SAMPLER",),
     Rule("raise or skip", ("raise", "skip").__contains__): ("DATALOADER.ON_ERROR",),
     Rule("fp32 or fp16", ("fp32", "fp16").__contains__): ("MODEL.TEACHER.CACHE_DTYPE",),
+    Rule('auto, teacher, all, or "" for none', ("auto", "", "teacher", "all").__contains__): ("SOLVER.COMPILE",),
+    Rule(
+        "auto, contiguous or channels_last", ("auto", "contiguous", "channels_last").__contains__
+    ): ("SOLVER.MEMORY_FORMAT",),
     NUMBERS: ("MODEL.TEACHER.SHARES",),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.LABEL_SMOOTHING", "SOLVER.EMA_DECAY", "DATASETS.VAL_FRACTION"),
     INCREASING: ("SOLVER.STEPS",),
@@ -176,6 +180,14 @@ def get_cfg() -> CfgNode:
     cfg.SOLVER.CLIP_GRAD_NORM = 0.0
     # Automatic mixed precision: "", "bf16" or "fp16" (with loss scaling). Losses are computed in fp32 all the same.
     cfg.SOLVER.AMP = ""
+    # Which networks torch.compile compiles, in a minute or more: "" none, teacher, all (the student as well). auto: the
+    # teacher in runs that are long enough for it to pay off. Where it fails, a network runs eagerly; the log says so.
+    cfg.SOLVER.COMPILE = "auto"
+    # Replay the compiled networks as CUDA graphs: small networks do not wait for their kernels to be launched.
+    cfg.SOLVER.CUDA_GRAPH = False
+    # contiguous or channels_last. auto: the latter on a GPU under AMP. (Without AMP a GPU computes fp32
+    # convolutions in TF32, and matrix products in fp32: torch's default.)
+    cfg.SOLVER.MEMORY_FORMAT = "auto"
     # Save every so many epochs, and, if not 0, every so many steps as well. The newest KEEP files stay.
     cfg.SOLVER.CHECKPOINT_PERIOD = 1
     cfg.SOLVER.CHECKPOINT_STEPS = 0

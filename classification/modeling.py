@@ -1,6 +1,6 @@
 """The student with its teachers and methods: what the trainer calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from d2distill.common.config import CfgNode, chosen_methods, resolve_device
 from d2distill.common.distillers import DISTILLERS, Distiller
 from d2distill.common.errors import ConfigError
 from d2distill.common.modules import captured_extras
-from d2distill.common.outputs import Batch, NetworkInfo, Progress, TrainingData
+from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress, TrainingData
 from d2distill.common.teachers import LiveTeacher, TeacherEnsemble, TeacherSource, exclude_teacher_from_state_dict
 
 __all__ = ["DistillModel", "build_distiller"]
@@ -32,6 +32,8 @@ class DistillModel(nn.Module):
         teacher: the one teacher, a ModuleList of several, or None for plain training and methods that need none.
         teacher_source: gives the teachers' outputs.
         distillers: methods by lower-case name.
+        student_needs: the parts of the student's outputs that the methods read.
+        compiled_student: runs in the place of ``student.outputs`` in training mode; None: that.
         student_norm, teacher_norms: each network's normalization.
         ce_weight: weight of the cross-entropy.
         class_weights: (C,), or None: of each class in the cross-entropy, of its positives where images have several.
@@ -62,7 +64,8 @@ class DistillModel(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.finite: dict[str, Tensor | None] = {}
         self.step_metrics: dict[str, Tensor] = {}
-        self._student_needs = {need for method in distillers.values() for need in method.student_needs}
+        self.compiled_student: Callable[[Tensor], Outputs] | None = None
+        self.student_needs = {need for method in distillers.values() for need in method.student_needs}
         exclude_teacher_from_state_dict(self)
 
     def train(self, mode: bool = True) -> "DistillModel":
@@ -96,8 +99,8 @@ class DistillModel(nn.Module):
         step = _batch_info({name: part for name, part in batch.items() if name != "image"}, epoch, images.device)
         if self.multi_label:
             step = replace(step, target=None, soft_target=step.target)
-        with captured_extras(self.student, self._student_needs) as captured:
-            student = self.student.outputs(images)
+        with captured_extras(self.student, self.student_needs) as captured:
+            student = (self.compiled_student or self.student.outputs)(images).select({"logits", *self.student_needs})
         student.extras.update(captured)
         losses = {"loss_ce": self.ce_weight * self._cross_entropy(student.logits.float(), step)}
         self.finite = {"student": student.is_finite()}

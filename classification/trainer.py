@@ -26,6 +26,7 @@ from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import build_lr_scheduler, build_optimizer
+from d2distill.classification.speed import prepare_networks
 from d2distill.classification.teacher_cache import cache_teachers
 from d2distill.classification.testing import Testing, center_fit
 from d2distill.common.config import CfgNode, resolve_device
@@ -53,8 +54,9 @@ _MAY_CHANGE = (
     "CUDNN_BENCHMARK", "LOG_PERIOD", "LOGGERS", "REPORT.*", "MODEL.DEVICE", "MODEL.TEACHER.WEIGHTS",
     "DISTILL.CE_WEIGHT", "DISTILL.*.WEIGHT", "DISTILL.*.WARMUP", "SOLVER.EPOCHS", "SOLVER.BASE_LR",
     "SOLVER.LR_SCHEDULE", "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.WARMUP_EPOCHS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV",
-    "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "DATALOADER.NUM_WORKERS",
-    "DATALOADER.ON_ERROR", "DATALOADER.RESIDENT_GB", "TEST.*", "MODEL.TEACHER.CACHE", "MODEL.TEACHER.CACHE_GB",
+    "SOLVER.DELTA", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_NORM", "SOLVER.CHECKPOINT_*", "SOLVER.COMPILE",
+    "SOLVER.CUDA_GRAPH", "SOLVER.MEMORY_FORMAT", "DATALOADER.NUM_WORKERS", "DATALOADER.ON_ERROR",
+    "DATALOADER.RESIDENT_GB", "TEST.*", "MODEL.TEACHER.CACHE", "MODEL.TEACHER.CACHE_GB",
 )  # fmt: skip
 
 
@@ -74,9 +76,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     labels = None if train_set.info.multi_label else train_set.labels
     model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=labels)
     replay = Replay.of(cfg)
-    cache_teachers(cfg, model, train_set)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
-    optimizer = build_optimizer(model, solver)
     drawn_alike = labels if cfg.DATALOADER.SAMPLER == "balanced" else None
     unreadable = UnreadableImages(cfg.OUTPUT_DIR) if cfg.DATALOADER.ON_ERROR == "skip" else None
 
@@ -86,6 +86,10 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         )
 
     sampler = build_sampler()
+    # First, so that a cached teacher is compiled for as many rows as it computes at a time.
+    cache_teachers(cfg, model, train_set, steps=len(sampler))
+    prepare_networks(model, cfg, steps=len(sampler))
+    optimizer = build_optimizer(model, solver)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
     soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)

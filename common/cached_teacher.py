@@ -105,6 +105,9 @@ class CachedTeacher(TeacherSource):
         self._writes = True
         self._log_size()
 
+    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+        self.source.compile(self.chunk, cuda_graph)
+
     def _flat(self, outputs: Outputs) -> list[Tensor]:
         values = (getattr(outputs, name) for name in self.layout)
         return [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]

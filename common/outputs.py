@@ -4,6 +4,7 @@ Classification fills it from a backbone, detection from FPN maps and the logits 
 knows which of the two called it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,11 @@ class Outputs:
     pooled: Tensor | None = None
     extras: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
     members: list[tuple[float, "Outputs"]] = field(default_factory=list)
+
+    def select(self, parts: Collection[str]) -> "Outputs":
+        """These parts alone, with all extras: the memory of the others is free before the losses are computed."""
+        given = {name: getattr(self, name) for name in ("logits", "feats", "preacts", "pooled") if name in parts}
+        return Outputs(**given, extras=self.extras)
 
     def is_finite(self) -> Tensor | None:
         """Whether logits, pooled vector and last feature map are finite, 0-d, not waited for; None without them."""

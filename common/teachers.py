@@ -1,5 +1,6 @@
 """Where a teacher's outputs come from. No trainer and no method asks which kind of source it is."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from d2distill.common.distillers import Distiller
-from d2distill.common.modules import captured_extras
+from d2distill.common.engine.compiling import CompiledOrEager, FrozenNetwork
+from d2distill.common.modules import MODULE_PREFIX, captured_extras
 from d2distill.common.outputs import Batch, Outputs
 
 __all__ = ["LiveTeacher", "TeacherEnsemble", "TeacherSource", "exclude_teacher_from_state_dict"]
 
+logger = logging.getLogger("detectron2.d2distill")
 _PREFIX = "teacher."
 
 
@@ -34,6 +37,13 @@ class TeacherSource(ABC):
             self.needs |= distiller.teacher_needs
             self.extras |= distiller.teacher_extras
 
+    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+        """Run the network compiled from now on, `rows` images at a time, see :class:`.FrozenNetwork`, where this can.
+
+        Called when it is known whom it serves. The log says what is not compiled.
+        """
+        logger.info(f"{type(self).__name__} is not compiled, and runs eagerly")
+
     @abstractmethod
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
         """`inputs` are the images as the task's loader gives them, not normalized, and `batch` what else is known."""
@@ -51,17 +61,32 @@ class LiveTeacher(TeacherSource):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.prepare = prepare
+        self._outputs: Callable[[Tensor], Outputs] = self._run_eagerly
 
+    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+        name = f"The teacher {type(self.network).__name__}"
+        inner = sorted(need for need in self.needs if need.startswith(MODULE_PREFIX))
+        if inner:
+            logger.info(
+                f"{name} runs eagerly: a method reads {', '.join(inner)}, which a compiled network does not give"
+            )
+        elif self.needs:
+            frozen = FrozenNetwork(self.network, self.needs, rows, cuda_graph)
+            self._outputs = CompiledOrEager(name, frozen, self._run_eagerly)
+
+    # Not in inference mode, whose tensors no trainable part of a method could take.
     @torch.no_grad()
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
         images = self.prepare(inputs)
-        outputs = Outputs()
-        if self.needs:
-            with captured_extras(self.network, self.needs) as captured:
-                outputs = self.network.outputs(images)
-            outputs.extras.update(captured)
+        outputs = self._outputs(images) if self.needs else Outputs()
         for name, provide in self.extras.items():
             outputs.extras[name] = provide(self.network, images)
+        return outputs
+
+    def _run_eagerly(self, images: Tensor) -> Outputs:
+        with captured_extras(self.network, self.needs) as captured:
+            outputs = self.network.outputs(images).select(self.needs)
+        outputs.extras.update(captured)
         return outputs
 
 
@@ -82,6 +107,10 @@ class TeacherEnsemble(TeacherSource):
         distillers = list(distillers)
         for number, source in enumerate(self.sources):
             source.serve(method for method in distillers if method.cfg.get("TEACHER", number) == number)
+
+    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+        for source in self.sources:
+            source.compile(rows, cuda_graph)
 
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
         outputs = [source(inputs, batch) for source in self.sources]

@@ -38,8 +38,12 @@ def config_diff(before: Mapping[str, Any], now: Mapping[str, Any], may_change: I
 
 
 def param_group_hparams(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Of each group of a freshly built optimizer everything but its parameters and the scheduled learning rate."""
-    return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    """Of each group of a freshly built optimizer everything but its parameters and the scheduled learning rate.
+
+    Nor how it is computed: the state of an optimizer that was not fused does not lie where a fused one reads it.
+    """
+    left_out = ("params", "lr", "fused")
+    return [{k: v for k, v in group.items() if k not in left_out} for group in optimizer.param_groups]
 
 
 def apply_new_hyperparams(

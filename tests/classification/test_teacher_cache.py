@@ -59,7 +59,7 @@ def model_of(cfg):
     cfg = resolve_inputs(cfg)
     torch.manual_seed(0)
     model = build_distiller(cfg, num_samples=len(train_set))
-    cache_teachers(cfg, model, train_set)
+    cache_teachers(cfg, model, train_set, steps=9)
     return model
 
 
@@ -196,6 +196,8 @@ def test_settings_of_the_files_need_files(cfg_of, key):
         {"INPUT__AUGMENTATION": "none"},
         {"INPUT__REPLAY_EPOCHS": 2},
         {"SOLVER__AMP": "bf16"},
+        {"SOLVER__COMPILE": "teacher"},
+        {"SOLVER__MEMORY_FORMAT": "channels_last"},
     ],
     ids=lambda settings: "-".join(map(str, *settings.items())),
 )
@@ -351,7 +353,7 @@ def test_what_only_the_live_teacher_has(cfg_of, log):
     model = build_distiller(cfg, num_samples=len(train_set))
     model.teacher_source.extras["head"] = lambda network, images: images
     model.teacher_source.needs.add("module:fc")
-    cache_teachers(cfg, model, train_set)
+    cache_teachers(cfg, model, train_set, steps=9)
     assert isinstance(model.teacher_source, LiveTeacher)
     assert "a method asks it for head, module:fc, and only logits, pooled, feats, preacts are kept" in log.text
 
@@ -371,7 +373,7 @@ def test_images_of_which_nothing_is_known(cfg_of, log):
     train_set.dataset = Inverted(images.info, images.images, images.labels, images.classes)
     cfg = resolve_inputs(cfg)
     model = build_distiller(cfg, num_samples=len(train_set))
-    cache_teachers(cfg, model, train_set)
+    cache_teachers(cfg, model, train_set, steps=9)
     assert f"{LIVE}Inverted does not say which images it has; give it a content_digest()" in log.text
 
 

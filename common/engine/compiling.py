@@ -1,0 +1,134 @@
+"""Networks compiled by torch.compile, and what runs in their place where that fails."""
+
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2distill.common.outputs import Outputs
+
+__all__ = ["CompiledOrEager", "FrozenNetwork", "TrainedNetwork"]
+
+logger = logging.getLogger("detectron2.d2distill")
+
+
+class CompiledOrEager:
+    """A function that is compiled at its first call, and its eager form from the call on in which that fails.
+
+    It fails for reasons that torch names at that call alone: no C++ compiler, no Triton, no Python headers, code that
+    cannot be traced. The log says so in one line.
+
+    Args:
+        name: of what it is, for the log.
+        compiled, eager: take the same arguments.
+    """
+
+    def __init__(self, name: str, compiled: Callable[..., Any], eager: Callable[..., Any]) -> None:
+        self.name, self._compiled, self._eager, self.failed = name, compiled, eager, False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.failed:
+            try:
+                return self._compiled(*args)
+            except Exception as error:
+                self.failed = True
+                reason = next((line for line in str(error).splitlines() if line.strip()), "")
+                logger.warning(f"{self.name} is not compiled, and runs eagerly: {type(error).__name__}: {reason}")
+        return self._eager(*args)
+
+
+class FrozenNetwork:
+    """Parts of a frozen network's outputs, in eval mode, from one compiled graph for `rows` images.
+
+    Weights are constants of the graph: batch norms are folded into convolutions, weights stored as the kernels read
+    them, and what none of the parts depends on is not computed. Fewer images are filled up to `rows` and more are run
+    in chunks: nothing is compiled twice, and a row's bits do not depend on the batch that it is in.
+
+    The graph is traced with the autocast of the first call, which raises a RuntimeError where it gives other outputs
+    than the network. Images of all calls are of one size.
+
+    Args:
+        network: has ``outputs(images)``. Its weights do not change any more.
+        parts: fields of `Outputs`.
+        rows: images at a time.
+        cuda_graph: replay the kernels as a CUDA graph.
+    """
+
+    def __init__(self, network: nn.Module, parts: Collection[str], rows: int, cuda_graph: bool = False) -> None:
+        self.network, self.parts, self.rows = network, sorted(parts), rows
+        self.options = {"freezing": True, **({"triton.cudagraphs": True} if cuda_graph else {})}
+        self._run: Callable[[Tensor], dict[str, Any]] | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Outputs:
+        chunks = images.split(self.rows)
+        missing = self.rows - len(chunks[-1])
+        chunks = [*chunks[:-1], torch.cat([chunks[-1], images.new_zeros(missing, *images.shape[1:])])]
+        if self._run is None:
+            self._run = self._compile(chunks[0])
+        found = [self._run(chunk) for chunk in chunks]
+        return Outputs(**{part: _join([each[part] for each in found], len(images)) for part in self.parts})
+
+    def _compile(self, images: Tensor) -> Callable[[Tensor], dict[str, Any]]:
+        # torch's compiler takes a second to import, which runs without it do not wait for.
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        def parts(images: Tensor) -> dict[str, Any]:
+            outputs = self.network.outputs(images)
+            return {part: getattr(outputs, part) for part in self.parts}
+
+        # Traced by running it, which sees what hooks do; in a graph of torch's own operations there are none. It has
+        # the casts of autocast, and is run without.
+        graph = torch.compile(make_fx(parts)(images), fullgraph=True, dynamic=False, options=self.options)
+        run = torch.autocast(images.device.type, enabled=False)(graph)
+        expected, found = parts(images), run(images)
+        for part in self.parts:
+            self._check(part, found[part], expected[part])
+        return run
+
+    def _check(self, part: str, found: Any, expected: Any) -> None:
+        if isinstance(expected, list):
+            for each in zip(found, expected, strict=True):
+                self._check(part, *each)
+        # Rounding, with half precision of every layer, is less than a mistake is.
+        elif (found.float() - expected.float()).norm() > 0.1 * expected.float().norm():
+            raise RuntimeError(f"its {part} would be others than those of the eager network")
+
+
+def _join(values: list[Any], rows: int) -> Any:
+    """The first `rows` rows of tensors, or of lists of them, one after the other; a copy, as a CUDA graph reuses its
+    memory."""
+    if isinstance(values[0], list):
+        return [_join(list(maps), rows) for maps in zip(*values, strict=True)]
+    return torch.cat(values)[:rows]
+
+
+class TrainedNetwork:
+    """Parts of a network's outputs in training mode, forward and backward compiled for batches of `rows` images.
+
+    Other batches run eagerly, as the last one of an epoch does. Parameters and buffers stay the network's own.
+
+    Args:
+        network: has ``outputs(images)``.
+        parts: fields of `Outputs`.
+        rows: images of a batch.
+        cuda_graph: replay the kernels as CUDA graphs.
+    """
+
+    def __init__(self, network: nn.Module, parts: Collection[str], rows: int, cuda_graph: bool = False) -> None:
+        self.network, self.parts, self.rows = network, sorted(parts), rows
+        options = {"triton.cudagraphs": True} if cuda_graph else {}
+        self._run = torch.compile(self._parts, fullgraph=True, dynamic=False, options=options)
+
+    def __call__(self, images: Tensor) -> Outputs:
+        if len(images) != self.rows:
+            return self.network.outputs(images)
+        # What a CUDA graph gave in the step before is not read any more.
+        torch.compiler.cudagraph_mark_step_begin()
+        return Outputs(**self._run(images))
+
+    def _parts(self, images: Tensor) -> dict[str, Any]:
+        outputs = self.network.outputs(images)
+        return {part: getattr(outputs, part) for part in self.parts}
