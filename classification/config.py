@@ -196,9 +196,9 @@ def get_cfg() -> CfgNode:
     cfg.DATALOADER = _CfgNode()
     # Per process. The result does not depend on it.
     cfg.DATALOADER.NUM_WORKERS = 4
-    # A set whose images, as the networks are given them, take up to so many GB (1e9 bytes) is kept in one tensor on the
-    # device, and augmented there a batch at a time; files are read once, at the start. 0: workers load all images. The
-    # result does not depend on it.
+    # A set whose images, as the networks are given them, take up to so many GB (1e9 bytes, in each process) is kept in
+    # one tensor on the device, and augmented there a batch at a time; files are read once, in the first epoch. 0: all
+    # images are loaded by workers. The result does not depend on it.
     cfg.DATALOADER.RESIDENT_GB = 2.0
     # shuffle: every image once an epoch. balanced: as many, with replacement, all classes alike.
     cfg.DATALOADER.SAMPLER = "shuffle"

@@ -80,7 +80,8 @@ class Augmentation:
     Attributes:
         fits_first: the image is first brought to size x size as test images are, so :meth:`draw` is given
             ``(size, size)``; otherwise it is given the stored image's height and width.
-        batched: the kinds of images, tensors or PIL's, of which :meth:`apply_batch` gives the pixels of :meth:`apply`.
+        batched: the kinds of images, tensors or PIL's, of which :meth:`apply_batch` gives the pixels of :meth:`apply`;
+            with ``fits_first``.
     """
 
     fits_first = True
@@ -228,30 +229,40 @@ class RotateFlip(Augmentation):
 
     def draw_batch(self, seed: int, epochs: np.ndarray, indices: np.ndarray, size: int) -> BatchParams:
         params = super().draw_batch(seed, epochs, indices, size)
-        return {**params, "affine": np.array([pil_rotation(angle, size) for angle in params["angle"].tolist()])}
+        return {**params, "affine": pil_rotation(params["angle"], size)}
 
     def apply_batch(self, images: torch.Tensor, params: BatchParams, size: int) -> torch.Tensor:
-        side = torch.arange(size, device=images.device)
-        flip, affine = params["flip"][:, None], params["affine"][:, :, None, None]
-        x, y = torch.where(flip, side.flip(0), side)[:, None, :], side[:, None]
-        column, row = ((affine[:, i] * x + affine[:, i + 1] * y + affine[:, i + 2]) >> 16 for i in (0, 3))
-        inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
-        source = torch.where(inside, row * size + column, 0).flatten(1)[:, None].expand(-1, 3, -1)
-        return images.flatten(2).gather(2, source).view_as(images) * inside[:, None]
+        side = torch.arange(size, dtype=torch.int32, device=images.device)
+        x, y = torch.where(params["flip"][:, None], side.flip(0), side)[:, None, :], side[:, None]
+        affine = params["affine"][:, :, None, None]
+        # Rows and columns of a frame of zeros around the image, on which all that is outside falls.
+        column, row = (
+            ((affine[:, i] * x + affine[:, i + 2] + affine[:, i + 1] * y) >> 16).clamp_(-1, size).add_(1)
+            for i in (0, 3)
+        )
+        source = row.mul_(size + 2).add_(column).long().flatten(1)[:, None].expand(-1, 3, -1)
+        return F.pad(images, [1] * 4, fill=0).flatten(2).gather(2, source).view_as(images)
 
 
-def pil_rotation(angle: float, size: int) -> list[int]:
+def pil_rotation(angles: np.ndarray, size: int) -> np.ndarray:
     """Where PIL's rotate, nearest, takes the pixel (x, y) from: a, b, c, d, e, f in units of 1 / 65536 pixel.
 
     Column ``a * x + b * y + c`` and row ``d * x + e * y + f``, rounded down: affine_fixed in PIL's Geometry.c.
+
+    Args:
+        angles: (N,) in degrees.
+
+    Returns:
+        (N, 6) int32.
     """
-    turn, center = -math.radians(angle % 360.0), size / 2
-    cos, sin = round(math.cos(turn), 15), round(math.sin(turn), 15)
-    matrix = []
+    turns = [-math.radians(angle % 360.0) for angle in angles.tolist()]
+    # Python's functions, as in PIL: numpy's differ in the last bit.
+    cos, sin = (np.array([round(function(turn), 15) for turn in turns]) for function in (math.cos, math.sin))
+    columns, center = [], size / 2
     for a, b in ((cos, sin), (-sin, cos)):
         shift = a * -center + b * -center + center
-        matrix += [a, b, shift + a * 0.5 + b * 0.5]
-    return [math.floor(value * 65536.0 + 0.5) for value in matrix]
+        columns += [a, b, shift + a * 0.5 + b * 0.5]
+    return np.floor(np.stack(columns, 1) * 65536.0 + 0.5).astype(np.int32)
 
 
 @AUGMENTATION_REGISTRY.register_as("resized_crop_flip")

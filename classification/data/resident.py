@@ -42,19 +42,19 @@ class Residence(NamedTuple):
         """Whether these images, `name` in the log, are to be kept, which is logged."""
         size, (base, _), recipe = len(samples) * 3 * samples.fit.size**2 / 1e9, _base(samples.dataset), samples.recipe
         kind = {ArrayDataset.load: Tensor, FileDataset.load: Image.Image}.get(type(base).load)
-        if kind is None:
+        kept = kind in recipe.batched and size <= self.gigabytes
+        if kept:
+            where = f"kept on {self.device} ({size:.2g} GB)"
+        elif kind is None:
             # Its pixels may be others each time.
             where = f"loaded by workers: {type(base).__name__} loads them in its own way"
         elif kind not in recipe.batched:
             where = f"loaded by workers: {type(recipe).__name__} has no batched form for {kind.__name__}"
-        elif size > self.gigabytes:
-            where = (
-                f"loaded by workers: they would take {size:.2g} GB, and DATALOADER.RESIDENT_GB is {self.gigabytes:g}"
-            )
         else:
-            where = f"kept on {self.device} ({size:.2g} GB)"
+            bound = f"DATALOADER.RESIDENT_GB is {self.gigabytes:g}"
+            where = f"loaded by workers: they would take {size:.2g} GB, and {bound}"
         logger.info(f"The {len(samples)} {name} images are {where}")
-        return where.startswith("kept")
+        return kept
 
 
 def _base(dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:

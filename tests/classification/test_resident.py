@@ -172,7 +172,7 @@ def test_a_batch_is_augmented_as_its_images_one_by_one(name, size):
 @pytest.mark.parametrize("angle", [0.0, 1e-17, -1e-17, 20.0, -20.0, 5.625, -11.25])
 def test_angles_at_the_edges(angle):
     recipe, image = build_augmentation("rotate_flip"), torch.from_numpy(class_images(np.arange(1), 64, 64))
-    params = {"affine": torch.tensor([pil_rotation(angle, 64)]), "flip": torch.tensor([True])}
+    params = {"affine": torch.from_numpy(pil_rotation(np.array([angle]), 64)), "flip": torch.tensor([True])}
     expected = recipe.apply(F.to_pil_image(image[0]), {"angle": angle, "flip": True}, 64)
     assert torch.equal(recipe.apply_batch(image, params, 64)[0], expected)
 
