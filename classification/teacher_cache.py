@@ -25,6 +25,7 @@ from d2distill.classification.data.replay import Replay
 from d2distill.classification.data.unreadable import SkippingLoader, UnreadableImages
 from d2distill.classification.modeling import DistillModel
 from d2distill.classification.solver import PRECISIONS
+from d2distill.classification.speed import networks_to_compile
 from d2distill.classification.testing import center_fit
 from d2distill.common.cached_teacher import CACHED_PARTS, CachedTeacher, TeacherMemory
 from d2distill.common.config import CfgNode
@@ -40,11 +41,12 @@ logger = logging.getLogger("detectron2.d2distill")
 _DTYPES = {"fp32": None, "fp16": torch.float16}
 
 
-def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset) -> None:
+def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset, steps: int) -> None:
     """Let the model's teachers remember, as MODEL.TEACHER.CACHE and INPUT.REPLAY_EPOCHS say; the log says what is done.
 
     Args:
         cfg: nothing of its inputs is left open.
+        steps: of the training, which decide whether its teacher is compiled.
     """
     replay, source, folder = Replay.of(cfg), model.teacher_source, cfg.MODEL.TEACHER.CACHE
     if replay.epochs:
@@ -68,6 +70,7 @@ def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset) -
     precision = PRECISIONS[cfg.SOLVER.AMP]
     blank = torch.zeros(1, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE, device=device)
     made = _images_identity(cfg, recipe, images)
+    compiled = "teacher" in networks_to_compile(model, cfg, steps)
     for number, (node, network) in enumerate(zip(teacher_nodes(cfg), teachers, strict=True)):
         key = f"MODEL.TEACHER {number}" if several else "MODEL.TEACHER"
         others = sorted({*sources[number].extras, *(sources[number].needs - {*CACHED_PARTS})})
@@ -78,10 +81,16 @@ def cache_teachers(cfg: CfgNode, model: DistillModel, train_set: ImageDataset) -
             )
         elif sources[number].needs:
             statistics = {"mean": list(node.PIXEL_MEAN), "std": list(node.PIXEL_STD)}
+            # A graph of other parts may round otherwise.
+            graph = {"compiled for": sorted(sources[number].needs) if compiled else []}
+            graph |= {"memory format": cfg.SOLVER.MEMORY_FORMAT}
             memory = TeacherMemory(
                 folder=Path(folder),
                 name=node.NAME,
-                identity={"teacher": {"name": node.NAME, **_network_identity(network), **statistics}, "images": made},
+                identity={
+                    "teacher": {"name": node.NAME, **_network_identity(network), **statistics, **graph},
+                    "images": made,
+                },
                 samples=len(train_set),
                 variants=variants,
                 max_bytes=int(cfg.MODEL.TEACHER.CACHE_GB * 1e9),

@@ -76,7 +76,6 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     labels = None if train_set.info.multi_label else train_set.labels
     model = build_distiller(cfg, student=student, num_samples=len(train_set), labels=labels)
     replay = Replay.of(cfg)
-    cache_teachers(cfg, model, train_set)
     sync_bn = cfg.MODEL.SYNC_BN and synchronize_batch_norms(model.student)
     drawn_alike = labels if cfg.DATALOADER.SAMPLER == "balanced" else None
     unreadable = UnreadableImages(cfg.OUTPUT_DIR) if cfg.DATALOADER.ON_ERROR == "skip" else None
@@ -87,6 +86,8 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         )
 
     sampler = build_sampler()
+    # First, so that a cached teacher is compiled for as many rows as it computes at a time.
+    cache_teachers(cfg, model, train_set, steps=len(sampler))
     prepare_networks(model, cfg, steps=len(sampler))
     optimizer = build_optimizer(model, solver)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation

@@ -64,9 +64,8 @@ class CachedTeacher(TeacherSource):
 
     What is not there is computed in chunks of one fixed size, filled up by repeating, so that a row's bits do not
     depend on which others were missing: a student is the same to the bit whatever the files held before, and however
-    often its training was interrupted, where the runs that share them all compile the teacher or none does. Against
-    the source itself, outputs differ by the rounding of another batch size (and by what `TeacherMemory` says of
-    logits). Batches without numbers, or of a further view, go to the source.
+    often its training was interrupted. Against the source itself, outputs differ by the rounding of another batch size
+    (and by what `TeacherMemory` says of logits). Batches without numbers, or of a further view, go to the source.
 
     A needed part is kept in a file of its own, ``feats`` and ``preacts`` in one for each map; see :mod:`.row_file`.
 

@@ -30,6 +30,7 @@ def _main() -> None:
     from d2distill.classification.config import load_cfg
     from d2distill.classification.inputs import resolve_inputs
     from d2distill.classification.modeling import build_distiller
+    from d2distill.classification.speed import prepare_networks
     from d2distill.classification.teacher_cache import cache_teachers, cached_sources, fill_cache
     from d2distill.classification.trainer import load_datasets
     from d2distill.common.config import import_extensions
@@ -46,7 +47,9 @@ def _main() -> None:
         cfg.SOLVER.CLASS_WEIGHTS = []
     labels = None if train_set.info.multi_label else train_set.labels
     model = build_distiller(cfg, num_samples=len(train_set), labels=labels)
-    cache_teachers(cfg, model, train_set)
+    steps = cfg.SOLVER.EPOCHS * -(-len(train_set) // cfg.SOLVER.IMS_PER_BATCH)
+    cache_teachers(cfg, model, train_set, steps)
+    prepare_networks(model, cfg, steps)
     sources = cached_sources(model.teacher_source)
     if not sources:
         raise ConfigError("DISTILL.METHODS, MODEL.TEACHER.NAME: there is nothing to keep")

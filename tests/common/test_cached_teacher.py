@@ -277,6 +277,13 @@ def test_a_full_disk_ends_the_writing_only(build, log, monkeypatch):
     assert log.text.count("No space left") == 1
 
 
+def test_it_is_compiled_for_the_rows_that_are_computed_at_a_time(build, monkeypatch):
+    source, calls = build(), []
+    monkeypatch.setattr(source.source, "compile", lambda *arguments: calls.append(arguments))
+    source.compile(64, True)
+    assert calls == [(16, True)]
+
+
 def test_a_folder_that_cannot_be_used(build, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"MODEL\.TEACHER\.CACHE .*file cannot be used: .*; choose another folder"):
