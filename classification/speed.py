@@ -63,6 +63,11 @@ def prepare_networks(model: DistillModel, cfg: CfgNode, steps: int) -> None:
     chosen, rows = networks_to_compile(model, cfg, steps), rows_at_a_time(cfg)
     if solver.CUDA_GRAPH and not (chosen and device.type == "cuda"):
         logger.warning("SOLVER.CUDA_GRAPH has no effect: it is for networks that SOLVER.COMPILE compiles for a GPU")
+    if chosen:
+        names = " and the ".join(sorted(chosen))
+        logger.info(
+            f"SOLVER.COMPILE {solver.COMPILE}: the first step compiles the {names}, which takes a minute or more"
+        )
     if "teacher" in chosen:
         model.teacher_source.compile(rows, solver.CUDA_GRAPH)
     if "student" in chosen:

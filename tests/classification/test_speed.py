@@ -117,6 +117,7 @@ def tiny_network(tmp_path, monkeypatch):
         lambda num_classes: resnet.CifarResNet(num_classes, resnet.BasicBlock, depths=(1,), widths=(4, 4))
     )
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     torch._dynamo.reset()
     yield
     MODEL_REGISTRY._obj_map.pop("cifar/resnet_tiny")
@@ -152,9 +153,9 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding_and_resumes_exactly(tm
 @needs_gpu
 @pytest.mark.parametrize("amp", ["", "bf16", "fp16"])
 def test_no_step_waits_for_the_gpu(tmp_path, amp):
-    cfg = small_cfg(
-        tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP=amp, DISTILL__METHODS=[name for name in METHODS if name != "SimKD"]
-    )
+    # SimKD deploys another student; torch's SVD tells the CPU whether it converged.
+    methods = [name for name in METHODS if name not in ("SimKD", "KDSVD")]
+    cfg = small_cfg(tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP=amp, DISTILL__METHODS=methods)
     trainer = build_trainer(cfg, *load_datasets(cfg))
     step, steps = trainer.train_step, []
 
