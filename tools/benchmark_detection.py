@@ -51,9 +51,8 @@ def _trained(cfg: CfgNode, batch: list[dict[str, Any]], folder: str) -> Runner:
     trainer = build_trainer(cfg, batch)
     # The batch itself, as if a loader gave nothing else.
     trainer.task.build_batches = lambda start: repeat(batch)
-    steps = TrainerSteps(trainer)
     notes = [f"random images of {tuple(batch[0]['image'].shape)}, networks of random weights"]
-    return Runner(steps.step, len(batch), trainer.device.type, notes=notes)
+    return TrainerSteps(trainer).runner(len(batch), 0, notes)
 
 
 def ours(folder: str, **arguments: Any) -> Runner:

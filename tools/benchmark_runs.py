@@ -57,6 +57,7 @@ class Runner:
         device: "cpu" or "cuda".
         lead: steps before each timed round, which use up what loaders have made while the others ran.
         restart: begins again with the first batch.
+        close: ends it.
         notes: what the result says of it.
     """
 
@@ -65,6 +66,7 @@ class Runner:
     device: str
     lead: int = 0
     restart: Callable[[], None] | None = None
+    close: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
 
 
@@ -98,6 +100,10 @@ class TrainerSteps:
 
     def step(self) -> None:
         next(self._steps)
+
+    def runner(self, images: int, lead: int, notes: list[str]) -> Runner:
+        device = self.trainer.device.type
+        return Runner(self.step, images, device, lead, self.restart, self.close, notes)
 
 
 class VariantProcess:
@@ -171,6 +177,7 @@ def _serve(connection: Connection, module: str, kind: str, arguments: dict[str, 
         while True:
             command, *values = connection.recv()
             if command == "end":
+                runner.close()
                 connection.send(("", {**_peak_memory(runner.device), "log": [*runner.notes, *dict.fromkeys(lines)]}))
                 return
             connection.send(("", runner.restart() if command == "restart" else _timed(runner, *values)))

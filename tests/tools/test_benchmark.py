@@ -124,6 +124,10 @@ def test_the_published_loop_of_detectors_computes_our_losses(tmp_path):
         with EventStorage(), torch.jit.optimized_execution(False):
             found.append({name: value.item() for name, value in losses().items()})
     assert found[0] == pytest.approx(found[1], rel=1e-4) and "loss_dkd" in found[0]
+    runner = benchmark_detection.ours(**arguments, folder=str(tmp_path), shape=[2, 64, 96])
+    runner.step()
+    runner.close()
+    assert runner.images == 2
 
 
 def test_ratios_are_medians_of_rounds():
