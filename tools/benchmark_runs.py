@@ -25,6 +25,7 @@ from detectron2.utils.events import EventStorage
 from d2distill import __version__
 from d2distill.common.engine.cli import user_message
 from d2distill.common.engine.trainer import Trainer
+from d2distill.common.errors import ConfigError
 
 #: Steps before the first timed round, and one more. On a GPU algorithms are chosen and graphs captured in the first.
 WARMUP = {"cpu": 1, "cuda": 12}
@@ -278,8 +279,8 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and do not show."""
+def machine(threads: int = 0) -> dict[str, Any]:
+    """What the numbers depend on, and do not show. `threads`: torch's, 0: its own choice."""
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
@@ -287,7 +288,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
@@ -304,5 +305,7 @@ def parse_variants(texts: Iterable[str], again: bool) -> dict[str, Variant]:
     found = {}
     for text in texts:
         name, _, settings = text.partition(":")
+        if not settings.strip():
+            raise ConfigError(f'{text!r}: a variant is "NAME: KEY VALUE ..."')
         found[name.strip()] = Variant("ours", shlex.split(settings), again)
     return found
