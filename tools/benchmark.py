@@ -57,7 +57,7 @@ def _main() -> None:
     require_detectron2()
     from d2distill.tools.benchmark_runs import machine
 
-    report: dict[str, Any] = {"machine": machine(), "cases": {}, "losses": []}
+    report: dict[str, Any] = {"machine": machine(args.threads), "cases": {}, "losses": []}
     if args.losses:
         report["losses"] = _losses(args.quick)
     for name, case in _cases(args).items():
@@ -82,9 +82,15 @@ def _cases(args: Any) -> dict[str, dict[str, Any]]:
 
     if args.suite:
         cases = yaml.safe_load(SUITES.read_text())[args.suite]
-        return {name: case for name, case in cases.items() if args.only in name}
+        chosen = {name: case for name, case in cases.items() if args.only in name}
+        if not chosen:
+            raise ConfigError(f"--only {args.only}: none of the cases has it: {'; '.join(cases)}")
+        return chosen
     if not args.config_file:
         return {}
+    from d2distill.classification.config import load_cfg
+
+    load_cfg(find_config(args.config_file), args.opts)  # once, before all variants do, and fail
     given = {"config": args.config_file, "settings": args.opts, "synthetic": args.synthetic}
     step = {"task": "classification", "with": args.others, "again": args.again}
     return {"a step": {**given, **step}, "images alone": {**given, "task": "data"}}
@@ -116,10 +122,10 @@ def _measure(case: dict[str, Any], args: Any) -> dict[str, Any]:
     rows, timed = [], {name: row for name, row in result["variants"].items() if "rounds" in row}
     for name, row in timed.items():
         line = {"": name, "ms/step": 1000 * row["seconds_per_step"], "images/s": row["images_per_second"]}
-        pairs = {tuple(pair.split("/")): value for pair, value in result["ratios"].items()}
-        times = {f"x {other}": value for (own, other), value in pairs.items() if own == name}
+        pairs = {pair.rpartition("/"): value for pair, value in result["ratios"].items()}
+        times = {f"x {other}": value for (own, _, other), value in pairs.items() if own == name}
         rows.append({**line, "peak MB": row["peak_mb"], **times})
-    print(tabulate(rows, "keys", floatfmt=".4g"), flush=True)
+    print(tabulate(rows, "keys", tablefmt="github", floatfmt=".4g"), flush=True)
     if task == "detection" and {"ours", "student", "teacher"} <= set(timed):
         ours, student, teacher = (timed[name]["seconds_per_step"] for name in ("ours", "student", "teacher"))
         result["added/teacher"] = (ours - student) / teacher
@@ -135,7 +141,7 @@ def _losses(quick: bool) -> list[dict[str, Any]]:
     from d2distill.tools.benchmark_losses import measure_losses
 
     rows = measure_losses("cuda" if torch.cuda.is_available() else "cpu", quick)
-    print(tabulate(rows, "keys", floatfmt=".2f"))
+    print(tabulate(rows, "keys", tablefmt="github", floatfmt=".2f"))
     return rows
 
 

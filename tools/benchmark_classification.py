@@ -190,8 +190,7 @@ def trainer_for(config: str, opts: list[str], synthetic: bool, folder: str) -> t
 
 def ours(**arguments: Any) -> Runner:
     cfg, trainer, notes = trainer_for(**arguments)
-    steps = TrainerSteps(trainer)
-    return Runner(steps.step, cfg.SOLVER.IMS_PER_BATCH, trainer.device.type, _lead(cfg), steps.restart, notes)
+    return TrainerSteps(trainer).runner(cfg.SOLVER.IMS_PER_BATCH, _lead(cfg), notes)
 
 
 class BareStep:

@@ -48,11 +48,11 @@ def _trained(cfg: CfgNode, batch: list[dict[str, Any]], folder: str) -> Runner:
         seed_step(cfg.SEED, 0)
         torch.save({"model": build_teacher(cfg).network.state_dict()}, weights)
         cfg.TEACHER.MODEL.WEIGHTS = str(weights)
-    trainer = build_trainer(cfg, [])
+    trainer = build_trainer(cfg, batch)
+    # The batch itself, as if a loader gave nothing else.
     trainer.task.build_batches = lambda start: repeat(batch)
-    steps = TrainerSteps(trainer)
     notes = [f"random images of {tuple(batch[0]['image'].shape)}, networks of random weights"]
-    return Runner(steps.step, len(batch), trainer.device.type, notes=notes)
+    return TrainerSteps(trainer).runner(len(batch), 0, notes)
 
 
 def ours(folder: str, **arguments: Any) -> Runner:

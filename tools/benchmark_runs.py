@@ -25,6 +25,7 @@ from detectron2.utils.events import EventStorage
 from d2distill import __version__
 from d2distill.common.engine.cli import user_message
 from d2distill.common.engine.trainer import Trainer
+from d2distill.common.errors import ConfigError
 
 #: Steps before the first timed round, and one more. On a GPU algorithms are chosen and graphs captured in the first.
 WARMUP = {"cpu": 1, "cuda": 12}
@@ -57,6 +58,7 @@ class Runner:
         device: "cpu" or "cuda".
         lead: steps before each timed round, which use up what loaders have made while the others ran.
         restart: begins again with the first batch.
+        close: ends it.
         notes: what the result says of it.
     """
 
@@ -65,6 +67,7 @@ class Runner:
     device: str
     lead: int = 0
     restart: Callable[[], None] | None = None
+    close: Callable[[], None] = lambda: None
     notes: list[str] = field(default_factory=list)
 
 
@@ -98,6 +101,10 @@ class TrainerSteps:
 
     def step(self) -> None:
         next(self._steps)
+
+    def runner(self, images: int, lead: int, notes: list[str]) -> Runner:
+        device = self.trainer.device.type
+        return Runner(self.step, images, device, lead, self.restart, self.close, notes)
 
 
 class VariantProcess:
@@ -171,6 +178,7 @@ def _serve(connection: Connection, module: str, kind: str, arguments: dict[str, 
         while True:
             command, *values = connection.recv()
             if command == "end":
+                runner.close()
                 connection.send(("", {**_peak_memory(runner.device), "log": [*runner.notes, *dict.fromkeys(lines)]}))
                 return
             connection.send(("", runner.restart() if command == "restart" else _timed(runner, *values)))
@@ -271,8 +279,8 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and do not show."""
+def machine(threads: int = 0) -> dict[str, Any]:
+    """What the numbers depend on, and do not show. `threads`: torch's, 0: its own choice."""
     model = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
@@ -280,7 +288,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": os.getloadavg()[0],
@@ -297,5 +305,7 @@ def parse_variants(texts: Iterable[str], again: bool) -> dict[str, Variant]:
     found = {}
     for text in texts:
         name, _, settings = text.partition(":")
+        if not settings.strip():
+            raise ConfigError(f'{text!r}: a variant is "NAME: KEY VALUE ..."')
         found[name.strip()] = Variant("ours", shlex.split(settings), again)
     return found

@@ -16,10 +16,11 @@ from detectron2.utils.events import EventStorage
 
 from d2distill.classification import config as classification_config
 from d2distill.common import distillers
+from d2distill.common.errors import ConfigError
 from d2distill.configs import find_config
 from d2distill.detection import config as detection_config
 from d2distill.tools import benchmark_classification, benchmark_detection, usual_losses
-from d2distill.tools.benchmark import SUITES
+from d2distill.tools.benchmark import SUITES, main
 from d2distill.tools.benchmark_losses import loss_pairs, loss_tensors, peak_memory, use_usual_losses
 from d2distill.tools.benchmark_runs import parse_variants, ratios
 from tests.detection.tiny_detectors import SMALL, TEACHER
@@ -124,6 +125,10 @@ def test_the_published_loop_of_detectors_computes_our_losses(tmp_path):
         with EventStorage(), torch.jit.optimized_execution(False):
             found.append({name: value.item() for name, value in losses().items()})
     assert found[0] == pytest.approx(found[1], rel=1e-4) and "loss_dkd" in found[0]
+    runner = benchmark_detection.ours(**arguments, folder=str(tmp_path), shape=[2, 64, 96])
+    runner.step()
+    runner.close()
+    assert runner.images == 2
 
 
 def test_ratios_are_medians_of_rounds():
@@ -146,6 +151,21 @@ def test_the_suites_are_configurations(name):
         assert cfg.DISTILL.METHODS == ["DKD"]
         for variant in parse_variants([*case.get("with", []), *case.get("again", [])], False).values():
             assert variant.opts and len(variant.opts) % 2 == 0
+
+
+def test_user_errors_are_found_before_anything_is_measured(capsys, monkeypatch):
+    for line, words in {
+        f"--config-file {CONFIG} SOLVER.NIX 2": "unknown config key SOLVER.NIX",
+        "--suite cpu --only zebra": "--only zebra: none of the cases has it: res32x4",
+        "--suite cpu --losses": "name one of --config-file, --suite and --losses",
+        "--suite cpu SOLVER.AMP bf16": "a suite is a fixed list",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["d2distill-benchmark", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="NAME: KEY VALUE"):
+        parse_variants(["SOLVER.AMP bf16"], False)
 
 
 @pytest.mark.slow
