@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`make demo-det`: a teacher, and one small detector trained alone and with DKD + ReviewKD.
 
-Real handwritten digits on textured ground, under 15 minutes on two cores. Prints COCO's average precisions and draws
+Real handwritten digits on textured ground, under 15 minutes of CPU time. Prints COCO's average precisions and draws
 what each detector finds. A demo that was stopped continues; one that has ended shows its results again.
 """
 
