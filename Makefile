@@ -14,10 +14,10 @@ help: ## this list
 env: ## build .venv, or do nothing where it is complete
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
-demo: env ## distillation on handwritten digits, with a table and curves: 5 minutes on two cores
+demo: env ## distillation on handwritten digits, with a table and curves: 5 minutes of CPU time
 	$(RUN) tools/demo.py
 
-demo-det: env ## the same for detectors: 15 minutes
+demo-det: env ## the same for detectors: 15 minutes of CPU time
 	$(RUN) tools/demo_det.py
 
 test: env ## all tests; JOBS=8 in eight processes

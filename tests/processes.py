@@ -19,7 +19,7 @@ from d2distill.common.engine.launch import join_job
 
 ROOT = Path(__file__).resolve().parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.classification.tiny_training", "tests.detection.tiny_training", __name__])
+_MODULES = ["tests.classification.tiny_training", "tests.detection.tiny_training", __name__]
 
 
 def start(function: Callable, *arguments, output: Path | None = None, **environment) -> ForkServerProcess:
@@ -31,6 +31,8 @@ def start(function: Callable, *arguments, output: Path | None = None, **environm
     # DataLoaders fork their workers there as they do here.
     method = multiprocessing.get_start_method()
     process = _CONTEXT.Process(target=_work, args=(environ, method, output, function, arguments))
+    # Each time: the launcher of sweeps has a server of the same kind, with other modules.
+    _CONTEXT.set_forkserver_preload(_MODULES)
     with pytest.MonkeyPatch.context() as patch:
         # The first call starts the server, which imports from there.
         patch.setenv("PYTHONPATH", str(ROOT))

@@ -45,13 +45,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     args = parser.parse_args()
     require_detectron2()
+    configs = students(args.teacher, args.student)
     import torch
     from detectron2.utils.collect_env import collect_env_info
 
     from d2distill.tools.comparison import CLASSIFICATION, Comparison, Entry
     from d2distill.tools.leaderboard import write_leaderboard
 
-    configs = students(args.teacher, args.student)
     for name in args.only or ():
         if name not in configs:
             raise ConfigError(f"--only {name}: no such ending{did_you_mean(name, configs)}; there are {list(configs)}")

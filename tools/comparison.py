@@ -105,6 +105,7 @@ class Task:
         teacher_network: the setting that names a teacher's network, and its value, from the teacher's own file and
             configuration.
         share: of a run that is done, from a line of its metrics.json and its configuration.
+        modules: that the training command imports.
     """
 
     script: Path
@@ -114,6 +115,7 @@ class Task:
     metrics: tuple[str, ...]
     teacher_network: Callable[[str, CfgNode], tuple[str, str]]
     share: Callable[[Mapping[str, float], CfgNode], float]
+    modules: tuple[str, ...]
 
 
 CLASSIFICATION = Task(
@@ -129,6 +131,7 @@ CLASSIFICATION = Task(
     ("top1", "mAP"),
     lambda file, cfg: ("MODEL.TEACHER.NAME", cfg.MODEL.STUDENT.NAME),
     lambda line, cfg: line.get("epoch", 0) / cfg.SOLVER.EPOCHS,
+    ("d2distill.classification.trainer",),
 )
 DETECTION = Task(
     ROOT / "detection" / "train_net.py",
@@ -143,6 +146,7 @@ DETECTION = Task(
     ("bbox/AP",),
     lambda file, cfg: ("TEACHER.CONFIG_FILE", file),
     lambda line, cfg: (line["iteration"] + 1) / cfg.SOLVER.MAX_ITER,
+    ("d2distill.detection.trainer",),
 )
 
 
@@ -189,7 +193,7 @@ class Comparison:
             RunsFailed: after all others have ended.
             SystemExit: after a signal, with 128 + its number.
         """
-        launcher = launcher or LocalLauncher()
+        launcher = launcher or LocalLauncher(preload=self.task.modules)
         jobs = jobs or launcher.jobs
         everything = [(entry, seed) for entry in self.entries for seed in entry.seeds]
         waiting = [job for job in everything if not self._ended(*job)]

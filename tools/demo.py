@@ -57,7 +57,7 @@ def main() -> None:
 
     comparison = Comparison(CLASSIFICATION, entries(), args.output, SETTINGS)
     print("A teacher learns from 1,297 digits; nine students learn from 100 of them, alone and with it", flush=True)
-    comparison.run(args.jobs, launcher=LocalLauncher(preload=["sklearn.datasets"]))
+    comparison.run(args.jobs, launcher=LocalLauncher(preload=[*CLASSIFICATION.modules, "sklearn.datasets"]))
     picture = Path(args.output, "learning_curves.png")
     comparison.draw_curves(comparison.entries[1:], picture, "resnet8 on 100 real digits, teacher vgg8")
     results = comparison.table()

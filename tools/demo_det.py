@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`make demo-det`: a teacher, and one small detector trained alone and with DKD + ReviewKD.
 
-Real handwritten digits on textured ground, under 15 minutes on two cores. Prints COCO's average precisions and draws
+Real handwritten digits on textured ground, under 15 minutes of CPU time. Prints COCO's average precisions and draws
 what each detector finds. A demo that was stopped continues; one that has ended shows its results again.
 """
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from d2distill.tools.comparison import Entry
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "det"
+#: Of all runs: the table has the teacher's precision from its own training.
+SETTINGS = ["TEST.TEACHER", "False"]
 NEXT = """
 What next:
   python tools/predict.py {student} {pictures} --output predictions
       the distilled student finds the digits in pictures that it has not seen
-  python tools/sweep.py {config} DISTILL.REVIEWKD.WEIGHT=0.01,0.1 --teacher det/digits_r18.yaml --output {output}
-      a leaderboard of settings over three seeds; the teacher is there already
+  python tools/sweep.py {config} DISTILL.REVIEWKD.WEIGHT=0.01,0.1 TEACHER.MODEL.WEIGHTS={teacher} --output {output}
+      a leaderboard of settings over three seeds
   python tools/list.py methods --filter detection
       the methods that work in detectors
   docs/own_data.md
@@ -52,7 +54,7 @@ def main() -> None:
     from d2distill.tools.drawing import draw_detections
     from d2distill.tools.leaderboard import write_leaderboard
 
-    comparison = Comparison(DETECTION, entries(args.seeds, args.opts), args.output)
+    comparison = Comparison(DETECTION, entries(args.seeds, args.opts), args.output, SETTINGS)
     print("1/3: drawing 500 pictures of digits, or finding them in DETECTRON2_DATASETS", flush=True)
     ensure_generated("digits_coco")
     print("2/3: a teacher and students learn from 400 of them, the students alone and with the teacher", flush=True)
@@ -68,7 +70,8 @@ def main() -> None:
     student = Path(args.output, last.run_name(args.seeds[0]))
     config = f"det/{Path(last.config_file).name}"
     pictures = data_path("digits_coco/val")
-    print(NEXT.format(student=student, pictures=pictures, config=config, output=args.output))
+    teacher = Path(args.output, comparison.entries[0].run_name(0), "student_final.pth")
+    print(NEXT.format(student=student, pictures=pictures, config=config, output=args.output, teacher=teacher))
 
 
 if __name__ == "__main__":

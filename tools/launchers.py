@@ -21,8 +21,6 @@ __all__ = ["Launcher", "LocalLauncher", "SlurmLauncher", "stop_signals", "visibl
 
 #: The last digits of a run depend on the number of threads: it is not left to the machine.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-#: What the training commands import.
-_TRAINERS = ("d2distill.classification.trainer", "d2distill.detection.trainer")
 
 
 class Run(Protocol):
@@ -63,38 +61,35 @@ def visible_gpus() -> list[str]:
 class LocalLauncher:
     """Processes of this machine. Where it has GPUs, a run sees one of them: that with the fewest runs.
 
-    Without GPUs runs are forked from a process that has imported what they need, which takes about as long as ten
-    epochs of a small student. With GPUs, to whose libraries a fork may do harm, each run is an interpreter of its own.
-
     Args:
         gpus: as CUDA_VISIBLE_DEVICES names them; default: :func:`visible_gpus`.
-        preload: modules that the runs need, beside the trainers.
+        preload: modules that all runs import. Without GPUs they are imported once, and the runs forked from there: to
+            import a trainer takes about as long as ten epochs of a small student. With GPUs, to whose libraries a fork
+            may do harm, and without such modules each run is an interpreter of its own.
     """
 
     def __init__(self, gpus: Sequence[str] | None = None, preload: Sequence[str] = ()) -> None:
         self.gpus = visible_gpus() if gpus is None else gpus
         self.jobs = len(self.gpus) or 2
-        self.preload = [*_TRAINERS, *preload]
+        self.preload = [*preload]
         self.running: list[_Process] = []
 
     def start(self, command: Sequence[str], folder: Path) -> "_Process":
         self.running = [run for run in self.running if run.poll() is None]
         environment, console = {**os.environ, **_ENVIRONMENT}, folder / "console.txt"
-        if self.gpus:
+        if self.preload and not self.gpus:
+            self.running.append(_ForkedProcess(self._fork(command, console, environment), console))
+        else:
             used = [run.gpu for run in self.running]
-            gpu = min(self.gpus, key=used.count)
+            gpu = min(self.gpus, key=used.count, default="")
+            if gpu:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
             with open(console, "w") as file:
                 # In a session of its own, or Ctrl-C would kill it before it can save.
                 process = subprocess.Popen(
-                    command,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env={**environment, "CUDA_VISIBLE_DEVICES": gpu},
-                    start_new_session=True,
+                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
                 )
             self.running.append(_Process(process, console, gpu))
-        else:
-            self.running.append(_ForkedProcess(self._fork(command, console, environment), console))
         return self.running[-1]
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ def _main() -> None:
         nearest = did_you_mean(args.baseline, labels)
         raise ConfigError(f"--baseline {args.baseline}: no such row{nearest}; there are {', '.join(labels)}")
     baseline = labels.get(args.baseline, first)
-    launcher = LocalLauncher()
+    launcher = LocalLauncher(preload=task.modules)
     if slurm:
         # Not YAML, to which a time of 10:00:00 is a number.
         pairs = (item.split("=", 1) for item in slurm)

@@ -61,5 +61,5 @@ def test_the_demo(tmp_path, tiny):
     assert len(rows) == 5 and (tmp_path / "detections.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     # A second call finds its runs as it left them.
-    comparison = Comparison(DETECTION, demo_det.entries([0], opts), tmp_path)
+    comparison = Comparison(DETECTION, demo_det.entries([0], opts), tmp_path, demo_det.SETTINGS)
     assert all(comparison.results(entry) for entry in comparison.entries)

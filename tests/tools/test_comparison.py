@@ -60,7 +60,7 @@ def load_cfg(config_file, opts):
 
 
 def stand_in_task(folder):
-    return replace(CLASSIFICATION, script=Path(folder, "train.py"), load_cfg=load_cfg)
+    return replace(CLASSIFICATION, script=Path(folder, "train.py"), load_cfg=load_cfg, modules=())
 
 
 def stopped_run(folder):
@@ -146,14 +146,17 @@ def test_a_failed_run_is_shown_by_the_end_of_its_log_and_stops_no_other(stand_in
     assert comparison.results(plain) and not comparison.results(broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_runs_and_the_next_call_continues(stand_in, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "modules"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("colorsys",))]
+)
+def test_a_signal_ends_the_runs_and_the_next_call_continues(stand_in, tmp_path, number, modules):
     def send():
         while len(list(tmp_path.glob("out/*/ready"))) < 2:
             time.sleep(0.1)
         os.kill(os.getpid(), number)
 
     comparison = stopped_run(tmp_path)
+    comparison.task = replace(comparison.task, modules=modules)
     Thread(target=send, daemon=True).start()
     with pytest.raises(SystemExit) as stop:
         comparison.run(2)
@@ -273,17 +276,20 @@ def test_settings_of_all_runs_are_in_no_name(stand_in, tmp_path):
 def test_a_run_is_what_the_command_does(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import os, sys\nprint(__name__, sys.argv[1:], os.getsid(0) == os.getpid())\nsys.exit(7)\n")
-    for gpus in ([], ["0"]):
-        launcher = LocalLauncher(gpus)
+    for launcher in (LocalLauncher([], ["colorsys"]), LocalLauncher([]), LocalLauncher(["0"], ["colorsys"])):
         run = launcher.start([sys.executable, str(script), "KEY", "a b"], tmp_path)
         run.wait()
         launcher.close()
         assert run.poll() == 7 and run.log_end() == ["__main__ ['KEY', 'a b'] True"]
 
 
-def test_without_a_gpu_runs_find_everything_imported(tmp_path):
+def test_without_a_gpu_runs_find_the_modules_imported(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text("import sys\nprint('d2distill.detection.trainer' in sys.modules)\n")
-    run = LocalLauncher([]).start([sys.executable, str(script)], tmp_path)
-    run.wait()
-    assert run.log_end() == ["True"]
+    script.write_text("import os, sys\nprint('colorsys' in sys.modules, os.environ['OMP_NUM_THREADS'])\n")
+    for gpus, found in (([], "True 1"), (["0"], "False 1")):
+        launcher = LocalLauncher(gpus, ["colorsys"])
+        launcher.close()  # a server of other tests has other modules
+        run = launcher.start([sys.executable, str(script)], tmp_path)
+        run.wait()
+        launcher.close()
+        assert run.log_end() == [found]

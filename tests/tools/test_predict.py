@@ -29,6 +29,7 @@ def gray(path, value, size=(8, 8)):
 @pytest.fixture
 def model(monkeypatch):
     """Puts a model in the place of the one to load."""
+    monkeypatch.setattr("d2distill.deployed.student_file", lambda path: path)
     return lambda network: monkeypatch.setattr("d2distill.deployed.load", lambda path, device: network)
 
 

@@ -47,7 +47,7 @@ folder.joinpath("results.json").write_text(json.dumps(facts))
 def stand_in(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    task = replace(CLASSIFICATION, script=script)
+    task = replace(CLASSIFICATION, script=script, modules=())
     monkeypatch.setattr(comparison, "CLASSIFICATION", task)
     return task
 
