@@ -106,6 +106,7 @@ class Task:
             configuration.
         share: of a run that is done, from a line of its metrics.json and its configuration.
         modules: that the training command imports.
+        cache_key: the setting that names a folder for a teacher's outputs; all rows share one. Empty: there is none.
     """
 
     script: Path
@@ -116,6 +117,7 @@ class Task:
     teacher_network: Callable[[str, CfgNode], tuple[str, str]]
     share: Callable[[Mapping[str, float], CfgNode], float]
     modules: tuple[str, ...]
+    cache_key: str = ""
 
 
 CLASSIFICATION = Task(
@@ -132,6 +134,7 @@ CLASSIFICATION = Task(
     lambda file, cfg: ("MODEL.TEACHER.NAME", cfg.MODEL.STUDENT.NAME),
     lambda line, cfg: line.get("epoch", 0) / cfg.SOLVER.EPOCHS,
     ("d2distill.classification.trainer",),
+    "MODEL.TEACHER.CACHE",
 )
 DETECTION = Task(
     ROOT / "detection" / "train_net.py",
@@ -293,7 +296,8 @@ class Comparison:
         cfg = self.task.load_cfg(entry.config_file, self._settings(entry))
         wanted = _flatten(cfg.dump())
         # Where a run is, and what its data set fills in. Seed and teacher are in the folder's name.
-        ignored = {"SEED", "OUTPUT_DIR", "MODEL.NUM_CLASSES"} | ({self.task.teacher_key} if entry.teacher else set())
+        ignored = {"SEED", "OUTPUT_DIR", "MODEL.NUM_CLASSES", self.task.cache_key}
+        ignored |= {self.task.teacher_key} if entry.teacher else set()
         for seed in entry.seeds:
             file = self.folder(entry, seed) / "config.yaml"
             found = _flatten(file.read_text()) if file.exists() else {}
@@ -313,7 +317,8 @@ class Comparison:
         if entry.teacher is None:
             return [*self.settings, *entry.opts]
         weights = self.folder(entry.teacher, entry.teacher.seeds[0]) / "student_final.pth"
-        return [*self.settings, *entry.opts, self.task.teacher_key, str(weights)]
+        cache = [self.task.cache_key, str(self.output_dir / "teacher_outputs")] if self.task.cache_key else []
+        return [*cache, *self.settings, *entry.opts, self.task.teacher_key, str(weights)]
 
     def _ended(self, entry: Entry, seed: int) -> bool:
         # Results without settings may be anyone's.

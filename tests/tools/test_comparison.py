@@ -24,7 +24,7 @@ KD = Entry("with KD", str(ROOT / "configs/cls/digits_vgg8_r8_kd.yaml"), [0, 1, 2
 DEFAULTS = {
     "SEED": 0,
     "OUTPUT_DIR": "",
-    "MODEL": {"TEACHER": {"WEIGHTS": ""}},
+    "MODEL": {"TEACHER": {"WEIGHTS": "", "CACHE": ""}},
     "SOLVER": {"EPOCHS": 2},
     "DISTILL": {"METHODS": []},
     # How the stand-in ends: at once, "with an error", or, the first time, "by SIGTERM".
@@ -48,6 +48,7 @@ if opts.get("ENDS") == "by SIGTERM" and not (folder / "saved").exists():
     time.sleep(100)
 (folder / "student_final.pth").touch()
 results = {"top1": 90, "best_top1": 91, "parameters": 1e6, "flops": 1e6, "seconds": 1}
+results["cache"] = opts.get("MODEL.TEACHER.CACHE", "")
 (folder / "results.json").write_text(json.dumps(results))
 """
 
@@ -101,6 +102,18 @@ def test_every_seed_is_a_run_after_its_teachers_and_the_progress_is_shown(stand_
         "digits_a_b_kd_seed3": "--config-file --resume 3 1\n",
     }
     assert "3/3 runs, 100 %" in capfd.readouterr().err
+
+
+def test_rows_share_what_their_teacher_gave(stand_in, tmp_path):
+    teacher = Entry("teacher", str(tmp_path / "digits_a.yaml"), [0])
+    student = Entry("student", str(tmp_path / "digits_a_b_kd.yaml"), [0], teacher=teacher)
+    live = replace(student, label="live", opts=["MODEL.TEACHER.CACHE", ""])
+    comparison = Comparison(stand_in, [teacher, student, live], tmp_path / "out")
+    comparison.run(2)
+    folders = [comparison.results(entry)[0]["cache"] for entry in comparison.entries]
+    assert folders == ["", str(tmp_path / "out/teacher_outputs"), ""]
+    # Where it is, another run may choose.
+    Comparison(stand_in, [teacher, student], tmp_path / "out", ["MODEL.TEACHER.CACHE", "elsewhere"])
 
 
 def test_run_folders_follow_the_settings(tmp_path):
