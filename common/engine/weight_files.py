@@ -272,6 +272,7 @@ def weights_digest(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        value = value.detach().cpu().contiguous()
-        digest.update(value.view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
+        # Flat: in another memory format, axes of length 1 have strides of their own.
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
     return digest.hexdigest()
