@@ -96,8 +96,6 @@ def add_distill_config(cfg: Detectron2CfgNode) -> None:
         if isinstance(node, Detectron2CfgNode) and "FIRST" in node:
             node.FIRST = 0  # a pyramid has no stem to leave out
     cfg.TEACHER = _teacher_node(type(cfg))
-    # On a GPU the teacher's backbone runs on a CUDA stream of its own, beside the student. Off saves some memory.
-    cfg.SOLVER.TEACHER_STREAM = True
 
 
 def get_cfg() -> CfgNode:
@@ -131,6 +129,8 @@ def _own_cfg() -> CfgNode:
     cfg.SOLVER.ACCUMULATE = 1
     # Decay of an exponential moving average of the student, evaluated and saved beside the live one. 0: none.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # On a GPU the teacher's backbone runs on a CUDA stream of its own, beside the student. Off saves some memory.
+    cfg.SOLVER.TEACHER_STREAM = True
     # The newest so many checkpoints stay.
     cfg.SOLVER.CHECKPOINT_KEEP = 2
     cfg.REPORT = CfgNode()

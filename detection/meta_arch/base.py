@@ -112,7 +112,9 @@ class DistillDetector(nn.Module):
                     f"The teacher has {theirs} classes and the student {own}: their features are compared, and the "
                     "teacher's AP is not measured"
                 )
-        solver = {"max_iter": cfg.SOLVER.MAX_ITER, "teacher_stream": cfg.SOLVER.TEACHER_STREAM}
+        # A configuration of stock Detectron2 with add_distill_config has no settings of the run.
+        stream = cfg.SOLVER.get("TEACHER_STREAM", True)
+        solver = {"max_iter": cfg.SOLVER.MAX_ITER, "teacher_stream": stream}
         return {**parts, "teacher": teacher, "distillers": distillers, **solver}
 
     @classmethod

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from d2distill.common.engine.weight_files import read_weights
+from d2distill.common.engine.weight_files import read_weights, weights_digest
 from d2distill.common.engine.weight_loading import load_weights
 from d2distill.common.errors import CheckpointError
 
@@ -164,3 +164,11 @@ def test_the_cause_is_named(tmp_path, cause):
     network, content, message = MISFITS[cause]
     with pytest.raises(CheckpointError, match=rf"^KEY: {tmp_path}/f\.pth .*{message}"):
         loaded(saved(tmp_path, content), network)
+
+
+def test_a_digest_does_not_depend_on_the_memory_format():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+    before = weights_digest(network)
+    assert weights_digest(network.to(memory_format=torch.channels_last)) == before
+    network[0].bias.data[0] += 1
+    assert weights_digest(network) != before
