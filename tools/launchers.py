@@ -63,9 +63,9 @@ class LocalLauncher:
 
     Args:
         gpus: as CUDA_VISIBLE_DEVICES names them; default: :func:`visible_gpus`.
-        preload: modules that all runs import. Without GPUs they are imported once, and the runs forked from there: to
-            import a trainer takes about as long as ten epochs of a small student. With GPUs, to whose libraries a fork
-            may do harm, and without such modules each run is an interpreter of its own.
+        preload: modules that all runs import, which takes seconds. Without GPUs they are imported once, and the runs
+            forked from there. With GPUs, to whose libraries a fork may do harm, and without such modules each run is an
+            interpreter of its own.
     """
 
     def __init__(self, gpus: Sequence[str] | None = None, preload: Sequence[str] = ()) -> None:
