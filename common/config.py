@@ -97,7 +97,7 @@ def read_cfg(
                 f"{config_file} is a configuration of MDistiller: `d2distill-convert-config {config_file} -o "
                 "FILE.yaml` writes it as one of d2distill"
             )
-    # What is wrong beside the methods' settings is said before the seconds that importing them takes.
+    # Mistakes outside the methods' settings are reported first: importing the methods takes seconds.
     cfg = own_cfg()
     _add_distill_node(cfg)
     cfg.pass_over(_OF_METHODS)
