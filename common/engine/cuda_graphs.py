@@ -2,6 +2,7 @@
 Python to launch them one by one."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -21,8 +22,9 @@ WARMUP_CALLS = 3
 class CudaGraph:
     """A function of tensors that is captured as a CUDA graph after a few calls, and replayed from then on.
 
-    It is captured for the shapes that it is first called with several times in a row; for others it runs as it is, and
-    for all where it cannot be captured: where it waits for the device or reads what is on the host. The log says so.
+    It is captured for the shapes that it is the first to have been called with several times. For others it runs as it
+    is, and for all where it cannot be captured: where it waits for the device or reads what is on the host. The log
+    says so.
 
     Args:
         name: of what it is, for the log.
@@ -46,18 +48,17 @@ class CudaGraph:
         self.name, self.function, self.device, self.parameters = name, function, device, list(parameters)
         self.inputs = inputs
         self.failed = False
-        self._shapes: Any = None
-        self._calls = 0
+        self._calls, self._shapes = Counter(), ()
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if self.inputs is not None:
             args = self.inputs(*args)
-        shapes = [] if self.failed else [*_shapes(args)]
+        shapes = () if self.failed else tuple(_shapes(args))
         if self._replay is None and not self.failed:
-            self._calls = self._calls + 1 if shapes == self._shapes else 1
-            self._shapes = shapes
-            if self._calls > WARMUP_CALLS:
+            self._calls[shapes] += 1
+            if self._calls[shapes] > WARMUP_CALLS:
+                self._shapes = shapes
                 self._capture(args)
         if self._replay is None or shapes != self._shapes:
             return self.function(*args)
