@@ -197,7 +197,7 @@ def test_a_replayed_step_is_the_eager_one(tmp_path, name, amp):
     for graph in (False, True):
         longer = {"SOLVER__EPOCHS": 8, "TEST__EVAL_PERIOD": 8, "LOG_PERIOD": 1}
         cfg = small_cfg(tmp_path / str(graph), MODEL__DEVICE="cuda", SOLVER__AMP=amp, **longer)
-        given = ["DISTILL.METHODS", [name], "SOLVER.CUDA_GRAPH", graph, f"DISTILL.{name.upper()}.WARMUP", 6.0]
+        given = ["DISTILL.METHODS", [name], "SOLVER.CUDA_GRAPH", graph, f"DISTILL.{name.upper()}.WARMUP", 6]
         cfg.merge_from_list([*given, "SOLVER.CLIP_GRAD_NORM", 5.0])
         run(cfg)
         text = (tmp_path / str(graph) / "log.txt").read_text()
