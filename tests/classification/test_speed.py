@@ -178,11 +178,8 @@ def test_no_step_waits_for_the_gpu(tmp_path, amp):
 )
 @pytest.mark.parametrize("amp", ["", "bf16"])
 def test_switches_on_a_gpu_change_rounding_alone(tmp_path, settings, amp):
-    logs, name = [], "".join(settings) + amp
-    for folder, switches in (
-        (f"{name}eager", {"COMPILE": "", "MEMORY_FORMAT": "contiguous"}),
-        (f"{name}fast", settings),
-    ):
+    logs, name, usual = [], "".join(settings) + amp, {"COMPILE": "", "MEMORY_FORMAT": "contiguous"}
+    for folder, switches in ((f"{name}eager", usual), (f"{name}fast", settings)):
         cfg = small_cfg(
             tmp_path / folder, MODEL__DEVICE="cuda", SOLVER__AMP=amp, SOLVER__EPOCHS=17, TEST__EVAL_PERIOD=17
         )
