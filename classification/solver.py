@@ -6,6 +6,7 @@ from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from torch import nn
 
+from d2distill.classification.config import lowering_epochs
 from d2distill.common.engine.dot import DOT
 
 __all__ = ["OPTIMIZERS", "PRECISIONS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
@@ -46,9 +47,11 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, solver: CfgNode, epoch_
     if solver.LR_SCHEDULE == "cosine":
         schedule = CosineParamScheduler(1.0, 0.0)
     else:
-        steps = [step * solver.EPOCHS if step < 1 else step for step in solver.STEPS if step < solver.EPOCHS]
-        values = [solver.GAMMA**i for i in range(len(steps) + 1)]
-        schedule = MultiStepParamScheduler(values, milestones=steps, num_updates=solver.EPOCHS)
+        # In a short run several may fall into one epoch.
+        epochs = [epoch for epoch in lowering_epochs(solver) if epoch < solver.EPOCHS]
+        ends = sorted(set(epochs))
+        values = [solver.GAMMA ** sum(epoch <= end for epoch in epochs) for end in (0, *ends)]
+        schedule = MultiStepParamScheduler(values, milestones=ends, num_updates=solver.EPOCHS)
     if solver.WARMUP_EPOCHS:
         schedule = WarmupParamScheduler(schedule, 0.001, min(solver.WARMUP_EPOCHS / solver.EPOCHS, 1.0))
     return LRMultiplier(optimizer, schedule, solver.EPOCHS * epoch_length)
