@@ -3,7 +3,6 @@
 torch and the data sets are imported when they are needed: a wrong key is answered before that.
 """
 
-import math
 import os
 
 from d2distill.classification.defaults import get_cfg, own_cfg
@@ -110,16 +109,13 @@ def _as_list(value: str | list[str]) -> list[str]:
     return ([value] if value else []) if isinstance(value, str) else [item for item in value if item]
 
 
-def lowering_epochs(solver: CfgNode) -> list[int]:
-    """The epochs after which SOLVER.STEPS lower the learning rate; shares of the run count up to whole epochs."""
-    return [math.ceil(step * solver.EPOCHS if step < 1 else step) for step in solver.STEPS]
-
-
 def schedule_notes(cfg: CfgNode) -> list[str]:
     """What of the schedules a run of SOLVER.EPOCHS never reaches, a sentence each, for the log.
 
     No errors: most often a published recipe was shortened to try it out.
     """
+    from d2distill.classification.solver import lowering_epochs
+
     solver, notes = cfg.SOLVER, []
     ends = zip(solver.STEPS, lowering_epochs(solver), strict=True)
     missed = [step for step, epoch in ends if epoch >= solver.EPOCHS]

@@ -1,15 +1,16 @@
 """Optimizers and learning-rate schedules by name."""
 
+import math
+
 import torch
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from torch import nn
 
-from d2distill.classification.config import lowering_epochs
 from d2distill.common.engine.dot import DOT
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "SCHEDULES", "build_lr_scheduler", "build_optimizer", "lowering_epochs"]
 
 OPTIMIZERS = ("SGD", "AdamW", "DOT")
 SCHEDULES = ("step", "cosine")
@@ -40,6 +41,11 @@ def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
         {"params": [p for p in trainable if p in exempt], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], rate, fused=fused)
+
+
+def lowering_epochs(solver: CfgNode) -> list[int]:
+    """The epochs after which SOLVER.STEPS lower the learning rate; shares of the run count up to whole epochs."""
+    return [math.ceil(step * solver.EPOCHS if step < 1 else step) for step in solver.STEPS]
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, solver: CfgNode, epoch_length: int) -> LRMultiplier:

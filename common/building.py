@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from d2distill.common.config import EXTENSIONS
-from d2distill.common.errors import ConfigError, UserError
+from d2distill.common.engine.cli import user_message
+from d2distill.common.errors import ConfigError
 
 __all__ = ["building", "extension_line"]
 
@@ -27,9 +28,9 @@ def building(node: str, cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError):
-        raise
     except Exception as error:
+        if user_message(error) is not None:
+            raise
         raise ConfigError(_explain(node, cfg or {}, error)) from error
 
 

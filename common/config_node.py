@@ -11,7 +11,7 @@ from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _CfgNode
 
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.files import open_regular
+from d2distill.common.files import regular_file
 from d2distill.common.foreign import our_key, similar_key
 from d2distill.common.rules import STR_OR_LIST
 from d2distill.configs import find_config
@@ -159,7 +159,7 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if os.path.realpath(filename) in map(os.path.realpath, above):
         raise ConfigError(f"{where}: _BASE_ goes round in a circle: {' -> '.join((*above, filename))}")
     try:
-        with open_regular(filename, encoding="utf-8") as file:
+        with open(regular_file(filename), encoding="utf-8") as file:
             settings = parse_yaml(file) or {}
     except Exception as error:  # of a damaged file: nearly anything
         own = isinstance(error, OSError | UnicodeDecodeError | yaml.YAMLError)

@@ -1,21 +1,16 @@
-"""Opening what should be a file: a pipe would wait for a writer, and a device has no end."""
+"""What is opened as a file should be one: a pipe would wait for a writer, and a device has no end."""
 
 import errno
 import os
 import stat
-from typing import IO, Any
+from typing import TypeVar
 
-__all__ = ["open_regular"]
+__all__ = ["regular_file"]
+_Path = TypeVar("_Path", str, os.PathLike)
 
 
-def open_regular(path: str | os.PathLike, mode: str = "r", **options: Any) -> IO[Any]:
-    """:func:`open` for reading; an OSError for what is there and is no regular file, without waiting for it."""
-
-    def opener(name: str, flags: int) -> int:
-        descriptor = os.open(name, flags | os.O_NONBLOCK)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", name)
-
-    return open(path, mode, opener=opener, **options)
+def regular_file(path: _Path) -> _Path:
+    """`path` itself, to be opened; an OSError where there is nothing, or no regular file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path

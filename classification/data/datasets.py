@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from d2distill.classification.registry import NamedRegistry
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import DataError
-from d2distill.common.files import open_regular
+from d2distill.common.files import regular_file
 
 Array = np.ndarray | torch.Tensor
 Labels = Sequence[int] | Array
@@ -250,7 +250,7 @@ def read_image(
     The other arguments are those of :func:`to_rgb`.
     """
     try:
-        with open_regular(path, "rb") as file, Image.open(file) as image:
+        with Image.open(regular_file(path)) as image:
             return to_rgb(image, exif_orientation, range_16bit)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__

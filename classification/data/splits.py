@@ -19,7 +19,7 @@ from d2distill.common.building import building
 from d2distill.common.config import CfgNode
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError
-from d2distill.common.files import open_regular
+from d2distill.common.files import regular_file
 
 __all__ = ["load_splits", "load_test_set", "read_class_names", "read_options", "split_positions"]
 
@@ -79,7 +79,7 @@ def read_class_names(value: str | Sequence[str]) -> list[str]:
     if isinstance(value, str):
         source = f"DATASETS.CLASSES {value}"
         try:
-            with open_regular(absolute_file(value), encoding="utf-8-sig") as file:
+            with open(regular_file(absolute_file(value)), encoding="utf-8-sig") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source} is no list of names, and no text file that can be read: {error}") from error
