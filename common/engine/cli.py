@@ -89,7 +89,7 @@ def exit_with_error(error: Exception, silent: bool = False) -> NoReturn:
     if debugging():  # in every process
         traceback.print_exception(error)
     if debugging() or not silent:
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error: {printable(message, lines=getattr(error, 'several_lines', False))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
