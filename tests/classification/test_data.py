@@ -483,5 +483,5 @@ def test_missing_data_says_where_and_how(tmp_path, name, needed, how):
     with pytest.raises(FileNotFoundError) as error:
         build_dataset(name, tmp_path)
     message = str(error.value)
-    assert f"{tmp_path}/{needed}\n" in message and how.format(root=tmp_path) in message
+    assert f"{tmp_path}/{needed}" in message and "\n" not in message and how.format(root=tmp_path) in message
     assert "DATASETS.ROOT" in message and "DETECTRON2_DATASETS" in message

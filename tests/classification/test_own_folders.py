@@ -388,7 +388,7 @@ def test_names_can_forge_nothing_and_lose_nothing(tmp_path, capsys):
     run = tmp_path / "run"
     train(small_run(tmp_path / "data", run, "SOLVER.EPOCHS", 1))
     for text in (capsys.readouterr().out, (run / "log.txt").read_text()):
-        assert f"2 training images: {shown[0]} 2, {shown[1]} 2" in text and "\x1b[31mred" not in text
+        assert f"4 training images: {shown[0]} 2, {shown[1]} 2" in text and "\x1b[31mred" not in text
     assert json.loads((run / "student.json").read_text())["classes"] == names
     assert shown[1] in (run / "confusion.csv").read_text()
     assert load(run).classes == names
