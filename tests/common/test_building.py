@@ -40,7 +40,11 @@ def build(node, cfg):
             r"^MODEL.RESNETS.NORM XN: XN is unknown \(KeyError in detectron2.layers",
         ),
         ("MODEL.RESNETS.OUT_FEATURES", ["res9"], r"^MODEL: .* \(AssertionError in detectron2.modeling.backbone.resnet"),
-        ("MODEL.RESNETS.STEM_OUT_CHANNELS", -1, r"^MODEL: .*negative dimension .* \(RuntimeError in torch.nn.modules.c"),
+        (
+            "MODEL.RESNETS.STEM_OUT_CHANNELS",
+            -1,
+            r"^MODEL: .*negative dimension .* \(RuntimeError in detectron2",
+        ),
         (
             "SOLVER.LR_SCHEDULER_NAME",
             "Step",
