@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from d2distill.classification.config import get_cfg, schedule_notes
 from d2distill.classification.data import ImageDataset
-from d2distill.classification.data.augment import build_augmentation
+from d2distill.classification.data.augment import AugmentedDataset, build_augmentation
 from d2distill.classification.data.datasets import shortened
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
@@ -43,7 +44,7 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.engine.weight_loading import load_weights
-from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
+from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError
 from d2distill.common.outputs import Progress
 
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
@@ -87,20 +88,26 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         )
 
     sampler = build_sampler()
+    epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+    # What INPUT makes of an image is seen before the networks compute anything. One that cannot be read says so later.
+    with building("INPUT", cfg), suppress(DataError):
+        soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
+        AugmentedDataset(test_set, fit)[0]
+        AugmentedDataset(train_set, fit, cfg.SEED, augmentation)[1, 0]
     # First, so that a cached teacher is compiled for as many rows as it computes at a time.
     cache_teachers(cfg, model, train_set, steps=len(sampler))
     prepare_networks(model, cfg, steps=len(sampler))
-    epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     with building("SOLVER", cfg):
         optimizer = build_optimizer(model, solver)
         lr_scheduler = build_lr_scheduler(optimizer, solver, epoch_length)
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
-    soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
     residence = Residence.of(cfg)
     testing = Testing(cfg, test_set, unreadable)
 
     def build_batches(start: int) -> Any:
-        return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable, residence)
+        sampler = build_sampler(start)
+        with building("DATALOADER", cfg):
+            return build_train_loader(train_set, sampler, fit, augmentation, workers, unreadable, residence)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}
