@@ -87,7 +87,9 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike, replay
         )
 
-    sampler = build_sampler()
+    with building("SOLVER", cfg):
+        sampler = build_sampler()
+        steps = len(sampler)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
     # What INPUT makes of an image is seen before the networks compute anything. One that cannot be read says so later.
     with building("INPUT", cfg), suppress(DataError):
@@ -95,8 +97,8 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         AugmentedDataset(test_set, fit)[0]
         AugmentedDataset(train_set, fit, cfg.SEED, augmentation)[1, 0]
     # First, so that a cached teacher is compiled for as many rows as it computes at a time.
-    cache_teachers(cfg, model, train_set, steps=len(sampler))
-    prepare_networks(model, cfg, steps=len(sampler))
+    cache_teachers(cfg, model, train_set, steps)
+    prepare_networks(model, cfg, steps)
     with building("SOLVER", cfg):
         optimizer = build_optimizer(model, solver)
         lr_scheduler = build_lr_scheduler(optimizer, solver, epoch_length)
@@ -123,7 +125,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             batch = {name: part[:0] for name, part in batch.items()}
         if replay.epochs:
             batch = replay.repeat(batch, step, epoch_length, weight, soften)
-        progress = Progress(step, step // epoch_length + 1, step / len(sampler))
+        progress = Progress(step, step // epoch_length + 1, step / steps)
         return [({**batch, "progress": progress}, weight)]
 
     def evaluate_student(network: nn.Module, interruptible: Interruptible) -> dict[str, float]:
@@ -143,7 +145,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         deployed_student=model.deployed_student,
         evaluate=evaluate_student,
         best_metric=testing.best_metric,
-        max_iter=len(sampler),
+        max_iter=steps,
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
         may_change=_MAY_CHANGE,

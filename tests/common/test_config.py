@@ -209,7 +209,7 @@ def test_a_base_may_be_read_twice(cfg, tmp_path):
     [
         (at_least(1), [1, 1.5], [0, math.inf, math.nan]),
         (BELOW_ONE, [0, 0.9], [1, -1]),
-        (NUMBERS, [[], (1, 2.5)], [["a"], 1, [True]]),
+        (NUMBERS, [[], (1, 2.5)], [["a"], 1, [True], [math.nan], [0, math.inf]]),
         (INCREASING, [[], (1, 2), [0.5, 0.9]], [[2, 1], [1, 1], [0], [0.5, 1], [0.5, 2], ["a"], [[1]]]),
         (LIST_OF_STR, [[], ["a"]], ["a", [1]]),
         (STR_OR_LIST, ["a", ["a"]], [1, [1]]),
