@@ -116,7 +116,8 @@ def own_cfg() -> CfgNode:
     # SGD's alone.
     cfg.SOLVER.NESTEROV = False
     cfg.SOLVER.WEIGHT_DECAY = 5e-4
-    # step: times GAMMA after each of STEPS (in epochs, or all below 1: shares of EPOCHS). cosine: to 0 at the end.
+    # step: times GAMMA after each of STEPS (in epochs, or all below 1: shares of EPOCHS, up to whole epochs). cosine:
+    # to 0 at the end.
     cfg.SOLVER.LR_SCHEDULE = "step"
     cfg.SOLVER.STEPS = [150, 180, 210]
     cfg.SOLVER.GAMMA = 0.1

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from d2distill.classification.config import get_cfg, schedule_notes
 from d2distill.classification.data import ImageDataset
-from d2distill.classification.data.augment import build_augmentation
+from d2distill.classification.data.augment import AugmentedDataset, build_augmentation
 from d2distill.classification.data.datasets import shortened
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
@@ -29,6 +30,7 @@ from d2distill.classification.solver import PRECISIONS, build_lr_scheduler, buil
 from d2distill.classification.speed import prepare_networks, replays_steps
 from d2distill.classification.teacher_cache import cache_teachers
 from d2distill.classification.testing import Testing, center_fit
+from d2distill.common.building import building
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
     run_on_main_process,
@@ -42,7 +44,7 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.engine.weight_loading import load_weights
-from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
+from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError
 from d2distill.common.outputs import Progress
 
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
@@ -85,19 +87,30 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             len(train_set), solver.IMS_PER_BATCH, solver.EPOCHS, cfg.SEED, start, drawn_alike, replay
         )
 
-    sampler = build_sampler()
-    # First, so that a cached teacher is compiled for as many rows as it computes at a time.
-    cache_teachers(cfg, model, train_set, steps=len(sampler))
-    prepare_networks(model, cfg, steps=len(sampler))
-    optimizer = build_optimizer(model, solver)
+    with building("SOLVER", cfg):
+        sampler = build_sampler()
+        steps = len(sampler)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+    # What INPUT makes of an image is seen before the networks compute anything. One that cannot be read says so later.
+    with building("INPUT", cfg), suppress(DataError):
+        soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
+        AugmentedDataset(test_set, fit)[0]
+        AugmentedDataset(train_set, fit, cfg.SEED, augmentation)[1, 0]
+    # First, so that a cached teacher is compiled for as many rows as it computes at a time.
+    with building("MODEL.TEACHER", cfg):
+        cache_teachers(cfg, model, train_set, steps)
+    with building("SOLVER", cfg):
+        prepare_networks(model, cfg, steps)
+        optimizer = build_optimizer(model, solver)
+        lr_scheduler = build_lr_scheduler(optimizer, solver, epoch_length)
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
-    soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
     residence = Residence.of(cfg)
     testing = Testing(cfg, test_set, unreadable)
 
     def build_batches(start: int) -> Any:
-        return build_train_loader(train_set, build_sampler(start), fit, augmentation, workers, unreadable, residence)
+        sampler = build_sampler(start)
+        with building("DATALOADER", cfg):
+            return build_train_loader(train_set, sampler, fit, augmentation, workers, unreadable, residence)
 
     def dot_backward(losses: dict[str, Tensor]) -> None:
         names = {f"loss_{name}" for name in model.distillers}
@@ -113,7 +126,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
             batch = {name: part[:0] for name, part in batch.items()}
         if replay.epochs:
             batch = replay.repeat(batch, step, epoch_length, weight, soften)
-        progress = Progress(step, step // epoch_length + 1, step / len(sampler))
+        progress = Progress(step, step // epoch_length + 1, step / steps)
         return [({**batch, "progress": progress}, weight)]
 
     def evaluate_student(network: nn.Module, interruptible: Interruptible) -> dict[str, float]:
@@ -128,12 +141,12 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         # DOT averages its gradients over the processes itself.
         wrapped=model if backward else wrap_student(model),
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, solver, epoch_length),
+        lr_scheduler=lr_scheduler,
         build_batches=build_batches,
         deployed_student=model.deployed_student,
         evaluate=evaluate_student,
         best_metric=testing.best_metric,
-        max_iter=len(sampler),
+        max_iter=steps,
         eval_period=cfg.TEST.EVAL_PERIOD * epoch_length,
         checkpoint_periods=[p for p in (solver.CHECKPOINT_PERIOD * epoch_length, solver.CHECKPOINT_STEPS) if p],
         may_change=_MAY_CHANGE,
@@ -178,10 +191,8 @@ def _teacher_stats(cfg: CfgNode, model: DistillModel) -> dict[str, int]:
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0."""
     if cfg.INPUT.AUGMENTATION:
-        try:
+        with building("INPUT.AUGMENTATION", cfg):
             build_augmentation(cfg.INPUT.AUGMENTATION)
-        except ValueError as error:
-            raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
     train_set, test_set = load_splits(cfg)
     _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):

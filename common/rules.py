@@ -27,7 +27,9 @@ def _all(values: Any, *types: type) -> bool:
 
 
 BELOW_ONE = Rule("at least 0 and below 1", lambda value: 0 <= value < 1)
-NUMBERS = Rule("a list of numbers", lambda value: _all(value, int, float))
+NUMBERS = Rule(
+    "a list of numbers", lambda value: _all(value, int, float) and all(-math.inf < x < math.inf for x in value)
+)
 INCREASING = Rule(
     "a list of increasing numbers, from 1 on, or all between 0 and 1 as shares of the run",
     lambda value: (

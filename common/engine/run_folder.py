@@ -15,6 +15,7 @@ from d2distill.common.config import import_extensions
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
 from d2distill.common.errors import ConfigError
+from d2distill.common.text import make_printable
 
 RESULTS = "results.json"
 METRICS = "metrics.json"
@@ -53,6 +54,8 @@ def start_logs(output_dir: str | None) -> None:
         logging.getLogger(name).handlers.clear()
         setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
     logging.getLogger("detectron2.evaluation.evaluator").addFilter(_says_how_far)
+    for handler in (*logging.getLogger("fvcore").handlers, *logging.getLogger("detectron2").handlers):
+        handler.addFilter(make_printable)
 
 
 def _says_how_far(record: logging.LogRecord) -> bool:
@@ -68,8 +71,8 @@ def write_run_folder(cfg: CfgNode) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write a text file atomically. Bytes of file names that are no UTF-8 are escapes there, as JSON reads them."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
