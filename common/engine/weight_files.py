@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,10 +239,33 @@ def description_in(content: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def preprocess_in(description: Mapping[str, Any], *keys: str) -> tuple[Any, ...] | None:
-    """These entries of a description's ``preprocess``; None where not all of them are there."""
+def preprocess_in(description: Mapping[str, Any], source: str, *keys: str) -> tuple[Any, ...] | None:
+    """These entries of a description's ``preprocess``; None where not all of them are there.
+
+    Raises:
+        CheckpointError: one is of another kind than it should be; `source` is named.
+    """
     found = description.get("preprocess")
-    return tuple(found[key] for key in keys) if isinstance(found, dict) and set(keys) <= found.keys() else None
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        return None
+    for key in keys:
+        if not _KINDS[key](found[key]):
+            raise CheckpointError(f"{source} describes itself wrongly: its preprocess.{key} is {repr(found[key])[:80]}")
+    return tuple(found[key] for key in keys)
+
+
+def _is_statistic(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and isfinite(x) for x in value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "mean": _is_statistic,
+    "std": lambda value: _is_statistic(value) and min(value) > 0,
+    "size": lambda value: type(value) is int and value > 0,
+    "resize": lambda value: type(value) is int and value > 0,
+    "interpolation": lambda value: value in ("bilinear", "bicubic"),
+    "format": lambda value: isinstance(value, str),
+}
 
 
 def source_digest(source: str) -> dict[str, str]:
