@@ -150,13 +150,17 @@ class RunCheckpointer:
         if not path.is_file():
             raise CheckpointError(f"{path} is no regular file")
         try:
-            data, has_digest = read_torch_file(path)
+            with open(path, "rb") as file:
+                data, has_digest = read_torch_file(file)
         except Exception as error:  # a damaged file raises nearly anything
             raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
         if not isinstance(data, dict):
             raise CheckpointError(f"{path} is no checkpoint of such a run: it holds a {type(data).__name__}")
         if _HAS_DIGEST in data and not has_digest:
-            raise CheckpointError(f"{path} was changed after it was written: its digest is missing")
+            raise CheckpointError(
+                f"{path} was changed after it was written, as its digest is missing; to trust it all the same, save it "
+                f"without its entry '{_HAS_DIGEST}'"
+            )
         for key in ("model", *self.checkpointables, "settings", "run_identity"):
             if not isinstance(data.get(key), dict):
                 raise CheckpointError(f"{path} is no checkpoint of such a run: it has no '{key}'")

@@ -60,6 +60,7 @@ def append_digest(file: IO[bytes]) -> None:
         file.write(_ONNX_PROPERTY)
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256")
+    file.seek(0, os.SEEK_END)
     file.write(_MARK + digest.hexdigest().encode())
 
 
@@ -127,7 +128,7 @@ def write_torch_file(content: Any, file: IO[bytes]) -> None:
     append_digest(file)
 
 
-def read_torch_file(path: str | Path) -> tuple[Any, bool]:
+def read_torch_file(file: IO[bytes]) -> tuple[Any, bool]:
     """Read a file of torch.save of any age.
 
     Returns:
@@ -137,12 +138,11 @@ def read_torch_file(path: str | Path) -> tuple[Any, bool]:
         RefusedGlobalError: it holds more than tensors, containers, text and numbers.
         Exception: nearly any other, where it is damaged.
     """
-    with open(path, "rb") as file:
-        digest = has_digest(file)
-        file.seek(0)
-        is_archive = file.read(len(ARCHIVE)) == ARCHIVE
-        file.seek(0)
-        return _read_archive(file) if is_archive else _read_legacy(file), digest
+    digest = has_digest(file)
+    file.seek(0)
+    is_archive = file.read(len(ARCHIVE)) == ARCHIVE
+    file.seek(0)
+    return _read_archive(file) if is_archive else _read_legacy(file), digest
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *rest: Any) -> Tensor:
@@ -244,7 +244,8 @@ def _read_legacy(file: IO[bytes]) -> Any:
     head = tuple(_TorchUnpickler(file).load() for _ in _LEGACY_HEAD)
     if head != _LEGACY_HEAD or not _TorchUnpickler(file).load()["little_endian"]:
         raise UnpicklingError("it is of another version of torch.save, or of another byte order")
-    left = os.fstat(file.fileno()).st_size
+    place = file.tell()
+    left = file.seek(0, os.SEEK_END) - file.seek(place)
     storages: dict[str, Tensor] = {}
 
     def storage(key: str, dtype: torch.dtype, number: int, view: tuple[str, int, int] | None) -> Tensor:

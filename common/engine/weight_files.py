@@ -148,14 +148,14 @@ def read_content(source: str) -> Any:
     if library in LIBRARIES:
         return {"model": _read_library(library, name), "__author__": library}
     path = _local_path(source)
-    with open(path, "rb") as file:
-        start = file.read(16)
     try:
         if path.endswith(".safetensors"):
             state, facts = read_safetensors(path)
             return {**facts, "model": state}
-        if start.startswith((ARCHIVE, LEGACY)):
-            return read_torch_file(path)[0]
+        with open(path, "rb") as file:
+            start = file.read(16)
+            if start.startswith((ARCHIVE, LEGACY)):
+                return read_torch_file(file)[0]
         if path.endswith(".pkl") or start.startswith(b"\x80"):
             return _tensors(load_arrays(path, CheckpointError), {})
     except CheckpointError:
