@@ -127,9 +127,12 @@ def _find_state(content: Any, source: str, use_ema: bool | None, depth: int = 0)
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise a CheckpointError that names `source` and the first tensor of `state` that has a NaN or an infinity."""
+    """Raise a CheckpointError that names `source` and the first tensor of `state` that has a NaN or an infinity.
+
+    So has one of larger numbers than float32, the networks' type, can hold.
+    """
     for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not value.float().isfinite().all():
             raise CheckpointError(f"{source} is not finite: {name} has NaN or infinite values")
 
 

@@ -100,7 +100,6 @@ def ensure_generated(name: str) -> Path:
                     logger.info("Generating the data set %s in %s", name, folder)
                     for stale in folder.parent.glob(f".{name}.*tmp"):  # of calls that were cut off
                         shutil.rmtree(stale, ignore_errors=True)
-                    temporary.mkdir()
                     for split, num_images in SETS[name].items():
                         generate_split(temporary, split, num_images, SEEDS[name])
                     temporary.rename(folder)
