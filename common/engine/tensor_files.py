@@ -1,9 +1,9 @@
 """Files of tensors, written with a digest of their content, and read without running code from them.
 
-Those of torch.save are not read by torch.load: of an archive in which a flipped bit marks a record as a folder it returns memory that
-was never written, it lets a file call NumPy's and torch's own constructors, which may allocate anything, and an archive
-may be small only because it is compressed. Here the standard library reads the records and checks their sums, and the
-only tensors are those of records that are as large as they claim.
+Those of torch.save are not read by torch.load: where a flipped bit marks an archive's record as a folder, it returns
+memory that was never written; it lets a file call NumPy's and torch's own constructors, which may allocate anything;
+and an archive may be small only because it is compressed. Here the standard library reads the records and checks their
+sums, and the only tensors are those of records that are as large as they claim.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import os
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from pickle import UnpicklingError
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch

@@ -4,10 +4,8 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import isfinite
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

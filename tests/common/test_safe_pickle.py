@@ -85,7 +85,14 @@ def test_everything_else_is_refused(tmp_path, monkeypatch, value, named, protoco
 
 @pytest.mark.parametrize(
     ("dtype", "data"),
-    [("f4", b"1234567"), ("f4", "text"), ("O", b"12345678"), ("f8,O", b"1234567812345678"), ("V8", b"12345678"), ("u1", 2)],
+    [
+        ("f4", b"1234567"),
+        ("f4", "text"),
+        ("O", b"12345678"),
+        ("f8,O", b"1234567812345678"),
+        ("V8", b"12345678"),
+        ("u1", 2),
+    ],
 )
 def test_an_array_with_forged_content(tmp_path, dtype, data):
     """The bytes must fill the shape, and be numbers: of an object type they would be pointers.

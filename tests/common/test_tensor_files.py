@@ -130,7 +130,7 @@ def test_a_flipped_bit_without_a_digest_is_found_or_harmless():
 def test_a_file_that_is_cut_off(legacy):
     content = saved(SMALL, legacy).getvalue()
     for length in range(0, len(content), 7):
-        with pytest.raises((EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError, IndexError, struct.error)):
+        with pytest.raises((EOFError, LookupError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)):
             read_torch_file(io.BytesIO(content[:length]))
 
 
@@ -195,7 +195,7 @@ HOSTILE = {
     "code": (pickle.dumps({"w": Call(eval, "1")}, 2), {}, "more than weights: a pickled .*eval"),
     "memory": (pickle.dumps({"w": Call(bytearray, 2**32)}, 2), {}, "more than weights: a pickled .*bytearray"),
     "torch's memory": (pickle.dumps({"w": Call(torch.FloatTensor, 2**30)}, 2), {}, "a pickled torch.FloatTensor"),
-    "a class that is changed": (b"\x80\x02cargparse\nNamespace\nN}X\x01\x00\x00\x00aK\x01s\x86b.", {}, "type has no sta"),
+    "a class that is changed": (b"\x80\x02cargparse\nNamespace\nN}X\x01\x00\x00\x00aK\x01s\x86b.", {}, "type has no"),
     "more numbers than there are": (tensor(number=HUGE), DATA, "storage 0 has 12 bytes, not 4294967296 numbers"),
     "fewer numbers than there are": (tensor(number=b"K\x02"), DATA, "storage 0 has 12 bytes"),
     "a view beyond its memory": (tensor(size=b"K\x04"), DATA, "out of bounds"),
@@ -218,7 +218,8 @@ def test_hostile_archives(tmp_path, case):
 
 def test_archives_that_are_small_but_for_their_content(tmp_path):
     assert read_weights(archive(tmp_path / "f.pth", tensor(), DATA))["w"].tolist() == [1, 2, 3]
-    deflated = archive(tmp_path / "deflated.pth", tensor(), {"f/data/0": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED)
+    zeros = {"f/data/0": bytes(10**6)}
+    deflated = archive(tmp_path / "deflated.pth", tensor(), zeros, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="its records are larger than the file"):
         read_weights(deflated)
     with pytest.raises(CheckpointError, match="is compressed or marked as a folder"):
