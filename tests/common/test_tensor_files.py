@@ -130,7 +130,9 @@ def test_a_flipped_bit_without_a_digest_is_found_or_harmless():
 def test_a_file_that_is_cut_off(legacy):
     content = saved(SMALL, legacy).getvalue()
     for length in range(0, len(content), 7):
-        with pytest.raises((EOFError, LookupError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)):
+        with pytest.raises(
+            (EOFError, LookupError, ValueError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)
+        ):
             read_torch_file(io.BytesIO(content[:length]))
 
 
