@@ -23,8 +23,6 @@ logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
 # The entry of a checkpoint that is not complete without its digest: one that was changed afterwards has none.
 _HAS_DIGEST = "has_digest"
-# Of write_atomically; before, there was the process's number in it.
-_TEMPORARY = re.compile(r".+\.[0-9a-f]+\.tmp")
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -43,10 +41,6 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # The rename itself must reach the disk too.
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a write that failed
         if not isinstance(cause, OSError):
@@ -57,6 +51,10 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    # The rename itself must reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
@@ -101,7 +99,7 @@ class RunCheckpointer:
         write_atomically(self.save_dir / f"{name}.pth", lambda file: write_torch_file(data, file))
         write_atomically(self.save_dir / "last_checkpoint", lambda file: file.write(f"{name}.pth".encode()))
         for old in self.files()[self.keep :]:
-            old.unlink(missing_ok=True)
+            old.unlink()
 
     def files(self) -> list[Path]:
         """Checkpoints of the run folder, newest first."""
@@ -132,8 +130,7 @@ class RunCheckpointer:
     def _latest_valid(self, read: dict[str, Any]) -> str | None:
         """The name of the latest valid checkpoint, whose content is put into `read` under it."""
         for stale in self.save_dir.glob("*.tmp"):
-            if _TEMPORARY.fullmatch(stale.name):  # of a save that was killed
-                stale.unlink(missing_ok=True)
+            stale.unlink(missing_ok=True)  # of a save that was killed
         errors = []
         for path in self.files():
             try:

@@ -26,8 +26,8 @@ class RefusedGlobalError(pickle.UnpicklingError):
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"it asks for {name}, and only arrays of numbers are admitted")
-        self.name = name
+        self.name = ascii(name)[1:-1][:100]
+        super().__init__(f"it asks for {self.name}, and only arrays of numbers are admitted")
 
 
 class _DType:

@@ -95,3 +95,10 @@ def test_a_checkpoint_of_a_version_without_digests(tmp_path, resumed, content):
     del data["has_digest"]
     torch.save(data, path)
     assert resumed(path.read_bytes()) == 4
+
+
+def test_what_is_no_file_is_not_opened(tmp_path, resumed, content, log):
+    """A pipe would wait for a writer."""
+    os.mkfifo(tmp_path / "model_0000006.pth")
+    assert resumed(content["model_0000004.pth"]) == 4
+    assert "model_0000006.pth is no regular file; trying the checkpoint before it" in log.text

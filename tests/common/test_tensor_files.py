@@ -193,7 +193,11 @@ DATA = {"f/data/0": struct.pack("<3f", 1, 2, 3)}
 SCALAR = np.float64(0).__reduce__()[0]
 HUGE = b"\x8a\x05\x00\x00\x00\x00\x01"  # 2**32
 HOSTILE = {
-    "a scalar of an object type": (pickle.dumps({"w": Call(SCALAR, np.dtype("O"), b"12345678")}, 2), {}, "not a plain"),
+    "a scalar of an object type": (
+        pickle.dumps({"w": Call(SCALAR, Call(np.dtype, "O,O"), b"12345678" * 2)}, 2),
+        {},
+        "not a plain",
+    ),
     "code": (pickle.dumps({"w": Call(eval, "1")}, 2), {}, "more than weights: a pickled .*eval"),
     "memory": (pickle.dumps({"w": Call(bytearray, 2**32)}, 2), {}, "more than weights: a pickled .*bytearray"),
     "torch's memory": (pickle.dumps({"w": Call(torch.FloatTensor, 2**30)}, 2), {}, "a pickled torch.FloatTensor"),
