@@ -190,7 +190,7 @@ def tensor(size=b"K\x03", stride=b"K\x01", number=b"K\x03", offset=b"K\x00"):
 
 
 DATA = {"f/data/0": struct.pack("<3f", 1, 2, 3)}
-SCALAR = np.float64(0).__reduce__()[0]
+OBJECTS = Call(np.float64(0).__reduce__()[0], Call(np.dtype, "O,O"), b"12345678" * 2)
 HUGE = b"\x8a\x05\x00\x00\x00\x00\x01"  # 2**32
 HOSTILE = {
     "a scalar of an object type": (
