@@ -1,5 +1,6 @@
 """A checkpoint that is damaged or was changed is not resumed from, wherever it is damaged."""
 
+import json
 import os
 import random
 import zipfile
@@ -102,3 +103,12 @@ def test_what_is_no_file_is_not_opened(tmp_path, resumed, content, log):
     os.mkfifo(tmp_path / "model_0000006.pth")
     assert resumed(content["model_0000004.pth"]) == 4
     assert "model_0000006.pth is no regular file; trying the checkpoint before it" in log.text
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b'{"steps": 4, "top1": \xff}'])
+def test_damaged_results_are_written_anew(tmp_path, damaged):
+    tiny_trainer(tmp_path).run()
+    whole = (tmp_path / "results.json").read_bytes()
+    (tmp_path / "results.json").write_bytes(damaged)
+    tiny_trainer(tmp_path).run(resume=True)
+    assert json.loads((tmp_path / "results.json").read_bytes()).keys() == json.loads(whole).keys()
