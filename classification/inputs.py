@@ -64,7 +64,7 @@ def _set_statistics(key: str, node: CfgNode, own: InputSpec | None, source: str,
 def _input_spec(name: str, weights: str) -> tuple[InputSpec | None, str]:
     """What a network with such weights expects, and who says so."""
     if weights and weights.partition(":")[0] not in LIBRARIES:
-        found = preprocess_in(read_description(weights), "mean", "std", "size", "resize", "interpolation")
+        found = preprocess_in(read_description(weights), weights, "mean", "std", "size", "resize", "interpolation")
         if found is not None:
             mean, std, *rest = found
             return InputSpec(tuple(mean), tuple(std), *rest), f"the run that made {weights}"

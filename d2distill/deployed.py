@@ -36,7 +36,11 @@ def load(path: str | Path, device: str = "cpu") -> "nn.Module":
 
     if Path(path).suffix in SUFFIXES:
         program, description = open_program(Path(path), device)
-        return import_module(f"d2distill.{description['task']}.deployed").load_program(program, description)
+        deployed = import_module(f"d2distill.{description['task']}.deployed")
+        try:
+            return deployed.load_program(program, description)
+        except Exception as error:  # a description may say anything
+            raise CheckpointError(f"{path} describes itself wrongly: {str(error) or type(error).__name__}") from error
     file = str(student_file(path))
     weights, description = read_weights(file), read_description(file)
     task = description.get("task")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2distill.common.engine.tensor_files import DIGEST, append_digest, has_digest, write_safetensors
 from d2distill.common.errors import CheckpointError, MissingDependencyError
 
 __all__ = [
@@ -54,6 +55,7 @@ def save_pt2(network: nn.Module, images: Tensor, description: Mapping[str, Any],
     with _quiet(), torch.no_grad():
         program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         torch.export.save(program, path, extra_files={"d2distill": _described(description)})
+    _append_digest(path)
 
 
 def save_ts(detector: nn.Module, image: Tensor, description: Mapping[str, Any], path: Path) -> None:
@@ -61,6 +63,7 @@ def save_ts(detector: nn.Module, image: Tensor, description: Mapping[str, Any], 
     with _quiet():
         traced = torch.jit.trace(_traceable(detector, image), (image,), check_trace=False)
     torch.jit.save(traced, str(path), _extra_files={"d2distill": _described(description)})
+    _append_digest(path)
 
 
 def save_onnx(network: nn.Module, example: Tensor, description: Mapping[str, Any], path: Path) -> None:
@@ -73,7 +76,7 @@ def save_onnx(network: nn.Module, example: Tensor, description: Mapping[str, Any
             program = torch.onnx.export(network, (example,), dynamic_shapes=tuple(inputs.values()), **options)
             program.model.metadata_props["d2distill"] = _described(description)
             program.save(path)
-            return
+            return _append_digest(path)
         # The exporter on torch.export stops at Detectron2's data-dependent control flow.
         traceable = _traceable(network, example)
         axes = {**inputs, **outputs}
@@ -81,15 +84,13 @@ def save_onnx(network: nn.Module, example: Tensor, description: Mapping[str, Any
     model = onnx.load(path)
     model.metadata_props.add(key="d2distill", value=_described(description))
     onnx.save(model, path)
+    _append_digest(path)
 
 
 def save_safetensors(network: nn.Module, description: Mapping[str, Any], path: Path) -> None:
     """Write the weights of a student. What it takes is what the student takes: normalized images, or Detectron2's."""
-    from safetensors.torch import save_file
-
-    # Copies, as tensors that share memory are refused.
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
-    save_file(weights, path, {"d2distill": json.dumps(description)})
+    with open(path, "wb") as file:
+        write_safetensors(network.state_dict(), {"d2distill": json.dumps(description)}, file)
 
 
 def quantize_onnx(path: Path, output: Path, images: Iterable[Tensor]) -> None:
@@ -98,7 +99,7 @@ def quantize_onnx(path: Path, output: Path, images: Iterable[Tensor]) -> None:
     Args:
         images: batches as the classifier takes them, from which the activations' ranges are taken.
     """
-    require("onnx", "onnxruntime")
+    onnx = require("onnx", "onnxruntime")[0]
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -111,8 +112,14 @@ def quantize_onnx(path: Path, output: Path, images: Iterable[Tensor]) -> None:
 
     with TemporaryDirectory() as folder, _quiet():
         prepared = Path(folder, "prepared.onnx")
-        quant_pre_process(str(path), str(prepared))
+        model = onnx.load(path)
+        # It is the other file's.
+        kept = [entry for entry in model.metadata_props if entry.key != DIGEST]
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        quant_pre_process(model, str(prepared))
         quantize_static(prepared, output, Reader(), per_channel=True)
+    _append_digest(output)
 
 
 def open_program(path: Path, device: str | torch.device) -> tuple[Program, dict[str, Any]]:
@@ -124,14 +131,16 @@ def open_program(path: Path, device: str | torch.device) -> tuple[Program, dict[
     if not path.is_file():
         raise CheckpointError(f"there is no file {path.absolute()}")
     try:
+        with open(path, "rb") as file:
+            has_digest(file)
         program, text = _OPEN[path.suffix](path, torch.device(device))
+        description = json.loads(text or "{}")
     except MissingDependencyError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} cannot be opened: {lines[0]}") from error
-    description = json.loads(text or "{}")
-    if "task" not in description:
+    if not isinstance(description, dict) or description.get("task") not in list(_INPUT):
         raise CheckpointError(f"{path} says nothing of its classes: only files of d2distill-export can be opened")
     return program, description
 
@@ -144,6 +153,11 @@ def require(*names: str) -> list[Any]:
         raise MissingDependencyError(
             f"{error}: pip install onnx onnxruntime onnxscript huggingface_hub (the extra d2distill[export])"
         ) from error
+
+
+def _append_digest(path: Path) -> None:
+    with open(path, "r+b") as file:
+        append_digest(file)
 
 
 def _described(description: Mapping[str, Any]) -> str:

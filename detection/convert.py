@@ -4,9 +4,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from d2distill.common.engine.checkpoint import write_atomically
+from d2distill.common.engine.tensor_files import write_safetensors, write_torch_file
 from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.detection.weight_names import BOTTOM_UP
 from d2distill.detection.weights import DetectorWeights, read_detector
@@ -74,12 +73,10 @@ def write_detector(path: str | Path, weights: DetectorWeights) -> str:
     state = {name: value.detach().clone().contiguous() for name, value in {**weights.state, **teacher}.items()}
     facts = {"__author__": weights.author, **({"matching_heuristics": True} if weights.matching_heuristics else {})}
     if Path(path).suffix == ".safetensors":
-        from safetensors.torch import save
-
-        content = save(state, {"format": "pt", **{name: str(value) for name, value in facts.items()}})
-        write_atomically(path, lambda file: file.write(content))
+        texts = {name: str(value) for name, value in facts.items()}
+        write_atomically(path, lambda file: write_safetensors(state, texts, file))
     else:
-        write_atomically(path, lambda file: torch.save({"model": state, **facts}, file))
+        write_atomically(path, lambda file: write_torch_file({"model": state, **facts}, file))
     parts = sorted({re.sub(r"^(teacher\.)?(\w+)\..*", r"\1\2", name) for name in state})
     return f"wrote {path}: {len(state)} tensors ({', '.join(parts)})"
 

@@ -144,10 +144,12 @@ def load_student_file(file: str, weights: Mapping[str, Tensor], description: Map
         with torch.random.fork_rng(devices=[]):
             network = build_model(cfg)
         student = DeployedDetector(network, cfg, description)
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, yaml.YAMLError) as error:
-        # A file may name code, but none is imported because a file says so.
-        own = f": import {', '.join(description['imports'])} first" if description.get("imports") else ""
-        raise CheckpointError(f"{file}: the network that it describes cannot be built ({error}){own}") from error
+    except Exception as error:  # a description may say anything
+        # It may name code, but none is imported because a file says so.
+        own = description.get("imports")
+        hint = f": import {', '.join(map(str, own))} first" if isinstance(own, list) and own else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{file}: the network that it describes cannot be built ({reason}){hint}") from error
     own_state = network.state_dict()
     if any(differing := compare_states(own_state, weights)):
         raise CheckpointError(f"{file}: the weights are not of the network that it describes: {differing}")

@@ -93,7 +93,7 @@ def read_detector(source: str) -> DetectorWeights:
         return DetectorWeights(source, backbone, {}, author or LIBRARIES[0], images=_IMAGENET)
     teacher = {n.removeprefix("teacher."): v for n, v in state.items() if n.startswith("teacher.")}
     state = {n: v for n, v in state.items() if not n.startswith(("teacher.", "distillers."))}
-    images = preprocess_in(description_in(content), "format", "mean", "std")
+    images = preprocess_in(description_in(content), source, "format", "mean", "std")
     return DetectorWeights(source, _without_constants(state), _without_constants(teacher), author, images=images)
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import IO, Any
 
 import torch
@@ -14,23 +15,28 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
-from d2distill.common.engine.weight_files import DESCRIPTION, compare_states, read_torch
-from d2distill.common.errors import CheckpointError, DivergedError, OutputError
+from d2distill.common.engine.tensor_files import read_torch_file, write_torch_file
+from d2distill.common.engine.weight_files import DESCRIPTION, check_finite, compare_states
+from d2distill.common.errors import CheckpointError, DivergedError, OutputError, UserError
 
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
+# The entry of a checkpoint that is not complete without its digest: one that was changed afterwards has none.
+_HAS_DIGEST = "has_digest"
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one.
 
+    The file is open for reading and writing. Nobody can have put one, or a link, in its place before.
+
     Raises:
         OutputError: the disk is full, or may not be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "x+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -69,7 +75,7 @@ def save_student(path: str | Path, state_dict: dict[str, Tensor], description: M
     """
     assert_finite_tensors(state_dict)
     content = {"model": state_dict} | ({DESCRIPTION: json.dumps(description)} if description else {})
-    write_atomically(path, lambda file: torch.save(content, file))
+    write_atomically(path, lambda file: write_torch_file(content, file))
 
 
 class RunCheckpointer:
@@ -89,8 +95,8 @@ class RunCheckpointer:
     def save(self, name: str, **kwargs: Any) -> None:
         """Write the model, every checkpointable and `kwargs` to ``<name>.pth``, then drop the oldest files."""
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **kwargs}
-        write_atomically(self.save_dir / f"{name}.pth", lambda file: torch.save(data, file))
+        data = {"model": self.model.state_dict(), **states, **kwargs, _HAS_DIGEST: True}
+        write_atomically(self.save_dir / f"{name}.pth", lambda file: write_torch_file(data, file))
         write_atomically(self.save_dir / "last_checkpoint", lambda file: file.write(f"{name}.pth".encode()))
         for old in self.files()[self.keep :]:
             old.unlink()
@@ -108,25 +114,27 @@ class RunCheckpointer:
         Raises:
             CheckpointError: in all processes, where none can be read, or one process cannot read the chosen one.
         """
-        name = run_on_main_process(self._latest_valid)
+        read: dict[str, Any] = {}
+        name = run_on_main_process(lambda: self._latest_valid(read))
         if name is None:
             return None
         path, data, error = self.save_dir / name, None, None
         try:
-            data = self._read(path)
+            data = read.get(name) or self._read(path)
         except CheckpointError as own:
             error = f"rank {comm.get_rank()} cannot follow: {own}. OUTPUT_DIR must be one folder for all nodes"
         if errors := [text for text in comm.all_gather(error) if text]:
             raise CheckpointError(f"the job resumes from {name}, but {errors[0]}")
         return path, data
 
-    def _latest_valid(self) -> str | None:
+    def _latest_valid(self, read: dict[str, Any]) -> str | None:
+        """The name of the latest valid checkpoint, whose content is put into `read` under it."""
         for stale in self.save_dir.glob("*.tmp"):
             stale.unlink(missing_ok=True)  # of a save that was killed
         errors = []
         for path in self.files():
             try:
-                self._read(path)
+                read[path.name] = self._read(path)
                 return path.name
             except CheckpointError as error:
                 logger.warning(f"{error}; trying the checkpoint before it")
@@ -136,22 +144,44 @@ class RunCheckpointer:
         return None
 
     def _read(self, path: Path) -> dict[str, Any]:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no regular file")
         try:
-            data = read_torch(path)
+            with open(path, "rb") as file:
+                data, has_digest = read_torch_file(file)
         except Exception as error:  # a damaged file raises nearly anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path} is damaged: {reason}") from error
+            raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} is no checkpoint of such a run: it holds a {type(data).__name__}")
+        if _HAS_DIGEST in data and not has_digest:
+            raise CheckpointError(
+                f"{path} was changed after it was written, as its digest is missing; to trust it all the same, save it "
+                f"without its entry '{_HAS_DIGEST}'"
+            )
         for key in ("model", *self.checkpointables, "settings", "run_identity"):
-            if key not in data:
+            if not isinstance(data.get(key), dict):
                 raise CheckpointError(f"{path} is no checkpoint of such a run: it has no '{key}'")
+        done = int(_NAME.fullmatch(path.name)[1])
+        if data.get("trainer", {}).get("iteration", done - 1) != done - 1:
+            raise CheckpointError(f"{path} was made after another step than its name says")
         return data
 
     def restore(self, path: Path, data: dict[str, Any]) -> None:
         """Load what :meth:`latest` read into the model and the checkpointables."""
         logger.info(f"Resuming from {path}")
-        differing = compare_states(self.model.state_dict(), data["model"])
-        if any(differing):
-            raise CheckpointError(f"{path} is of another model: {differing}; choose another OUTPUT_DIR")
-        self.model.load_state_dict(data["model"])
-        for key, item in self.checkpointables.items():
-            item.load_state_dict(data[key])
+        key = "model"
+        try:
+            if any(differing := compare_states(self.model.state_dict(), data["model"])):
+                raise CheckpointError(f"{path} is of another model: {differing}; choose another OUTPUT_DIR")
+            check_finite(data["model"], str(path))
+            self.model.load_state_dict(data["model"])
+            for key, item in self.checkpointables.items():
+                item.load_state_dict(data[key])
+        except UserError:
+            raise
+        except Exception as error:  # as many kinds as there are things that may be in it
+            raise CheckpointError(f"{path}: its '{key}' does not fit: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -87,10 +87,17 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
 
 
 def read_results(folder: str | Path, steps: int) -> dict[str, float] | None:
-    """The metrics in results.json of a run that has ended after that many steps; None where it has not."""
+    """The metrics in results.json of a run that has ended after that many steps; None where it has not.
+
+    Nor where the file is damaged: it is then written anew.
+    """
     path = Path(folder, RESULTS)
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    if content.get("steps") != steps:
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        logger.warning(f"{path} is damaged and written anew: {error}")
+        content = None
+    if not isinstance(content, dict) or content.get("steps") != steps:
         return None
     metrics = {n: value for n, value in content.items() if n not in _FACTS and not n.startswith(_PREFIXES)}
     # A metric that is not defined on the data is null there.

@@ -2,17 +2,32 @@
 
 Unpickling calls whatever the file names, so a downloaded pickle can run any code. Here the few globals that arrays
 need are replaced by stand-ins, and every other global is refused. NumPy's own are not safe to admit: their
-``__setstate__`` accepts any dtype, and an object dtype over raw bytes is a forged pointer. torch's weights_only loader
-reads only what torch.save wrote.
+``__setstate__`` accepts any dtype, and an object dtype over raw bytes is a forged pointer.
 """
 
 import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from d2distill.common.errors import DataError, UserError
+
+__all__ = ["RefusedGlobalError", "SafeUnpickler", "load_arrays"]
+
+
+class RefusedGlobalError(pickle.UnpicklingError):
+    """A pickle asks for something that is not admitted.
+
+    Args:
+        name: what it asks for, with its module.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = ascii(name)[1:-1][:100]
+        super().__init__(f"it asks for {self.name}, and only arrays of numbers are admitted")
 
 
 class _DType:
@@ -32,8 +47,8 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, is_fortran, data = state
-        # Python 2 wrote its str as bytes, which are read as text of these codes.
-        data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+        # Python 2 wrote its str as bytes, which are read as text of these codes. bytes() of a number would allocate it.
+        data = data.encode("latin1") if isinstance(data, str) else memoryview(data).tobytes()
         super().__setstate__((version, shape, dtype.value, is_fortran, data))
 
 
@@ -57,13 +72,47 @@ _GLOBALS = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class SafeUnpickler(pickle._Unpickler):
+    """Reads containers, text, numbers, None, and what `admitted` has by module and name, from a binary file.
+
+    The Unpickler in Python: the one in C allocates whatever a file claims, and sets attributes of classes. Text of
+    Python 2 is read as Latin-1.
+    """
+
+    admitted: Mapping[tuple[str, str], Any] = _GLOBALS
+    #: Types of which instances are given a state.
+    with_state: tuple[type, ...] = (_DType, _Array)
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="latin1")
+
     def find_class(self, module: str, name: str) -> Any:
         # NumPy 2 renamed numpy.core to numpy._core.
         key = (module.replace("numpy._core", "numpy.core"), name)
-        if key not in _GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays of numbers are admitted")
-        return _GLOBALS[key]
+        if key not in self.admitted:
+            raise RefusedGlobalError(f"{module}.{name}")
+        return self.admitted[key]
+
+    def load_build(self) -> None:
+        """Set the state of such an instance, and of a state dict the versions that it has there."""
+        value, state = self.stack[-2:]
+        if type(value) is OrderedDict:
+            self.stack[-1] = {key: entry for key, entry in state.items() if key == "_metadata"}
+        elif not isinstance(value, self.with_state):
+            raise pickle.UnpicklingError(f"a {type(value).__name__} has no state")
+        super().load_build()
+
+    def load_bytearray8(self) -> None:
+        """Read what is there before anything is allocated."""
+        size = int.from_bytes(self.read(8), "little")
+        data = self.read(size)
+        if len(data) != size:
+            raise EOFError("its bytes are cut off")
+        self.append(bytearray(data))
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 def load_arrays(path: str | Path, error: type[UserError] = DataError) -> Any:
@@ -82,7 +131,7 @@ def load_arrays(path: str | Path, error: type[UserError] = DataError) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            content = _Unpickler(file, encoding="latin1").load()
+            content = SafeUnpickler(file).load()
     except OSError:
         raise
     except Exception as reason:  # a damaged pickle raises nearly anything: EOFError, KeyError, TypeError, ...

@@ -55,7 +55,19 @@ def apply_new_hyperparams(
 
     A restored group has its old ones. The others stay as they are: an optimizer may keep a state among them. The
     schedule sets the learning rates from them at its next step.
+
+    Raises:
+        ValueError: the state that was restored does not fit the parameters.
     """
+    _assert_state_fits(optimizer)
     for group, old, new in zip(optimizer.param_groups, before, now, strict=True):
         group.update({key: value for key, value in new.items() if key in old and old[key] != value})
     schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+
+
+def _assert_state_fits(optimizer: "Optimizer") -> None:
+    """Raise a ValueError where a restored state is not of its parameter's shape, which torch does not look at."""
+    for number, (parameter, state) in enumerate(optimizer.state.items()):
+        for name, value in state.items():
+            if value is not None and getattr(value, "shape", None) not in ((), parameter.shape):
+                raise ValueError(f"the optimizer's {name} does not fit parameter {number}")

@@ -1,21 +1,19 @@
 """Read files of weights that others wrote, without running code from them."""
 
-import argparse
 import hashlib
 import json
 import logging
 import os
-import re
-import zipfile
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2distill.common.engine.safe_pickle import load_arrays
+from d2distill.common.engine.safe_pickle import RefusedGlobalError, load_arrays
+from d2distill.common.engine.tensor_files import ARCHIVE, LEGACY, read_safetensors, read_torch_file, state_digest
 from d2distill.common.errors import CheckpointError
 
 #: The entry, beside the weights, in which students of this package have what is needed to use them, as JSON.
@@ -25,20 +23,14 @@ logger = logging.getLogger("detectron2.d2distill")
 #: Prefixes of sources that are no files: ``torchvision:WEIGHTS`` and ``timm:NAME``.
 LIBRARIES = ("torchvision", "timm")
 
-# How files of torch.save begin, today's and those from before torch 1.6, whatever their suffix.
-_TORCH_FILES = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
-
 # Entries in which public checkpoints keep their state dict ("state" is Composer's, around "model"), and those for its
 # average over the training; prefixes of torch's wrappers and of this package's runs; usual ones of Lightning's modules,
 # which may as well be a network's own.
 _ENTRIES = ("model", "state_dict", "model_state_dict", "net", "model_state", "weights", "params", "state")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema")
+_MAX_DEPTH = 4
 _PREFIXES = ("module.", "_orig_mod.", "student.")
 _PREFIXES_OF_MODULES = ("model.", "net.", "network.")
-
-# Types in public checkpoints beside tensors: RepDistiller's options, numpy accuracies. None of them runs code.
-_HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
-_HARMLESS += [(np.float64(0).__reduce__()[0], name + ".multiarray.scalar") for name in ("numpy.core", "numpy._core")]
 
 
 class Mismatch(NamedTuple):
@@ -114,12 +106,14 @@ def state_dict_of(
     return dict(state)
 
 
-def _find_state(content: Any, source: str, use_ema: bool | None) -> Mapping[str, Tensor] | None:
-    if not isinstance(content, Mapping) or not content:
+def _find_state(content: Any, source: str, use_ema: bool | None, depth: int = 0) -> Mapping[str, Tensor] | None:
+    # A file may nest one entry in itself.
+    if not isinstance(content, Mapping) or not content or depth == _MAX_DEPTH:
         return None
-    if all(isinstance(value, Tensor) for value in content.values()):
+    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         return content
-    found = {entry: _find_state(content.get(entry), source, use_ema) for entry in (*_ENTRIES, *_AVERAGED)}
+    entries = (*_ENTRIES, *_AVERAGED)
+    found = {entry: _find_state(content.get(entry), source, use_ema, depth + 1) for entry in entries}
     live, averaged = (next((e for e in kind if found[e] is not None), None) for kind in (_ENTRIES, _AVERAGED))
     taken, other = (averaged, live) if averaged and (use_ema or not live) else (live, averaged)
     if taken and other:
@@ -131,9 +125,12 @@ def _find_state(content: Any, source: str, use_ema: bool | None) -> Mapping[str,
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise a CheckpointError that names `source` and the first tensor of `state` that has a NaN or an infinity."""
+    """Raise a CheckpointError that names `source` and the first tensor of `state` that has a NaN or an infinity.
+
+    So has one of larger numbers than float32, the networks' type, can hold.
+    """
     for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not value.float().isfinite().all():
             raise CheckpointError(f"{source} is not finite: {name} has NaN or infinite values")
 
 
@@ -152,27 +149,24 @@ def read_content(source: str) -> Any:
     if library in LIBRARIES:
         return {"model": _read_library(library, name), "__author__": library}
     path = _local_path(source)
-    with open(path, "rb") as file:
-        start = file.read(16)
     try:
         if path.endswith(".safetensors"):
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as file:
-                return {**(file.metadata() or {}), "model": {n: file.get_tensor(n) for n in file.keys()}}  # noqa: SIM118
-        if start.startswith(_TORCH_FILES):
-            return read_torch(path)
+            state, facts = read_safetensors(path)
+            return {**facts, "model": state}
+        with open(path, "rb") as file:
+            start = file.read(16)
+            if start.startswith((ARCHIVE, LEGACY)):
+                return read_torch_file(file)[0]
         if path.endswith(".pkl") or start.startswith(b"\x80"):
-            return _tensors(load_arrays(path, CheckpointError))
+            return _tensors(load_arrays(path, CheckpointError), {})
     except CheckpointError:
         raise
+    except RefusedGlobalError as error:
+        raise CheckpointError(
+            f"{source} is refused, for it holds more than weights: a pickled {error.name}, which might run code; "
+            "save the network's model.state_dict() alone"
+        ) from error
     except Exception as error:  # a damaged file raises nearly anything
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            # Torch proposes to trust the file.
-            raise CheckpointError(
-                f"{source} is refused, for it holds more than weights: a pickled {found[1]}, which might run code; "
-                "save the network's model.state_dict() alone"
-            ) from error
         raise CheckpointError(f"{source} cannot be read as a checkpoint: {_last_line(error)}") from error
     raise CheckpointError(
         f"{source} is no checkpoint: it does not begin like one (is it a text, a web page, a Git LFS pointer?)"
@@ -207,22 +201,18 @@ def _local_path(source: str) -> str:
         raise CheckpointError(f"{source} cannot be fetched: {_last_line(error)}") from error
 
 
-def read_torch(path: str | Path) -> Any:
-    """Read a file of torch.save onto the CPU. torch.load does not check the archive's checksums, and bits may flip."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise RuntimeError(f"wrong checksum of {damaged}")
-    with torch.serialization.safe_globals(_HARMLESS):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _tensors(value: Any) -> Any:
+def _tensors(value: Any, done: dict[int, Any]) -> Any:
+    """Arrays and numbers as tensors; each object once, however often it is in the file. `done` is by their id."""
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, dict):
-        return {name: _tensors(entry) for name, entry in value.items() if entry is not None}
+        done[id(value)] = result = {}
+        result.update((name, _tensors(entry, done)) for name, entry in value.items() if entry is not None)
+        return result
     if isinstance(value, np.ndarray):
         # A copy in the machine's byte order: torch has no other.
-        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        done[id(value)] = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        return done[id(value)]
     return torch.tensor(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -250,10 +240,33 @@ def description_in(content: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def preprocess_in(description: Mapping[str, Any], *keys: str) -> tuple[Any, ...] | None:
-    """These entries of a description's ``preprocess``; None where not all of them are there."""
+def preprocess_in(description: Mapping[str, Any], source: str, *keys: str) -> tuple[Any, ...] | None:
+    """These entries of a description's ``preprocess``; None where not all of them are there.
+
+    Raises:
+        CheckpointError: one is of another kind than it should be; `source` is named.
+    """
     found = description.get("preprocess")
-    return tuple(found[key] for key in keys) if isinstance(found, dict) and set(keys) <= found.keys() else None
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        return None
+    for key in keys:
+        if not _KINDS[key](found[key]):
+            raise CheckpointError(f"{source} describes itself wrongly: its preprocess.{key} is {repr(found[key])[:80]}")
+    return tuple(found[key] for key in keys)
+
+
+def _is_statistic(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and isfinite(x) for x in value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "mean": _is_statistic,
+    "std": lambda value: _is_statistic(value) and min(value) > 0,
+    "size": lambda value: type(value) is int and value > 0,
+    "resize": lambda value: type(value) is int and value > 0,
+    "interpolation": lambda value: value in ("bilinear", "bicubic"),
+    "format": lambda value: isinstance(value, str),
+}
 
 
 def source_digest(source: str) -> dict[str, str]:
@@ -269,10 +282,4 @@ def source_digest(source: str) -> dict[str, str]:
 
 def weights_digest(network: nn.Module) -> str:
     """SHA-256 of a network's state dict: which weights it has, wherever they came from."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        # Flat: in another memory format, axes of length 1 have strides of their own.
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
-    return digest.hexdigest()
+    return state_digest(network.state_dict())

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -88,16 +89,17 @@ def ensure_generated(name: str) -> Path:
         ImportError: scikit-learn is not installed.
         DataError: the folder cannot be written, or exists without annotations.
     """
-    # What is there was left by a call that was cut off, unless another process holds the lock.
-    temporary = data_path(f".{name}.tmp")
     folder = data_path(name)
+    # Of a name that nobody can know before, as somebody may have put a link to elsewhere there.
+    temporary = folder.with_name(f".{name}.{token_hex(8)}.tmp")
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with file_lock(str(folder)):
                 if not folder.exists():  # another process may have generated it meanwhile
                     logger.info("Generating the data set %s in %s", name, folder)
-                    shutil.rmtree(temporary, ignore_errors=True)
+                    for stale in folder.parent.glob(f".{name}.*tmp"):  # of calls that were cut off
+                        shutil.rmtree(stale, ignore_errors=True)
                     for split, num_images in SETS[name].items():
                         generate_split(temporary, split, num_images, SEEDS[name])
                     temporary.rename(folder)

@@ -153,6 +153,7 @@ def test_another_run_is_not_resumed(tmp_path):
     run(cfg)
     (path,) = tmp_path.glob("model_*3.pth")
     saved = torch.load(path, weights_only=True)
+    del saved["has_digest"]
     trainer = build_trainer(cfg, *load_datasets(cfg))
     for part, name in (
         ("settings", "SOLVER.IMS_PER_BATCH"),
@@ -172,6 +173,7 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path):
     (path,) = tmp_path.glob("model_*3.pth")
     saved = torch.load(path, weights_only=True)
     saved["trainer"]["seconds"] = 1000.0
+    del saved["has_digest"]
     torch.save(saved, path)
     run(small_cfg(tmp_path, SOLVER__EPOCHS=2), resume=True)
     assert 1000 < json.loads((tmp_path / "results.json").read_text())["seconds"] < 2000
@@ -271,10 +273,21 @@ def change_model(data):
     data["model"].update(x=data["model"].pop("student.fc.bias"), y=torch.ones(1), z=torch.ones(1))
 
 
+def change_momentum(data):
+    data["trainer"]["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda data: data.pop("trainer"), "is no checkpoint of such a run: it has no 'trainer'"),
+        (lambda data: data.update(settings=None), "is no checkpoint of such a run: it has no 'settings'"),
+        (lambda data: data["trainer"].update(iteration=-5), "was made after another step than its name says"),
+        (lambda data: data["trainer"].update(iteration=math.nan), "was made after another step than its name says"),
+        (lambda data: data["trainer"].update(optimizer={}), "its 'trainer' does not fit: 'param_groups'"),
+        (lambda data: data["model"].update({"student.fc.bias": None}), "its 'model' does not fit: 'NoneType'"),
+        (change_momentum, "its 'trainer' does not fit: the optimizer's momentum_buffer does not fit parameter 0"),
+        (lambda data: data["model"]["student.fc.bias"].fill_(math.nan), "is not finite: student.fc.bias has NaN"),
         (change_model, r"is of another model: 1 missing \(student\.fc\.bias\); 3 unexpected \(x, y, z\); choose"),
     ],
 )
@@ -283,9 +296,11 @@ def test_a_checkpoint_of_something_else(finished, change, message):
     data = torch.load(path, weights_only=True)
     for other in finished.glob("model_*.pth"):
         other.unlink()
+    # As of a version that wrote no digests: of others it is noticed that they were changed.
+    del data["has_digest"]
     change(data)
     torch.save(data, path)
-    with pytest.raises(CheckpointError, match=f"{path} {message}") as error:
+    with pytest.raises(CheckpointError, match=f"{path}:? {message}") as error:
         run(small_cfg(finished), resume=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
@@ -303,6 +318,26 @@ def test_write_is_all_or_nothing(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_a_temporary_file_is_nobody_elses(tmp_path, monkeypatch):
+    """It does not follow a link that stands where it is to be, and what it becomes is as others may read it."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    for name in (f"file.{os.getpid()}.tmp", "file.known.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    assert victim.read_bytes() == b"precious"
+    umask = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    monkeypatch.setattr("d2distill.common.engine.checkpoint.token_hex", lambda length: "known")
+    with pytest.raises(OutputError, match="File exists"):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    assert victim.read_bytes() == b"precious"
 
 
 def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import builtins
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict, defaultdict
 
 import numpy as np
@@ -84,10 +85,20 @@ def test_everything_else_is_refused(tmp_path, monkeypatch, value, named, protoco
 
 @pytest.mark.parametrize(
     ("dtype", "data"),
-    [("f4", b"1234567"), ("f4", "text"), ("O", b"12345678"), ("f8,O", b"1234567812345678"), ("V8", b"12345678")],
+    [
+        ("f4", b"1234567"),
+        ("f4", "text"),
+        ("O", b"12345678"),
+        ("f8,O", b"1234567812345678"),
+        ("V8", b"12345678"),
+        ("u1", 2),
+    ],
 )
 def test_an_array_with_forged_content(tmp_path, dtype, data):
-    """The bytes must fill the shape, and be numbers: of an object type they would be pointers."""
+    """The bytes must fill the shape, and be numbers: of an object type they would be pointers.
+
+    A number in their place would be so many bytes of memory.
+    """
 
     class Forged:
         def __reduce__(self):
@@ -102,3 +113,22 @@ def test_cut_anywhere(tmp_path):
     for length in range(len(PYTHON2)):
         with pytest.raises(CheckpointError, match=r"refused to read .*f\.pkl: ."):
             load_arrays(written(tmp_path / "f.pkl", PYTHON2[:length]), CheckpointError)
+
+
+def test_memory_is_for_what_is_there(tmp_path):
+    """Not for place 2**24 - 1 among the objects that a pickle may refer to again."""
+    path = written(tmp_path / "f.pkl", b"\x80\x02Nr\xff\xff\xff\x00.")
+    tracemalloc.start()
+    assert load_arrays(path) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
+    with pytest.raises(DataError, match="cut off"):
+        load_arrays(written(path, b"\x80\x05\x96\x00\x00\x10\x00\x00\x00\x00\x00abc."))
+
+
+def test_a_class_is_left_as_it_is(tmp_path):
+    """Its attributes are set for the whole process."""
+    path = written(tmp_path / "f.pkl", b"\x80\x02cnumpy\ndtype\nN}X\x05\x00\x00\x00valueK\x01s\x86b.")
+    with pytest.raises(DataError, match="a type has no state"):
+        load_arrays(path)

@@ -1,11 +1,15 @@
 """Checkpoints as others write them: which weights are taken, under which names, and why others are not."""
 
+import math
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from d2distill.common.engine.weight_files import read_weights, weights_digest
+from d2distill.common.engine.weight_files import preprocess_in, read_content, read_weights, weights_digest
 from d2distill.common.engine.weight_loading import load_weights
 from d2distill.common.errors import CheckpointError
 
@@ -106,9 +110,9 @@ def test_a_network_may_have_a_child_of_a_prefixs_name(tmp_path):
     assert "model.fc.weight" in read_weights(saved(tmp_path, state_of(Wrapped(), prefix="module.")))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
 def test_weights_that_are_not_finite(tmp_path, value):
-    state = state_of(value=1.0)
+    state = {name: tensor.double() for name, tensor in state_of(value=1.0).items()}
     state["fc.weight"][1, 2] = value
     with pytest.raises(CheckpointError, match=r"^KEY: .*/bad\.pth is not finite: fc\.weight has NaN or infinite"):
         loaded(saved(tmp_path, {"model": state}, "bad.pth"))
@@ -172,3 +176,39 @@ def test_a_digest_does_not_depend_on_the_memory_format():
     assert weights_digest(network.to(memory_format=torch.channels_last)) == before
     network[0].bias.data[0] += 1
     assert weights_digest(network) != before
+
+
+def test_what_is_shared_in_a_pickle_stays_shared(tmp_path):
+    """Walking along all ways would take forever in a file of a few bytes."""
+    content = {"w": np.ones(2)}
+    for _ in range(30):
+        content = {"a": content, "b": content}
+    (tmp_path / "f.pkl").write_bytes(pickle.dumps({"model": content}))
+    read = read_content(str(tmp_path / "f.pkl"))["model"]
+    assert read["a"] is read["b"] and read["a"]["b"] is read["b"]["a"]
+
+
+def test_a_file_that_holds_itself(tmp_path):
+    content = {0: torch.ones(1)}
+    content.update(dict.fromkeys(("model", "ema", "state_dict"), content))
+    torch.save(content, tmp_path / "f.pth")
+    (tmp_path / "f.pkl").write_bytes(pickle.dumps({"model": {(1,): 1.0}}))
+    for name in ("f.pth", "f.pkl"):
+        with pytest.raises(CheckpointError, match=f"{name} holds no state dict"):
+            read_weights(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("mean", value) for value in ("abc", [1, 2], [1, 2, "3"], [1, 2, math.nan], {"a": 1}, [[1], [2], [3]])),
+        *(("std", value) for value in ([1, 1, 0], [1, 1, -1], [1, 1, 1e999], None)),
+        *(("size", value) for value in (0, -3, 2.5, "32", True, [])),
+        *(("interpolation", value) for value in ("x", 3, [])),
+        *(("format", value) for value in (3, ["RGB"])),
+    ],
+)
+def test_a_description_of_odd_types(key, value):
+    with pytest.raises(CheckpointError, match=rf"^f\.pth describes itself wrongly: its preprocess\.{key} is "):
+        preprocess_in({"preprocess": {key: value}}, "f.pth", key)
+    assert preprocess_in({"preprocess": value}, "f.pth", key) is None

@@ -177,16 +177,16 @@ def test_a_killed_process_leaves_nothing_that_counts(small, monkeypatch):
     monkeypatch.setitem(module.SETS, "digits_coco", {"train": 2000, "val": 4})
     process = multiprocessing.get_context("fork").Process(target=ensure_generated, args=("digits_coco",))
     process.start()
-    temporary = small.with_name(".digits_coco.tmp")
     deadline = time.monotonic() + 30
-    while not (temporary / "train/000003.png").exists() and time.monotonic() < deadline:
+    while not (begun := list(small.parent.glob(".digits_coco.*.tmp/train/000003.png"))) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert not small.exists() and temporary.exists()
+    assert not small.exists() and begun[0].exists()
     monkeypatch.setitem(module.SETS, "digits_coco", {"train": 12, "val": 4})
     ensure_generated("digits_coco")
     assert visible(small) == ["digits_coco", "digits_coco.lock"] and len(list((small / "train").iterdir())) == 12
+    assert not begun[0].exists()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

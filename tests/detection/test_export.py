@@ -10,6 +10,7 @@ from PIL import Image
 
 import d2distill
 from d2distill.common.engine.run_folder import write_run_folder
+from d2distill.common.errors import CheckpointError
 from d2distill.detection.data import load_training_set, register_datasets
 from d2distill.detection.trainer import build_trainer
 from d2distill.tools.export import main as export
@@ -63,6 +64,11 @@ def test_every_file_finds_what_the_student_finds(tiny, tmp_path, command, monkey
             # By score: equal ones may come in another order.
             assert torch.equal(own[2].sort().values, other[2].sort().values)
             torch.testing.assert_close(own[1], other[1], rtol=1e-3, atol=1e-4)
+        content = bytearray((tmp_path / "run/export" / file).read_bytes())
+        content[len(content) // 2] ^= 4
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(CheckpointError, match="another SHA-256"):
+            d2distill.load(tmp_path / file)
             torch.testing.assert_close(own[0].sort(0).values, other[0].sort(0).values, rtol=1e-3, atol=0.05)
     table = (tmp_path / "run/export/export.md").read_text()
     rows = [row.split("|") for row in table.splitlines()[2:7]]

@@ -144,7 +144,7 @@ def test_flipped_bits(tmp_path, state):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="wrong checksum"):
+    with pytest.raises(CheckpointError, match="Bad CRC-32"):
         read_detector(str(path))
 
 

@@ -105,6 +105,16 @@ def test_every_file_predicts_as_the_student(student, exported, digits):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_of_a_file_is_found(exported, tmp_path, name):
+    content = bytearray((exported[0] / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/{name} .*another SHA-256"):
+        d2distill.load(tmp_path / name)
+
+
+@pytest.mark.slow
 def test_the_table_and_the_card_have_the_accuracies(student, exported, digits):
     folder, printed = exported
     results = json.loads((student / "results.json").read_text())
