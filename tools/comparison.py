@@ -21,6 +21,7 @@ from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from tqdm import tqdm
 
+from d2distill.common.engine.folder_lock import folder_user, lock_folder
 from d2distill.common.engine.settings import flat_settings
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.tools.launchers import Launcher, LocalLauncher, Run, stop_signals
@@ -185,7 +186,8 @@ class Comparison:
     def run(self, jobs: int, deadline: float = math.inf, launcher: Launcher | None = None) -> None:
         """Train every row with every seed, in this order, so many jobs at a time, and show the progress.
 
-        A row waits for its teacher. A run that fails stops no other. At the deadline (of ``time.monotonic()``), and on
+        A row waits for its teacher, and a run for a process that trains in its folder already, such as one that a
+        killed call left behind. A run that fails stops no other. At the deadline (of ``time.monotonic()``), and on
         SIGINT, SIGTERM and SIGHUP, the runs save and stop; the next call resumes them.
 
         Args:
@@ -193,6 +195,7 @@ class Comparison:
             launcher: starts the runs, on this machine if it is None.
 
         Raises:
+            ConfigError: another call runs in the same folder.
             RunsFailed: after all others have ended.
             SystemExit: after a signal, with 128 + its number.
         """
@@ -212,16 +215,26 @@ class Comparison:
             miniters=0,
             mininterval=0.2 if sys.stderr.isatty() else 10,
         )
-        with bar, stop_signals() as received:
+        users: dict[Path, str] = {}
+        with lock_folder(self.output_dir, "--output"), bar, stop_signals() as received:
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
                     ready = [job for job in waiting if job[0].teacher is None or job[0].teacher.label in trained]
-                    for job in ready[: jobs - len(running)]:
-                        waiting.remove(job)
+                    in_use = False
+                    for job in ready:
+                        if len(running) == jobs:
+                            break
                         folder = self.folder(*job)
+                        if user := folder_user(folder):
+                            in_use = True
+                            if users.get(folder) != user:
+                                bar.write(f"waiting for {folder}, which is in use by {user}", file=sys.stderr)
+                            users[folder] = user
+                            continue
+                        waiting.remove(job)
                         folder.mkdir(parents=True, exist_ok=True)
                         running.append((job, launcher.start(self._command(*job), folder), LastLine(folder)))
-                    if not running:
+                    if not running and not in_use:
                         failures.append(f"{len(waiting)} runs have no teacher")
                         break
                     time.sleep(0.2)

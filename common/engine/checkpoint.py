@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.weight_files import DESCRIPTION, compare_states, read_torch
-from d2distill.common.errors import CheckpointError, DivergedError, OutputError
+from d2distill.common.errors import CheckpointError, DivergedError, writing
 
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
@@ -29,26 +29,22 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a write that failed
-        if not isinstance(cause, OSError):
-            raise
-        raise OutputError(
-            f"{path} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    # The rename itself must reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        # The rename itself must reach the disk too.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
@@ -93,7 +89,8 @@ class RunCheckpointer:
         write_atomically(self.save_dir / f"{name}.pth", lambda file: torch.save(data, file))
         write_atomically(self.save_dir / "last_checkpoint", lambda file: file.write(f"{name}.pth".encode()))
         for old in self.files()[self.keep :]:
-            old.unlink()
+            with writing(old):
+                old.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
         """Checkpoints of the run folder, newest first."""
