@@ -49,8 +49,8 @@ class OutputError(UserError, OSError):
 
 
 @contextmanager
-def writing(what: object) -> Iterator[None]:
-    """Turn what the system raises while `what` is written, as on a full or removed disk, into an OutputError."""
+def writing(what: object, done: str = "written") -> Iterator[None]:
+    """Turn what the system raises while `what` is `done`, as on a full or removed disk, into an OutputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -58,7 +58,7 @@ def writing(what: object) -> Iterator[None]:
         if isinstance(error, UserError) or not isinstance(cause, OSError):
             raise
         raise OutputError(
-            f"{what} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another"
+            f"{what} cannot be {done}: {cause.strerror or cause}; see to room and permission there, or choose another"
         ) from error
 
 

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.folder_lock import check_folder
 from d2distill.common.engine.weight_files import DESCRIPTION, compare_states, read_torch
 from d2distill.common.errors import CheckpointError, DivergedError, writing
 
@@ -25,9 +26,10 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one.
 
     Raises:
-        OutputError: the disk is full, or may not be written to.
+        OutputError: the disk is full, or may not be written to, or the run folder is no longer this run's.
     """
     path = Path(path)
+    check_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -89,7 +91,7 @@ class RunCheckpointer:
         write_atomically(self.save_dir / f"{name}.pth", lambda file: torch.save(data, file))
         write_atomically(self.save_dir / "last_checkpoint", lambda file: file.write(f"{name}.pth".encode()))
         for old in self.files()[self.keep :]:
-            with writing(old):
+            with writing(old, "removed"):
                 old.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
@@ -118,8 +120,6 @@ class RunCheckpointer:
         return path, data
 
     def _latest_valid(self) -> str | None:
-        for stale in self.save_dir.glob("*.tmp"):
-            stale.unlink(missing_ok=True)  # of a save that was killed
         errors = []
         for path in self.files():
             try:

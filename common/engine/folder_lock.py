@@ -1,5 +1,6 @@
 """One job at a time writes into a folder: a lock that the kernel releases however the process ends."""
 
+import errno
 import fcntl
 import os
 import shlex
@@ -20,7 +21,7 @@ LOCK = "run.lock"
 #: What flock raises where another process has the lock; some NFS servers answer with the second.
 _TAKEN = (BlockingIOError, PermissionError)
 #: The descriptors of the folders that this process holds.
-_held: dict[str, int] = {}
+_held: dict[Path, int] = {}
 
 
 def _close_in_child() -> None:
@@ -37,7 +38,8 @@ os.register_at_fork(after_in_child=_close_in_child)
 def lock_folder(folder: str | Path, key: str = "OUTPUT_DIR") -> Iterator[str]:
     """Make a folder, and hold it for the block; gives a warning where its filesystem knows no locks, else "".
 
-    That it can be written to is seen at once: the lock is a file that says who holds it.
+    That it can be written to is seen at once: the lock is a file that says who holds it. Temporary files that killed
+    processes left there are removed.
 
     Args:
         key: the setting or flag that names the folder.
@@ -53,6 +55,7 @@ def lock_folder(folder: str | Path, key: str = "OUTPUT_DIR") -> Iterator[str]:
         try:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, user.encode(errors="backslashreplace"))
+            os.fsync(descriptor)  # other nodes read it
         except OSError:
             os.close(descriptor)
             raise
@@ -64,12 +67,17 @@ def lock_folder(folder: str | Path, key: str = "OUTPUT_DIR") -> Iterator[str]:
         raise ConfigError(
             f"{key} {folder} cannot be used: {error.strerror}; choose one that can be written to"
         ) from error
-    _held[str(folder)] = descriptor
+    _held[path.parent] = descriptor
     try:
-        unlocked = f"{key} {folder} cannot be locked ({refusal}): see to it that no other run writes into it"
-        yield unlocked if refusal else ""
+        if refusal:
+            yield f"{key} {folder} cannot be locked ({refusal}): see to it that no other run writes into it"
+        else:
+            with suppress(OSError):
+                for stale in path.parent.glob("*.tmp"):
+                    stale.unlink()  # nobody else writes here
+            yield ""
     finally:
-        if _held.pop(str(folder), None) == descriptor:  # not in a forked child
+        if _held.pop(path.parent, None) == descriptor:  # not in a forked child
             if _is_file(path, descriptor):
                 with suppress(OSError):
                     path.unlink()
@@ -78,7 +86,7 @@ def lock_folder(folder: str | Path, key: str = "OUTPUT_DIR") -> Iterator[str]:
 
 def check_folder(folder: str | Path) -> None:
     """Raise an OutputError where a folder that this process holds was removed, or replaced by another run's."""
-    descriptor = _held.get(str(folder))
+    descriptor = _held.get(Path(folder))
     if descriptor is not None and not _is_file(Path(folder, LOCK), descriptor):
         raise OutputError(f"{folder} was removed, or its {LOCK}: this run stops, since another may write there now")
 
@@ -128,8 +136,9 @@ def _open_locked(path: Path) -> tuple[int, str]:
 def _is_file(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
-    except OSError:
-        return False
+    except OSError as error:
+        # Any other one, such as of a server that does not answer now, says nothing.
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 def _user(descriptor: int) -> str:

@@ -53,7 +53,6 @@ class CheckpointHook(HookBase):
     def _write(self) -> None:
         # A last update may break what losses show only in the next step, and statistics break before any loss does.
         self.trainer.assert_state_finite()
-        check_folder(self._checkpointer.save_dir)
         self._checkpointer.save(f"model_{self.trainer.iter + 1:07d}", **self._facts)
 
     def after_train(self) -> None:
