@@ -357,9 +357,7 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path, monkeypatch):
         (folder / "log.txt").write_text("of the other run")
         monkeypatch.setattr("d2distill.classification.trainer.load_datasets", None)
         for resume in (False, True):
-            with pytest.raises(
-                ConfigError, match=f"OUTPUT_DIR {folder} is in use by process {os.getpid()} on .*; wait"
-            ):
+            with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} is in use by process {os.getpid()} on"):
                 run(small_cfg(folder), resume)
         assert (folder / "log.txt").read_text() == "of the other run"
 

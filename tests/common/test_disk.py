@@ -100,10 +100,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_line_and_the_last_is_wh
 
 
 def test_torch_hides_what_the_disk_said(tmp_path):
-    with pytest.raises(OutputError, match="inference cannot be written: No space left"), writing("inference"):
-        with open("/dev/full", "wb") as file:
-            torch.save(torch.zeros(10**5), file)
-    with pytest.raises(RuntimeError, match="^of a network$"), writing("inference"):
+    no_room = pytest.raises(OutputError, match=r"^inference cannot be written: No space left on device; see to room")
+    with no_room, writing("inference"), open("/dev/full", "wb") as file:
+        torch.save(torch.zeros(10**5), file)
+    with pytest.raises(RuntimeError, match=r"^of a network$"), writing("inference"):
         raise RuntimeError("of a network")
 
 
