@@ -55,7 +55,7 @@ def test_a_log_on_a_full_disk_is_one_line_at_once(tmp_path, name, capfd):
         run_until(tmp_path, fill, saves=2)
     assert "\n" not in str(error.value) and not capfd.readouterr().err
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [1, 3]
-    assert tiny_trainer(tmp_path, max_iter=100, checkpoint_periods=[2]).resume() == 4
+    assert tiny_trainer(tmp_path, max_iter=100, loggers=("tensorboard", "csv")).resume() == 4
 
 
 def test_closing_a_log_on_a_full_disk_hides_no_error(tmp_path):
