@@ -114,7 +114,7 @@ class _InUse(Exception):
 
 def _open_locked(path: Path) -> tuple[int, str]:
     """The descriptor of the locked file, and why it could not be locked where the filesystem knows no locks."""
-    deadline = time.monotonic() + 0.5  # others look for a moment who holds it
+    deadline = time.monotonic() + 0.2  # others look for a moment who holds it
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
