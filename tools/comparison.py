@@ -19,13 +19,12 @@ from pathlib import Path
 import yaml
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
-from tqdm import tqdm
 
 from d2distill.common.engine.folder_lock import folder_user, lock_folder
 from d2distill.common.engine.settings import flat_settings
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.tools.launchers import Launcher, LocalLauncher, Run, stop_signals
-from d2distill.tools.progress import LastLine
+from d2distill.tools.progress import LastLine, runs_bar
 
 __all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "RunsFailed", "Task", "mean_std"]
 
@@ -206,27 +205,20 @@ class Comparison:
         trained = {entry.label for entry in self.entries if self.results(entry)}
         running: list[tuple[tuple[Entry, int], Run, LastLine]] = []
         failures = []
-        bar = tqdm(
-            desc=f"{len(everything) - len(waiting)}/{len(everything)} runs",
-            initial=len(everything) - len(waiting),
-            total=len(everything),
-            bar_format="{desc}, {percentage:.0f} %, {elapsed}, about {remaining} left",
-            smoothing=0,
-            miniters=0,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )
         users: dict[Path, str] = {}
-        with lock_folder(self.output_dir, "--output"), bar, stop_signals() as received:
+        with (
+            lock_folder(self.output_dir, "--output"),
+            runs_bar(len(everything) - len(waiting), len(everything)) as bar,
+            stop_signals() as received,
+        ):
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
                     ready = [job for job in waiting if job[0].teacher is None or job[0].teacher.label in trained]
-                    in_use = False
                     for job in ready:
                         if len(running) == jobs:
                             break
                         folder = self.folder(*job)
                         if user := folder_user(folder):
-                            in_use = True
                             if users.get(folder) != user:
                                 bar.write(f"waiting for {folder}, which is in use by {user}", file=sys.stderr)
                             users[folder] = user
@@ -234,7 +226,7 @@ class Comparison:
                         waiting.remove(job)
                         folder.mkdir(parents=True, exist_ok=True)
                         running.append((job, launcher.start(self._command(*job), folder), LastLine(folder)))
-                    if not running and not in_use:
+                    if not running and not ready:
                         failures.append(f"{len(waiting)} runs have no teacher")
                         break
                     time.sleep(0.2)
