@@ -20,7 +20,7 @@ import yaml
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
 
-from d2distill.common.engine.folder_lock import folder_user, lock_folder
+from d2distill.common.engine.folder_lock import check_folder, folder_user, lock_folder
 from d2distill.common.engine.settings import flat_settings
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.tools.launchers import Launcher, LocalLauncher, Run, stop_signals
@@ -195,6 +195,7 @@ class Comparison:
 
         Raises:
             ConfigError: another call runs in the same folder.
+            OutputError: the folder was removed.
             RunsFailed: after all others have ended.
             SystemExit: after a signal, with 128 + its number.
         """
@@ -213,6 +214,7 @@ class Comparison:
         ):
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
+                    check_folder(self.output_dir)
                     ready = [job for job in waiting if job[0].teacher is None or job[0].teacher.label in trained]
                     for job in ready:
                         if len(running) == jobs:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from fvcore.common.config import CfgNode
 
 from d2distill.common.engine.folder_lock import lock_folder
-from d2distill.common.errors import ConfigError, UserError
+from d2distill.common.errors import ConfigError, OutputError, UserError
 from d2distill.tools import benchmark_methods
 from d2distill.tools.comparison import CLASSIFICATION, DETECTION, Comparison, Entry, RunsFailed, mean_std
 from d2distill.tools.launchers import LocalLauncher
@@ -201,6 +202,20 @@ def test_a_run_that_another_process_makes_is_waited_for(stand_in, tmp_path, capf
     assert f"waiting for {comparison.folder(entry, 0)}, which is in use by process" in capfd.readouterr().err
     with lock_folder(tmp_path / "out"), pytest.raises(ConfigError, match=f"--output {tmp_path}/out is in use by"):
         comparison.run(1)
+
+
+def test_a_folder_that_was_removed_ends_the_runs(stand_in, tmp_path):
+    def remove():
+        while len(found := [*filter(None, (path.read_text() for path in tmp_path.glob("out/*/ready")))]) < 2:
+            time.sleep(0.02)
+        processes.extend(found)
+        shutil.rmtree(tmp_path / "out")
+
+    processes, comparison = [], stopped_run(tmp_path)
+    Thread(target=remove, daemon=True).start()
+    with pytest.raises(OutputError, match=f"^{tmp_path}/out was removed"):
+        comparison.run(2)
+    assert not (tmp_path / "out").exists() and not [pid for pid in processes if Path("/proc", pid).exists()]
 
 
 @pytest.mark.slow
