@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shlex
 import socket
 import sys
@@ -20,6 +21,8 @@ __all__ = ["check_folder", "folder_user", "lock_folder"]
 LOCK = "run.lock"
 #: What flock raises where another process has the lock; some NFS servers answer with the second.
 _TAKEN = (BlockingIOError, PermissionError)
+#: Names that write_atomically gives, with the number of its process or a random one.
+_TEMPORARY = re.compile(r"\.[0-9a-f]+\.tmp$")
 #: The descriptors of the folders that this process holds.
 _held: dict[Path, int] = {}
 
@@ -73,8 +76,8 @@ def lock_folder(folder: str | Path, key: str = "OUTPUT_DIR") -> Iterator[str]:
             yield f"{key} {folder} cannot be locked ({refusal}): see to it that no other run writes into it"
         else:
             with suppress(OSError):
-                for stale in path.parent.glob("*.tmp"):
-                    stale.unlink()  # nobody else writes here
+                for stale in filter(_TEMPORARY.search, map(str, path.parent.iterdir())):
+                    os.unlink(stale)  # nobody else writes here
             yield ""
     finally:
         if _held.pop(path.parent, None) == descriptor:  # not in a forked child

@@ -52,11 +52,12 @@ def test_a_killed_process_holds_nothing_though_its_workers_live(tmp_path):
         with pytest.raises(ConfigError, match=f"in use by process {holder.pid} "):
             lock_folder(tmp_path).__enter__()
         assert (tmp_path / "model_0000002.pth.1.tmp").exists()  # it may be writing it
+        (tmp_path / "notes.tmp").touch()
         holder.kill()
         holder.wait()
         with lock_folder(tmp_path):
             os.kill(worker, 0)  # it is alive
-            assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+            assert {path.name for path in tmp_path.iterdir()} == {"run.lock", "notes.tmp"}
     finally:
         holder.kill()
         os.kill(worker, signal.SIGKILL)
