@@ -162,7 +162,7 @@ class WriterHook(HookBase):
             storage.put_scalar("max_mem", torch.cuda.max_memory_allocated() / 2**20, smoothing_hint=False)
 
     def _write(self) -> None:
-        # TensorBoard's writer would make a removed folder anew.
+        # Some of the writers do not see it by themselves.
         check_folder(self._output_dir)
         with writing(f"the run's log in {self._output_dir}"):
             for writer in self._writers:

@@ -48,12 +48,16 @@ def build_writers(
 
 
 class TensorBoardWriter(TensorboardXWriter):
-    """Detectron2's, which raises here what its thread could not write: with the next line it would, or never."""
+    """Detectron2's, which raises here what its thread could not write: with the next line it would, or never.
+
+    The file is made at once: its making would make a removed folder too.
+    """
 
     def __init__(self, folder: str, **options: Any) -> None:
-        super().__init__(folder, **options)
         if not isinstance(threading.excepthook, _ThreadErrors):
             threading.excepthook = _ThreadErrors(threading.excepthook)
+        super().__init__(folder, **options)
+        self._writer.flush()
 
     def write(self) -> None:
         super().write()
