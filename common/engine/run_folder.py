@@ -20,6 +20,7 @@ from d2distill.common.errors import ConfigError
 
 RESULTS = "results.json"
 METRICS = "metrics.json"
+_LOG = "log.txt"
 #: Facts of the run in results.json, which are no metrics of the student; so is what begins with one of the prefixes.
 _FACTS, _PREFIXES = ("parameters", "flops", "seconds", "steps"), ("teacher_", "per_class")
 logger = logging.getLogger("detectron2.d2distill")
@@ -59,8 +60,9 @@ def start_logs(output_dir: str | None) -> None:
     file = _open_log(Path(output_dir)) if output_dir else None
     for name in ("fvcore", "detectron2"):
         for handler in logging.getLogger(name).handlers:
-            with suppress(OSError):
-                handler.close()
+            if handler.get_name() == _LOG:
+                with suppress(OSError):
+                    handler.stream.close()
         logging.getLogger(name).handlers.clear()
         setup_logger(distributed_rank=comm.get_rank(), name=name)
         if file is not None:
@@ -70,12 +72,14 @@ def start_logs(output_dir: str | None) -> None:
 
 def _open_log(folder: Path) -> logging.Handler:
     # Detectron2's own file stays open until the process ends, also where its folder was removed and made again, and on
-    # a full disk it then prints a traceback.
+    # a full disk it then prints a traceback. A FileHandler is closed by libraries that configure the logging of all.
     rank = comm.get_rank()
     folder.mkdir(parents=True, exist_ok=True)  # of each node, where they do not share it
-    file = logging.FileHandler(folder / (f"log.txt.rank{rank}" if rank else "log.txt"), encoding="utf-8")
-    file.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
-    return file
+    path = folder / (f"{_LOG}.rank{rank}" if rank else _LOG)
+    handler = logging.StreamHandler(path.open("a", encoding="utf-8"))
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
+    handler.set_name(_LOG)
+    return handler
 
 
 def _says_how_far(record: logging.LogRecord) -> bool:

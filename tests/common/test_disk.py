@@ -1,6 +1,7 @@
 """A disk that is full or taken away ends a run with one line, and leaves the last checkpoint whole."""
 
 import logging
+import logging.config
 import resource
 import shutil
 
@@ -113,7 +114,10 @@ def test_a_log_in_a_folder_that_was_made_again(tmp_path):
     for text in ("first", "second"):
         folder.mkdir()
         start_logs(str(folder))
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})  # as some libraries do
         logging.getLogger("detectron2.d2distill").warning(text)
         assert text in (folder / "log.txt").read_text()
         shutil.rmtree(folder)
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+        logging.getLogger("detectron2.d2distill").warning("nowhere")
     start_logs(None)
