@@ -28,7 +28,8 @@ from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import FirstFailure, MeanMetrics
-from d2distill.common.engine.preemption import InterruptibleLoader, Preemption
+from d2distill.common.engine.peers import check_same_on_all_ranks, naming_ended_rank
+from d2distill.common.engine.preemption import InterruptibleLoader, Preemption, stop
 from d2distill.common.engine.progress import ProgressLine
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
@@ -94,6 +95,7 @@ class Trainer(TrainerBase):
         if comm.is_main_process() and sys.stderr.isatty():
             self.register_hooks([ProgressLine(task.epoch_length)])
 
+    @naming_ended_rank()
     def train_step(self) -> None:
         """Forward, backward, update: the only place where a step happens."""
         batch = self._next_batch()
@@ -160,6 +162,7 @@ class Trainer(TrainerBase):
             UserError: what ended the training, after a line in the log.
             SystemExit: preempted; everything is saved.
         """
+        check_same_on_all_ranks({"--resume": resume, **self.task.run_identity})
         start = self.resume() if resume else 0
         results = run_folder.read_results(self.cfg.OUTPUT_DIR, self.max_iter) if start == self.max_iter else None
         if results is not None:
@@ -173,6 +176,8 @@ class Trainer(TrainerBase):
         self._started_at = time.perf_counter() - self.seconds
         try:
             self.train(start, self.max_iter)
+            if signal := self.preemption.requested_on_any_rank():
+                stop(signal, "all steps are saved; `--resume` finishes the run")
             student = self.task.deployed_student()
             results = {
                 **(self.evaluation.summary() if comm.is_main_process() else {}),
@@ -250,6 +255,7 @@ class Trainer(TrainerBase):
         earlier = " (delete it to continue from the one before)" if files[1:] else ""
         return f"`--resume` continues from {files[0]}{earlier}"
 
+    @naming_ended_rank()
     def before_train(self) -> None:
         super().before_train()
         self.model.train()
@@ -264,6 +270,7 @@ class Trainer(TrainerBase):
             self.iter = self.storage.iter = self.start_iter
         self._batches = iter(self.task.build_batches(self.start_iter))
 
+    @naming_ended_rank()
     def after_step(self) -> None:
         self.seconds = time.perf_counter() - self._started_at
         super().after_step()
