@@ -107,8 +107,8 @@ def _worker_killed(error: RuntimeError) -> UserError | None:
     if not str(error).startswith("DataLoader worker (pid"):
         return None
     return DataError(
-        f"{str(error).splitlines()[0].rstrip(' .')}: mostly the system does that when memory runs out (of /dev/shm, by a "
-        "bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
+        f"{str(error).splitlines()[0].rstrip(' .')}: mostly the system does that when memory runs out (of /dev/shm, by "
+        "a bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
     )
 
 
