@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,8 +26,8 @@ from d2distill.common.errors import ConfigError
 
 #: For the slowest node to start.
 _TIMEOUT = timedelta(minutes=30)
-#: Key of the job's store: how many processes have had something to say.
-_ERRORS = "d2distill_user_errors"
+#: Keys of the job's store: the part that rank 0 has opened; in there, how many processes have had something to say.
+_ATTEMPT, _ERRORS = "d2distill_attempt", "d2distill_user_errors"
 #: Exit codes of trainings that were asked to stop, and have saved.
 _SAVED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
@@ -113,7 +114,8 @@ def launch(
         raise SystemExit(128 + signals.requested)
     if code < 0:
         with suppress(dist.DistError):
-            if _job_store(store).add(_ERRORS, 1) == 1:
+            attempt = store.get(_ATTEMPT).decode() if store.check([_ATTEMPT]) else ""
+            if dist.PrefixStore(attempt, store).add(_ERRORS, 1) == 1:
                 rank = machine_rank * processes + failed
                 print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
     raise SystemExit(code if code > 0 else 128 - code)
@@ -154,15 +156,26 @@ def _address(dist_url: str, num_machines: int) -> tuple[str, int]:
 
 
 def _connect(job: Job) -> dist.Store:
-    """The store by which the processes of a job find each other."""
+    """The store by which the processes of a job find each other; that of this attempt alone.
+
+    torchrun keeps its store when it starts the processes again after one has died, and each node counts its restarts
+    for itself. So rank 0 opens a new part of it, and the others join that one in which it has seen them.
+    """
     os.environ.update(MASTER_ADDR=job.master_addr, MASTER_PORT=str(job.master_port))
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return _job_store(_store(job.master_addr, job.master_port, is_master=job.rank == 0 and not hosted))
-
-
-def _job_store(store: dist.Store) -> dist.Store:
-    # torchrun keeps its store when it starts the processes again after one has died.
-    return dist.PrefixStore(f"d2distill_attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = _store(job.master_addr, job.master_port, is_master=job.rank == 0 and not hosted)
+    own = uuid.uuid4().hex
+    if job.rank == 0:
+        store.set(_ATTEMPT, own)
+        part = dist.PrefixStore(own, store)
+        part.set("all", " ".join(part.get(str(rank)).decode() for rank in range(1, job.world_size)))
+        return part
+    while True:
+        part = dist.PrefixStore(store.get(_ATTEMPT).decode(), store)
+        part.set(str(job.rank), own)
+        if part.check(["all"]) and own in part.get("all").decode():
+            return part
+        time.sleep(0.05)
 
 
 def _store(host: str, port: int, is_master: bool) -> dist.TCPStore:
@@ -184,8 +197,8 @@ def init_distributed(job: Job, store: dist.Store) -> None:
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=job.rank, world_size=job.world_size)
     # Detectron2's own function takes nodes in order and of one size only.
     nodes, pids = zip(*comm.all_gather((job.node, os.getpid())), strict=True)
-    here = {rank: pid for rank, pid in enumerate(pids) if nodes[rank] == job.node and rank != job.rank}
-    watch_peers(Peers(store, here))
+    others = [rank for rank in range(job.world_size) if rank != job.rank]
+    watch_peers(Peers(store, {rank: pids[rank] if nodes[rank] == job.node else None for rank in others}))
     if gpu:
         torch.cuda.set_device(job.device_index(torch.cuda.device_count(), nodes.count(job.node)))
     for node in sorted(set(nodes)):

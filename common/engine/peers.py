@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from fnmatch import fnmatchcase
 from multiprocessing import connection
 from typing import Any
@@ -23,13 +22,14 @@ class Peers:
 
     Args:
         store: of the job.
-        pids: of the other ranks on this node, which the system is asked about.
+        pids: of the other ranks; None on other nodes. The system is asked about those of this node.
     """
 
-    def __init__(self, store: dist.Store, pids: Mapping[int, int]) -> None:
+    def __init__(self, store: dist.Store, pids: Mapping[int, int | None]) -> None:
         self._store, self._handles = store, {}
+        self.elsewhere = [rank for rank, pid in pids.items() if pid is None]
         for rank, pid in pids.items():
-            with suppress(AttributeError, OSError):  # not every system has such handles
+            with suppress(AttributeError, TypeError, OSError):  # another node's, or a system without such handles
                 self._handles[os.pidfd_open(pid)] = rank
 
     def close(self) -> None:
@@ -38,18 +38,17 @@ class Peers:
 
     def ended(self) -> int | None:
         """The rank that has ended, None if none has within 3 seconds: a connection breaks before its process ends."""
-        if ready := connection.wait(list(self._handles), 2):
-            rank = min(self._handles[handle] for handle in ready)
-            with suppress(dist.DistError):
-                self._store.set(_ENDED, str(rank))  # for the other nodes
-            return rank
         try:
-            self._store.wait([_ENDED], timedelta(seconds=1))
-            return int(self._store.get(_ENDED))
-        except dist.DistNetworkError:
-            return 0  # which hosts the store, or whose launcher does
+            for _ in range(15):
+                if ready := connection.wait([*self._handles], 0.2):
+                    rank = min(self._handles[handle] for handle in ready)
+                    self._store.set(_ENDED, str(rank))  # for the other nodes
+                    return rank
+                if self._store.check([_ENDED]):
+                    return int(self._store.get(_ENDED))
         except dist.DistError:
-            return None
+            return rank if ready else 0  # which hosts the store, or whose launcher does
+        return None
 
 
 _peers: Peers | None = None
@@ -69,12 +68,19 @@ def naming_ended_rank() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        rank = None if _peers is None or isinstance(error, UserError) else _peers.ended()
-        if rank is None:
+        if _peers is None or isinstance(error, UserError):
             raise
+        rank = _peers.ended()
+        ranks = [] if rank is None else [rank]
+        # With the last process of a node nobody is left there who would know.
+        if rank is None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            ranks = _peers.elsewhere
+        if not ranks:
+            raise
+        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"
         raise UserError(
-            f"rank {rank} of this job has ended, and the others cannot continue without it: its own last line says "
-            "why, or it was killed (by the system, if memory ran out); `--resume` continues a training"
+            f"{who} has ended, and the rest of the job cannot continue without it: its own last line says why, or it "
+            "was killed (by the system, if memory ran out); `--resume` continues a training"
         ) from error
 
 
