@@ -49,8 +49,9 @@ class WorkerLoader(DataLoader):
             batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _explain_killed_workers()
-        return _raise_errors(batches)
+        if self.num_workers:
+            _explain_killed_workers()
+        return _raise_errors(batches, bool(self.num_workers))
 
 
 class _BatchOrError(Dataset):
@@ -73,14 +74,17 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
+def _raise_errors(batches: Iterator[Any], of_workers: bool) -> Iterator[Any]:
     try:
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        raise (_worker_killed(error) or error) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        killed = _worker_killed(error) if of_workers else None
+        if killed is None:
+            raise
+        raise killed from error
     finally:
         # An error's traceback keeps this frame alive: without these references the workers end now.
         batch = batches = None
@@ -94,21 +98,25 @@ def _explain_killed_workers() -> None:
         try:
             handler(*arguments)
         except RuntimeError as error:
-            raise (_worker_killed(error) or error) from None
+            raise (_worker_killed(error) or error) from error
 
     if getattr(handler, "__module__", "").startswith("torch."):  # which installs it in the main thread alone
         signal.signal(signal.SIGCHLD, explain)
 
 
-def _worker_killed(error: RuntimeError) -> UserError | None:
-    """The error for the user, where torch says that a worker has ended that should not have."""
+def _worker_killed(error: Exception) -> UserError | None:
+    """The error for the user, where one of torch's says that a worker has ended, or broken off in a batch."""
+    if isinstance(error, UserError):
+        return None
     if isinstance(error.__cause__, UserError):  # which was raised while torch waited for a batch
         return error.__cause__
-    if not str(error).startswith("DataLoader worker (pid"):
+    text = str(error).splitlines()[0].rstrip(" .") if str(error) else type(error).__name__
+    of_torch = text.startswith("DataLoader worker (pid")
+    if not of_torch and (isinstance(error, RuntimeError) or text.startswith("Caught ")):  # an error of the data set
         return None
     return DataError(
-        f"{str(error).splitlines()[0].rstrip(' .')}: mostly the system does that when memory runs out (of /dev/shm, by "
-        "a bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
+        f"a worker of the data loader has ended ({text}): mostly the system kills one when memory runs out (/dev/shm's, "
+        "by a bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
     )
 
 

@@ -106,13 +106,50 @@ def test_an_evaluation_stops_at_the_next_batch():
     assert list(InterruptibleLoader(range(3), Preemption())) == [0, 1, 2]
 
 
-def test_sigterm_is_given_back():
-    before, preemption = signal.getsignal(signal.SIGTERM), Preemption()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_given_back(monkeypatch, number):
+    before, preemption = signal.getsignal(number), Preemption()
     preemption.install()
-    signal.raise_signal(signal.SIGTERM)
-    assert preemption.requested_on_any_rank()
+    signal.raise_signal(number)
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.requested_on_any_rank() == number  # the first
     preemption.remove()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+    # Of a command in the background, the shell has Ctrl-C ignored.
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    preemption.install()
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    preemption.remove()
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation", "end"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_is_asked_to_stop_has_saved(tmp_path, log, number, moment):
+    def at(now):
+        if now == moment:
+            for sent in (number, signal.SIGINT, signal.SIGINT):  # one who presses it again and again
+                signal.raise_signal(sent)
+
+    def losses(batch, weight):
+        if batch == 1:
+            at("step")
+        return {"loss": weight * batch}
+
+    def evaluate(network, interruptible):
+        at("evaluation")
+        list(interruptible([1]))
+        at("end")
+        return {"top1": 0.0}
+
+    with pytest.raises(SystemExit) as end:
+        tiny_trainer(tmp_path, losses, evaluate=evaluate).run()
+    steps = 2 if moment == "step" else 4
+    assert end.value.code == 128 + number and (tmp_path / f"model_{steps:07d}.pth").exists()
+    said = {"step": "saved after step 2", "evaluation": "stopped in an evaluation", "end": "all steps are saved"}
+    lines = [line for line in log.messages if line.startswith(f"{signal.Signals(number).name}: ")]
+    assert len(lines) == 1 and said[moment] in lines[0] and "--resume" in lines[0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("write", ["model_0000001.pth", "student_best.pth"])
