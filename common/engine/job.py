@@ -58,6 +58,8 @@ class Job:
                 "its node, which cannot be: see RANK, WORLD_SIZE, LOCAL_RANK, or SLURM_PROCID, SLURM_NTASKS, "
                 "SLURM_LOCALID in the environment"
             )
+        if not 0 < self.master_port < 2**16:
+            raise ConfigError(f"MASTER_PORT {self.master_port} in the environment is no port: choose one below 65536")
 
     def device_index(self, visible: int, local_size: int, environ: Mapping[str, str] = os.environ) -> int:
         """The GPU of this process, one of `local_size` on this node, among the `visible` ones.

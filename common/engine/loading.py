@@ -115,7 +115,7 @@ def _worker_killed(error: Exception) -> UserError | None:
     if not of_torch and (isinstance(error, RuntimeError) or text.startswith("Caught ")):  # an error of the data set
         return None
     return DataError(
-        f"a worker of the data loader has ended ({text}): mostly the system kills one when memory runs out (/dev/shm's, "
+        f"a worker of the data loader has ended ({text}): mostly the system kills one when memory runs out (/dev/shm's "
         "by a bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
     )
 

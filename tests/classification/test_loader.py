@@ -19,7 +19,7 @@ from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset,
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.common.engine.loading import WorkerLoader, _worker_killed
 from d2distill.common.errors import DataError, DivergedError
-from tests.processes import exit_code, start
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,8 +205,9 @@ def killed_with_workers(pids):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
-    assert exit_code(start(killed_with_workers, tmp_path / "pids")) == -signal.SIGKILL
+    assert processes.exit_code(processes.start(killed_with_workers, tmp_path / "pids")) == -signal.SIGKILL
     workers = [Path("/proc", pid) for pid in (tmp_path / "pids").read_text().split()]
     deadline = time.monotonic() + 4  # torch's own workers look after 5 seconds
     while any(worker.exists() for worker in workers) and time.monotonic() < deadline:

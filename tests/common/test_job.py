@@ -68,6 +68,7 @@ def test_a_process_by_itself(environ):
     [
         ({**TORCHRUN, "RANK": "x"}, "RANK in the environment is 'x', not a number"),
         ({**TORCHRUN, "MASTER_PORT": ""}, "MASTER_PORT in the environment is '', not a number"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT 99999 in the environment is no port"),
         ({**TORCHRUN, "WORLD_SIZE": "2"}, "rank 5 of 2, number 1 on its node, which cannot be"),
         ({**SRUN, "SLURM_NTASKS": "4(x2)"}, r"SLURM_NTASKS in the environment is '4\(x2\)', not a number"),
         ({**SRUN, "SLURM_PROCID": "7"}, "srun says that this is rank 7 of 7"),
