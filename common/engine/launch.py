@@ -145,14 +145,12 @@ def _wait(children: list[SpawnProcess], signals: Preemption) -> int | None:
 
 def _address(dist_url: str, num_machines: int) -> tuple[str, int]:
     """Host and port of machine 0; port 0 is any free one."""
-    if dist_url == "auto" and num_machines == 1:
-        return "127.0.0.1", 0
     url = urlsplit(dist_url)
-    with suppress(ValueError):  # a port that is none
-        if url.scheme == "tcp" and url.hostname and url.port:
-            return url.hostname, url.port
-    several = " (auto is for one machine)" if dist_url == "auto" else ""
-    raise ConfigError(f"--dist-url {dist_url}: write tcp://HOST:PORT, of machine 0{several}")
+    if url.scheme == "tcp":
+        return url.hostname, url.port
+    if num_machines > 1:
+        raise ConfigError(f"--dist-url {dist_url}: several machines need tcp://HOST:PORT, of machine 0")
+    return "127.0.0.1", 0
 
 
 def _connect(job: Job) -> dist.Store:

@@ -1,5 +1,7 @@
 """The other ranks of a job: whether they run the same, and which of them has died."""
 
+import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from d2distill.common.engine.cli import user_message
 from d2distill.common.errors import ConfigError, UserError
 
 #: Where a node has its files is its own affair.
@@ -36,19 +39,23 @@ class Peers:
         for handle in self._handles:
             os.close(handle)
 
-    def ended(self) -> int | None:
-        """The rank that has ended, None if none has within 3 seconds: a connection breaks before its process ends."""
+    @functools.cached_property
+    def ended(self) -> list[int]:
+        """The rank that has ended, asked when something has failed: a connection breaks before its process ends.
+
+        None within 3 seconds, if it is of another node where nobody is left who could say it.
+        """
+        ready = []
         try:
             for _ in range(15):
                 if ready := connection.wait([*self._handles], 0.2):
-                    rank = min(self._handles[handle] for handle in ready)
-                    self._store.set(_ENDED, str(rank))  # for the other nodes
-                    return rank
+                    self._store.set(_ENDED, str(self._handles[ready[0]]))  # for the other nodes
+                    break
                 if self._store.check([_ENDED]):
-                    return int(self._store.get(_ENDED))
+                    return [int(self._store.get(_ENDED))]
         except dist.DistError:
-            return rank if ready else 0  # which hosts the store, or whose launcher does
-        return None
+            return [self._handles[ready[0]]] if ready else [0]  # which hosts the store, or whose launcher does
+        return [self._handles[handle] for handle in ready[:1]]
 
 
 _peers: Peers | None = None
@@ -62,19 +69,21 @@ def watch_peers(peers: Peers | None) -> None:
     _peers = peers
 
 
+def _suspects(error: BaseException) -> list[int]:
+    """The rank whose end has caused an error; several where it is one of them; empty for an error of this process."""
+    if _peers is None or user_message(error) is not None:
+        return []
+    of_connection = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return _peers.ended or (_peers.elsewhere if of_connection else [])
+
+
 @contextmanager
 def naming_ended_rank() -> Iterator[None]:
     """Replace an error of the block by a :class:`UserError` that says which other rank has ended, where one has."""
     try:
         yield
     except Exception as error:
-        if _peers is None or isinstance(error, UserError):
-            raise
-        rank = _peers.ended()
-        ranks = [] if rank is None else [rank]
-        # With the last process of a node nobody is left there who would know.
-        if rank is None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            ranks = _peers.elsewhere
+        ranks = _suspects(error)
         if not ranks:
             raise
         who = f"rank {ranks[0]}" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"
@@ -82,6 +91,11 @@ def naming_ended_rank() -> Iterator[None]:
             f"{who} has ended, and the rest of the job cannot continue without it: its own last line says why, or it "
             "was killed (by the system, if memory ran out); `--resume` continues a training"
         ) from error
+
+
+def worth_a_traceback(record: logging.LogRecord) -> bool:
+    """Filter of Detectron2's log of what has ended a training: others get one line, from the caller."""
+    return record.exc_info is None or (user_message(record.exc_info[1]) is None and not _suspects(record.exc_info[1]))
 
 
 def check_same_on_all_ranks(facts: Mapping[str, Any]) -> None:

@@ -24,11 +24,12 @@ from d2distill import __version__
 from d2distill.common.engine import report, run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
+from d2distill.common.engine.cuda_graphs import CudaGraph
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import FirstFailure, MeanMetrics
-from d2distill.common.engine.peers import check_same_on_all_ranks, naming_ended_rank
+from d2distill.common.engine.peers import check_same_on_all_ranks, naming_ended_rank, worth_a_traceback
 from d2distill.common.engine.preemption import InterruptibleLoader, Preemption, stop
 from d2distill.common.engine.progress import ProgressLine
 from d2distill.common.engine.seeding import seed_step
@@ -50,7 +51,7 @@ class Trainer(TrainerBase):
 
     def __init__(self, cfg: CfgNode, task: Task) -> None:
         super().__init__()
-        logging.getLogger(TrainerBase.__module__).addFilter(_not_a_user_error)
+        logging.getLogger(TrainerBase.__module__).addFilter(worth_a_traceback)
         self.cfg, self.task = cfg, task
         self.model, self.optimizer = task.wrapped, task.optimizer
         self.max_iter, self.epoch_length = task.max_iter, task.epoch_length
@@ -58,6 +59,10 @@ class Trainer(TrainerBase):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=task.precision is torch.float16)
         parts = cfg.SOLVER.ACCUMULATE
         self.split_batch = accumulate(task.split_batch, parts) if parts > 1 else task.split_batch
+        self.forward_backward = self._forward_backward
+        if task.graph_inputs is not None:
+            given = (self._forward_backward, self.device, task.model.parameters(), self._graph_inputs)
+            self.forward_backward = CudaGraph("The step", *given)
         self.metrics, self.first_failure = MeanMetrics(), FirstFailure()
         # Of what the model itself puts into the event storage.
         self.model_scalars = MeanMetrics()
@@ -78,24 +83,17 @@ class Trainer(TrainerBase):
         saves = [*task.checkpoint_periods, task.eval_period]
         # A checkpoint is what the update left. The hooks behind it are repeated when a run is resumed from it.
         self.checkpointing = CheckpointHook(self.checkpointer, saves, self.preemption, facts)
+        logged = ([cfg.LOG_PERIOD, task.eval_period], task.epoch_length, cfg.LOGGERS, self.settings)
         self.hooks_after_checkpoint = [
             hooks.LRScheduler(task.optimizer, task.lr_scheduler),
             self.ema,
             self.evaluation,
-            WriterHook(
-                cfg.OUTPUT_DIR,
-                [cfg.LOG_PERIOD, task.eval_period],
-                task.epoch_length,
-                cfg.LOGGERS,
-                self.settings,
-                task.images_per_step,
-            ),
+            WriterHook(cfg.OUTPUT_DIR, *logged, task.images_per_step),
         ]
         self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
         if comm.is_main_process() and sys.stderr.isatty():
             self.register_hooks([ProgressLine(task.epoch_length)])
 
-    @naming_ended_rank()
     def train_step(self) -> None:
         """Forward, backward, update: the only place where a step happens."""
         batch = self._next_batch()
@@ -106,17 +104,10 @@ class Trainer(TrainerBase):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for part, weight in self.split_batch(batch, self.iter):
-            with self._forward_context():
-                part_losses = self.model(part)
-            if weight != 1:
-                part_losses = {name: weight * value for name, value in part_losses.items()}
-            if self.task.backward is not None:
-                self.task.backward(part_losses)
-            else:
-                self.scaler.scale(sum(part_losses.values())).backward()
-            self.first_failure.update(self.task.finite_outputs(), part_losses)
-            losses = {n: losses[n] + v.detach() if n in losses else v.detach() for n, v in part_losses.items()}
-            metrics |= {n: metrics.get(n, 0) + weight * value for n, value in self.task.step_metrics().items()}
+            part_losses, finite, part_metrics = self.forward_backward(part, weight)
+            self.first_failure.update(finite, part_losses)
+            losses = {n: losses[n] + v if n in losses else v for n, v in part_losses.items()}
+            metrics |= {n: metrics.get(n, 0) + weight * value for n, value in part_metrics.items()}
         self.after_backward()
         if self.task.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -127,6 +118,23 @@ class Trainer(TrainerBase):
         self.metrics.update({"total_loss": sum(losses.values()), **losses, **metrics})
 
     run_step = train_step
+
+    def _forward_backward(self, part: Any, weight: float) -> tuple[dict[str, Tensor], ...]:
+        """Losses, whether each network's outputs were finite, and metrics of a part of a batch; its gradients are then
+        where the optimizer finds them."""
+        with self._forward_context():
+            losses = self.model(part)
+        if weight != 1:
+            losses = {name: weight * value for name, value in losses.items()}
+        if self.task.backward is not None:
+            self.task.backward(losses)
+        else:
+            self.scaler.scale(sum(losses.values())).backward()
+        return {n: v.detach() for n, v in losses.items()}, self.task.finite_outputs(), self.task.step_metrics()
+
+    def _graph_inputs(self, part: Any, weight: float) -> tuple[Any, float]:
+        with self._forward_context():
+            return self.task.graph_inputs(part), weight
 
     def _next_batch(self) -> Any:
         start = time.perf_counter()
@@ -175,14 +183,12 @@ class Trainer(TrainerBase):
             run_on_main_process(lambda: run_folder.write_run_folder(self.cfg))
         self._started_at = time.perf_counter() - self.seconds
         try:
-            self.train(start, self.max_iter)
+            with naming_ended_rank():
+                self.train(start, self.max_iter)
             if signal := self.preemption.requested_on_any_rank():
                 stop(signal, "all steps are saved; `--resume` finishes the run")
-            student = self.task.deployed_student()
-            results = {
-                **(self.evaluation.summary() if comm.is_main_process() else {}),
-                **self.task.evaluate_once(student),
-            }
+            results = self.evaluation.summary() if comm.is_main_process() else {}
+            results = {**results, **self.task.evaluate_once(self.task.deployed_student())}
             run_on_main_process(lambda: self._finish(results))
         except UserError as error:
             if isinstance(error, DivergedError):
@@ -255,7 +261,6 @@ class Trainer(TrainerBase):
         earlier = " (delete it to continue from the one before)" if files[1:] else ""
         return f"`--resume` continues from {files[0]}{earlier}"
 
-    @naming_ended_rank()
     def before_train(self) -> None:
         super().before_train()
         self.model.train()
@@ -270,7 +275,6 @@ class Trainer(TrainerBase):
             self.iter = self.storage.iter = self.start_iter
         self._batches = iter(self.task.build_batches(self.start_iter))
 
-    @naming_ended_rank()
     def after_step(self) -> None:
         self.seconds = time.perf_counter() - self._started_at
         super().after_step()
@@ -343,8 +347,3 @@ class Trainer(TrainerBase):
         losses, scalars = states[comm.get_rank() % len(states)]
         self.metrics.load_state_dict(losses)
         self.model_scalars.load_state_dict(scalars)
-
-
-def _not_a_user_error(record: logging.LogRecord) -> bool:
-    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], UserError)

@@ -95,7 +95,7 @@ def test_an_error_by_the_end_of_another_rank_names_it(monkeypatch):
     # All ranks of another node have ended: nobody is there to say which came first.
     peers._peers.close()
     peers._peers = Peers(dist.HashStore(), {1: None, 2: None})
-    monkeypatch.setattr(peers._peers, "ended", lambda: None)
+    peers._peers.ended = []
     assert str(raised(fault)).startswith("one of the ranks 1, 2 has ended")
     own = RuntimeError("a fault of ours")
     assert raised(own) is own
@@ -111,6 +111,5 @@ def test_a_port_that_is_taken_is_named(capfd):
 
 def test_the_address_of_several_machines():
     assert _address("auto", 1) == ("127.0.0.1", 0) and _address("tcp://a:29500", 2) == ("a", 29500)
-    for url in ("auto", "foo", "tcp://a", "tcp://a:x", "file:///a"):
-        with pytest.raises(ConfigError, match=rf"--dist-url {url}: write tcp://HOST:PORT"):
-            _address(url, 2)
+    with pytest.raises(ConfigError, match="--dist-url file:///a: several machines need tcp://HOST:PORT"):
+        _address("file:///a", 2)
