@@ -19,7 +19,8 @@ _EXAMPLES = """
   torchrun --nproc-per-node 8 PATH/TO/%(prog)s --config-file FILE
 
 User errors print one line and exit with code 2. Under torchrun the rank that has the error prints it; torchrun then
-adds a report of its own and exits with 1. A run that is stopped by SIGTERM saves, and exits with 143.
+adds a report of its own and exits with 1. A run that is stopped by SIGTERM or Ctrl-C saves after its step, and exits
+with 143 or 130.
 """
 
 
@@ -100,6 +101,10 @@ def _check_machines(args: Any) -> None:
 
 
 def _evaluate(evaluate: Callable[[Any], dict[str, float]], cfg: Any, weights: str) -> None:
+    from d2distill.common.engine.peers import check_same_on_all_ranks
+    from d2distill.common.engine.settings import flat_settings
+
+    check_same_on_all_ranks({**flat_settings(cfg), "--eval-only": weights})
     results = evaluate(cfg)
     if results:  # empty on other ranks
         print(f"{weights}: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")

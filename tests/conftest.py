@@ -34,6 +34,13 @@ def caches(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C ends the tests, also after one that has called a command, which ignores it at its end."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Calls a command line in this process: ``command(main, *arguments)`` gives exit code, stdout and stderr."""

@@ -49,13 +49,22 @@ def exit_code(process: ForkServerProcess) -> int:
     return process.exitcode
 
 
-def run_ranks(number: int, function: Callable, *arguments) -> list[int]:
-    """Exit codes of `number` processes that call `function` as those of a job of torchrun's."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def run_ranks(
+    number: int, function: Callable, *arguments, store: TCPStore | None = None, output: Path | None = None
+) -> list[int]:
+    """Exit codes of `number` processes that call `function` as those of a job of torchrun's.
+
+    A `store` is kept over several calls, as torchrun does for attempts. What rank 1 prints goes to ``output/rank1``.
+    """
+    store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     job = {"WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     job |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     job = {name: str(value) for name, value in job.items()}
-    processes = [start(function, *arguments, **job, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)]
+    processes = []
+    for rank in range(number):
+        console = output and output / f"rank{rank}"
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(start(function, *arguments, output=console, **job, **own))
     return [exit_code(process) for process in processes]
 
 

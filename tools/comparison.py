@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import statistics
 import sys
 import time
@@ -256,6 +257,8 @@ class Comparison:
                     run.wait()
                 launcher.close()
         if received:
+            name = signal.Signals(received[0]).name
+            print(f"{name}: what ran is saved; the same command continues", file=sys.stderr)
             raise SystemExit(128 + received[0])
         if failures:
             raise RunsFailed("\n".join(failures))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ __all__ = ["Launcher", "LocalLauncher", "SlurmLauncher", "stop_signals", "visibl
 
 #: The last digits of a run depend on the number of threads: it is not left to the machine.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+#: What ends a command: Ctrl-C, a scheduler, a terminal that is closed.
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Run(Protocol):
@@ -105,9 +107,13 @@ class LocalLauncher:
         process = context.Process(target=_run_script, args=arguments)
         # The first one starts the server, in which the number of threads is read when torch is imported.
         os.environ.update(_ENVIRONMENT)
+        # A signal to this process's group shall not end it, or the runs would be without the one who waits for them.
+        resource_tracker.ensure_running()  # whose start resets the mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
         try:
             process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.environ.clear()
             os.environ.update(before)
         return process
@@ -116,6 +122,7 @@ class LocalLauncher:
 def _run_script(argv: list[str], console: Path, environment: dict[str, str], start_method: str) -> None:
     """What ``python SCRIPT ARGUMENTS`` does, in a session of its own, printing into `console`."""
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
     with open(console, "w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -254,7 +261,7 @@ class _Job:
 def stop_signals() -> Iterator[list[int]]:
     """The signals to stop that came within the block; those that the process ignores (nohup) stay ignored."""
     received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in _STOP}
     for number, handler in handlers.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: received.append(number))

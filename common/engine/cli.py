@@ -6,7 +6,6 @@ Imports neither torch nor Detectron2, so that `--help` is quick and a missing De
 import argparse
 import errno
 import logging
-import os
 import re
 import sys
 import traceback
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from d2distill import __version__
+from d2distill.common.engine.interrupts import exit_on_interrupt, local_rank
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
 from d2distill.common.foreign import FLAGS
 from d2distill.common.text import printable
@@ -64,7 +64,7 @@ def run_cli(main: Callable[[], object]) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Print a user error in one line and exit with code 2; after Ctrl-C the code is 130.
+    """Print a user error in one line and exit with code 2; after Ctrl-C, with one line and code 130.
 
     In a job, errors before :func:`.join_job` are the same in all processes: one per node prints them.
     """
@@ -72,12 +72,10 @@ def user_errors() -> Iterator[None]:
     # On a full disk every log line would print a traceback; what cannot do without the disk raises by itself.
     logging.raiseExceptions = False
     try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        with exit_on_interrupt():
+            yield
     except Exception as error:
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        exit_with_error(error, silent=local_rank != "0")
+        exit_with_error(error, silent=local_rank() != 0)
     finally:
         logging.raiseExceptions = before
 

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from d2distill.common.config import resolve_device
+from d2distill.common.engine.peers import check_same_on_all_ranks
+from d2distill.common.engine.settings import flat_settings
 from d2distill.common.errors import ConfigError, UserError
 
 
@@ -34,7 +36,8 @@ def run_on_main_process(action: Callable[[], Any]) -> Any:
 
 
 def check_processes(cfg: CfgNode) -> None:
-    """Check, at the start of a training, that SOLVER.IMS_PER_BATCH and MODEL.DEVICE fit the processes of this job."""
+    """Check, at the start of a training, that this job's processes have one configuration, which fits their number."""
+    check_same_on_all_ranks(flat_settings(cfg))
     batch, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if batch % processes:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH {batch} cannot be shared out evenly over {processes} processes")

@@ -14,7 +14,7 @@ from detectron2.engine import HookBase
 from d2distill.common.engine.checkpoint import RunCheckpointer
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.folder_lock import check_folder
-from d2distill.common.engine.preemption import PREEMPTED, Preemption
+from d2distill.common.engine.preemption import Preemption, stop
 from d2distill.common.engine.writers import build_writers
 from d2distill.common.errors import writing
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("detectron2.d2distill")
 
 
 class CheckpointHook(HookBase):
-    """Saves at multiples of each of `periods` and after the last step; on SIGTERM it saves and exits with 143.
+    """Saves at multiples of each of `periods` and after the last step; on SIGTERM and Ctrl-C it saves and exits.
 
     `facts` of the run are kept in the file; `preemption` is installed for the training.
     """
@@ -41,8 +41,7 @@ class CheckpointHook(HookBase):
         if preempted or done == self.trainer.max_iter or any(done % period == 0 for period in self._periods):
             self.save()
         if preempted:
-            logger.warning(f"SIGTERM: saved after step {done}; `--resume` continues")
-            raise SystemExit(PREEMPTED)
+            stop(preempted, f"saved after step {done}; `--resume` continues")
 
     def save(self) -> None:
         """Save after the present step, if all is finite. All processes call it."""

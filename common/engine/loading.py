@@ -1,5 +1,6 @@
 """DataLoader whose workers ignore SIGTERM and SIGINT of the job and re-raise user errors unchanged."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from d2distill.common.errors import UserError
+from d2distill.common.errors import DataError, UserError
 
 #: A scheduler, and Ctrl-C, signal every process of a job; only the main process acts on them.
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -19,7 +20,7 @@ class WorkerLoader(DataLoader):
     """torch's DataLoader with workers that leave SIGTERM and SIGINT to the main process, which still needs them.
 
     Iterating raises a :class:`UserError` of the data set unchanged, also from a worker; torch would put the text of its
-    traceback into a new error.
+    traceback into a new error. That a worker was killed is a :class:`DataError`, raised where the main process is then.
 
     Args:
         dataset: a map-style data set.
@@ -45,9 +46,12 @@ class WorkerLoader(DataLoader):
         # Workers inherit the mask: a signal cannot end them before they are set up.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            return _raise_errors(super().__iter__())
+            batches = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if self.num_workers:
+            _explain_killed_workers()
+        return _raise_errors(batches, bool(self.num_workers))
 
 
 class _BatchOrError(Dataset):
@@ -70,27 +74,65 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
+def _raise_errors(batches: Iterator[Any], of_workers: bool) -> Iterator[Any]:
     try:
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        killed = _worker_killed(error) if of_workers else None
+        if killed is None:
+            raise
+        raise killed from error
     finally:
         # An error's traceback keeps this frame alive: without these references the workers end now.
         batch = batches = None
 
 
-def _answer_parent_only(worker: int) -> None:
-    """End on SIGTERM from the process of the loader, as multiprocessing sends it at exit; discard all other signals.
+def _explain_killed_workers() -> None:
+    """Let torch's handler of SIGCHLD, which raises an error when a worker has been killed, raise one for the user."""
+    handler = signal.getsignal(signal.SIGCHLD)
 
-    Signals stay blocked in the worker, as inherited, so only this thread sees them, and who sent them.
+    def explain(*arguments: Any) -> None:
+        try:
+            handler(*arguments)
+        except RuntimeError as error:
+            raise (_worker_killed(error) or error) from error
+
+    if getattr(handler, "__module__", "").startswith("torch."):  # which installs it in the main thread alone
+        signal.signal(signal.SIGCHLD, explain)
+
+
+def _worker_killed(error: Exception) -> UserError | None:
+    """The error for the user, where one of torch's says that a worker has ended, or broken off in a batch."""
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error.__cause__, UserError):  # which was raised while torch waited for a batch
+        return error.__cause__
+    text = str(error).splitlines()[0].rstrip(" .") if str(error) else type(error).__name__
+    of_torch = text.startswith("DataLoader worker (pid")
+    if not of_torch and (isinstance(error, RuntimeError) or text.startswith("Caught ")):  # an error of the data set
+        return None
+    return DataError(
+        f"a worker of the data loader has ended ({text}): mostly the system kills one when memory runs out (/dev/shm's "
+        "by a bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
+    )
+
+
+def _answer_parent_only(worker: int) -> None:
+    """End on SIGTERM from the process of the loader, as multiprocessing sends it at exit, and when that has ended.
+
+    All other signals are discarded. They stay blocked in the worker, as inherited, so only this thread sees them, and
+    who sent them.
     """
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
 
     def wait() -> None:
-        while (info := signal.sigwaitinfo(_SIGNALS)).si_pid != parent or info.si_signo != signal.SIGTERM:
-            pass
+        while os.getppid() == parent:
+            info = signal.sigtimedwait(_SIGNALS, 1)
+            if info is not None and (info.si_pid, info.si_signo) == (parent, signal.SIGTERM):
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

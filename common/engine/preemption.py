@@ -1,40 +1,59 @@
-"""Graceful preemption: record SIGTERM and stop at the next step boundary."""
+"""Graceful preemption: record SIGTERM and Ctrl-C, and stop at the next step boundary."""
 
 import logging
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.utils import comm
 
+from d2distill.common.engine.interrupts import interrupt
 from d2distill.common.errors import UserError
 
 logger = logging.getLogger("detectron2.d2distill")
-#: 128 + SIGTERM: what a shell reports for a process that ended on that signal.
-PREEMPTED = 143
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """Whether the scheduler asked this job to stop."""
+    """Whether the scheduler, or the user by Ctrl-C, asked this job to stop.
+
+    Attributes:
+        requested: the number of the signal; 0 if none came.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.requested = 0
+        self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Record SIGTERM from now on, where Python allows handlers: in the main thread."""
+        """Record the signals from now on, where Python allows handlers: in the main thread."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "requested", True))
+            for number in _SIGNALS:
+                # Of a command in the background the shell has Ctrl-C ignored.
+                if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._record)
 
     def remove(self) -> None:
-        """Restore the handler from before."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Restore the handlers from before."""
+        for number, handler in self._previous.items():
+            # A command line that was asked to stop ends now: one more Ctrl-C is no news.
+            ends = self.requested and handler is interrupt
+            signal.signal(number, signal.SIG_IGN if ends else handler)
+        self._previous = {}
 
-    def requested_on_any_rank(self) -> bool:
-        """Whether any process of the job was asked to stop. All call it; no GPU waits for it."""
-        return any(comm.all_gather(self.requested))
+    def requested_on_any_rank(self) -> int:
+        """The signal that asked any process of the job to stop, 0 if none did. All call it; no GPU waits for it."""
+        return max(comm.all_gather(self.requested))
+
+    def _record(self, number: int, _: Any) -> None:
+        self.requested = self.requested or number
+
+
+def stop(number: int, what: str) -> NoReturn:
+    """Exit because of the signal `number`, with the code of shells, 128 + `number`, and log what that means."""
+    logger.warning(f"{signal.Signals(number).name}: {what}")
+    raise SystemExit(128 + number)
 
 
 class InterruptibleLoader:
@@ -67,8 +86,7 @@ class InterruptibleLoader:
         except UserError as own:
             error = own
         asked, errors = zip(*comm.all_gather((self.preemption.requested, error)), strict=True)
-        if any(asked):
-            logger.warning("SIGTERM in an evaluation; `--resume` starts with it")
-            raise SystemExit(PREEMPTED)
+        if number := max(asked):
+            stop(number, "stopped in an evaluation; `--resume` starts with it")
         for error in filter(None, errors):
             raise error

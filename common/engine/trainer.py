@@ -30,7 +30,8 @@ from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import FirstFailure, MeanMetrics
-from d2distill.common.engine.preemption import InterruptibleLoader, Preemption
+from d2distill.common.engine.peers import check_same_on_all_ranks, naming_ended_rank, worth_a_traceback
+from d2distill.common.engine.preemption import InterruptibleLoader, Preemption, stop
 from d2distill.common.engine.progress import ProgressLine
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
@@ -51,7 +52,7 @@ class Trainer(TrainerBase):
 
     def __init__(self, cfg: CfgNode, task: Task) -> None:
         super().__init__()
-        logging.getLogger(TrainerBase.__module__).addFilter(_not_a_user_error)
+        logging.getLogger(TrainerBase.__module__).addFilter(worth_a_traceback)
         self.cfg, self.task = cfg, task
         self.model, self.optimizer = task.wrapped, task.optimizer
         self.max_iter, self.epoch_length = task.max_iter, task.epoch_length
@@ -170,6 +171,7 @@ class Trainer(TrainerBase):
             UserError, OSError: what ended the training, after a line in the log.
             SystemExit: preempted; everything is saved.
         """
+        check_same_on_all_ranks({"--resume": resume, **self.task.run_identity})
         start = self.resume() if resume else 0
         results = run_folder.read_results(self.cfg.OUTPUT_DIR, self.max_iter) if start == self.max_iter else None
         if results is not None:
@@ -182,7 +184,10 @@ class Trainer(TrainerBase):
             run_on_main_process(lambda: run_folder.write_run_folder(self.cfg))
         self._started_at = time.perf_counter() - self.seconds
         try:
-            self.train(start, self.max_iter)
+            with naming_ended_rank():
+                self.train(start, self.max_iter)
+            if signal := self.preemption.requested_on_any_rank():
+                stop(signal, "all steps are saved; `--resume` finishes the run")
             results = self.evaluation.summary() if comm.is_main_process() else {}
             results = {**results, **self.task.evaluate_once(self.task.deployed_student())}
             run_on_main_process(lambda: self._finish(results))
@@ -343,8 +348,3 @@ class Trainer(TrainerBase):
         losses, scalars = states[comm.get_rank() % len(states)]
         self.metrics.load_state_dict(losses)
         self.model_scalars.load_state_dict(scalars)
-
-
-def _not_a_user_error(record: logging.LogRecord) -> bool:
-    """Detectron2 logs a traceback of whatever ends a training; user errors get one line, from the caller."""
-    return record.exc_info is None or user_message(record.exc_info[1]) is None

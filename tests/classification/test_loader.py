@@ -2,9 +2,11 @@
 
 import math
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch.nn import functional as F
 from d2distill.classification.data import AugmentedDataset, build_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, FixedSubset, build_test_loader, build_train_loader
 from d2distill.classification.evaluation import AccuracyEvaluator
-from d2distill.common.engine.loading import WorkerLoader
+from d2distill.common.engine.loading import WorkerLoader, _worker_killed
 from d2distill.common.errors import DataError, DivergedError
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,9 +167,57 @@ def test_an_error_for_the_user_comes_out_of_a_worker_as_it_went_in(error, worker
     assert str(caught.value) == str(error) and not multiprocessing.active_children()
 
 
+class Victim(torch.utils.data.Dataset):
+    """Its worker is killed in batch 1, as by a system without memory."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_worker_that_the_system_kills_is_one_line(elsewhere):
+    batches = iter(WorkerLoader(Victim(), num_workers=1, batch_size=2))
+    with pytest.raises(DataError, match=r"^a worker of the data loader has ended .*DATALOADER.NUM_WORKERS"):
+        if elsewhere:  # the main process is in a step then
+            time.sleep(9)
+        list(batches)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("of the data set"), ConnectionError("Caught ConnectionError in DataLoader worker process 0.")],
+)
+def test_an_error_of_a_data_set_is_not_taken_for_a_killed_worker(error):
+    with pytest.raises(type(error)) as caught:
+        list(WorkerLoader(Broken(error), num_workers=0, batch_size=2))
+    assert caught.value is error and _worker_killed(error) is None
+
+
+def killed_with_workers(pids):
+    batches = iter(WorkerLoader(range(99), num_workers=2, batch_size=1))
+    next(batches)
+    pids.write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    assert processes.exit_code(processes.start(killed_with_workers, tmp_path / "pids")) == -signal.SIGKILL
+    workers = [Path("/proc", pid) for pid in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 4  # torch's own workers look after 5 seconds
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2 and not any(worker.exists() for worker in workers)
+
+
 def test_workers_that_are_left_at_exit_end_without_a_word():
     code = """
-from d2distill.common.engine.loading import WorkerLoader
+from d2distill.common.engine.loading import WorkerLoader, _worker_killed
 batches = iter(WorkerLoader(range(99), num_workers=2, batch_size=1))
 next(batches)
 raise SystemExit(3)

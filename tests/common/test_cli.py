@@ -52,16 +52,16 @@ def test_help_is_of_the_task(command, main, example, key):
         (FileNotFoundError("no data at /data"), 2, "error: no data at /data\n"),
         (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied\n"),
         (OSError(28, "No space left on device"), 2, "error: a file cannot be written: No space left on device\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_a_command_ends_without_a_traceback(capsys, error, code, line):
+def test_a_command_ends_without_a_traceback(capfd, error, code, line):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as end:
         run_cli(main)
-    assert (end.value.code, capsys.readouterr().err) == (code, line) and end.value.__suppress_context__
+    assert (end.value.code, capfd.readouterr().err) == (code, line) and end.value.__suppress_context__
     assert logging.raiseExceptions
 
 
@@ -103,6 +103,8 @@ def test_an_error_in_the_arguments_is_printed_once_per_node(command, monkeypatch
     monkeypatch.setenv(rank, "1")
     assert command(train_cls, "--resum") == (2, "", "")
     monkeypatch.setenv(rank, "0")
+    assert "did you mean --resume" in command(train_cls, "--resum")[2]
+    monkeypatch.setenv(rank, "x")
     assert "did you mean --resume" in command(train_cls, "--resum")[2]
 
 

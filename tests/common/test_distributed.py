@@ -12,6 +12,7 @@ from d2distill.common.errors import ConfigError, OutputError
 def check(monkeypatch, device, processes, here, batch=8, gpus=4):
     monkeypatch.setattr(comm, "get_world_size", lambda: processes)
     monkeypatch.setattr(comm, "get_local_size", lambda: here)
+    monkeypatch.setattr(comm, "all_gather", lambda own: [own] * processes)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     check_processes(CfgNode({"MODEL": {"DEVICE": device}, "SOLVER": {"IMS_PER_BATCH": batch}}))

@@ -17,7 +17,7 @@ from d2distill.common.engine import writers
 from d2distill.common.engine.checkpoint import RunCheckpointer, save_student
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
 from d2distill.common.engine.metrics import MeanMetrics
-from d2distill.common.engine.preemption import PREEMPTED, InterruptibleLoader, Preemption
+from d2distill.common.engine.preemption import InterruptibleLoader, Preemption
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.writers import read_metrics
 from tests.tiny_task import tiny_trainer
@@ -98,21 +98,58 @@ def test_means_keep_their_digits_and_count_for_themselves():
 
 def test_an_evaluation_stops_at_the_next_batch():
     preemption, seen = Preemption(), []
-    with pytest.raises(SystemExit, match=str(PREEMPTED)):
+    with pytest.raises(SystemExit, match="143"):
         for batch in InterruptibleLoader(range(5), preemption):
             seen.append(batch)
-            preemption.requested = batch == 1
+            preemption.requested = signal.SIGTERM * (batch == 1)
     assert seen == [0, 1]
     assert list(InterruptibleLoader(range(3), Preemption())) == [0, 1, 2]
 
 
-def test_sigterm_is_given_back():
-    before, preemption = signal.getsignal(signal.SIGTERM), Preemption()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_given_back(monkeypatch, number):
+    before, preemption = signal.getsignal(number), Preemption()
     preemption.install()
-    signal.raise_signal(signal.SIGTERM)
-    assert preemption.requested_on_any_rank()
+    signal.raise_signal(number)
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.requested_on_any_rank() == number  # the first
     preemption.remove()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+    # Of a command in the background, the shell has Ctrl-C ignored.
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    preemption.install()
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    preemption.remove()
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation", "end"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_is_asked_to_stop_has_saved(tmp_path, log, number, moment):
+    def at(now):
+        if now == moment:
+            for sent in (number, signal.SIGINT, signal.SIGINT):  # one who presses it again and again
+                signal.raise_signal(sent)
+
+    def losses(batch, weight):
+        if batch == 1:
+            at("step")
+        return {"loss": weight * batch}
+
+    def evaluate(network, interruptible):
+        at("evaluation")
+        list(interruptible([1]))
+        at("end")
+        return {"top1": 0.0}
+
+    with pytest.raises(SystemExit) as end:
+        tiny_trainer(tmp_path, losses, evaluate=evaluate).run()
+    steps = 2 if moment == "step" else 4
+    assert end.value.code == 128 + number and (tmp_path / f"model_{steps:07d}.pth").exists()
+    said = {"step": "saved after step 2", "evaluation": "stopped in an evaluation", "end": "all steps are saved"}
+    lines = [line for line in log.messages if line.startswith(f"{signal.Signals(number).name}: ")]
+    assert len(lines) == 1 and said[moment] in lines[0] and "--resume" in lines[0]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("write", ["model_0000001.pth", "student_best.pth"])

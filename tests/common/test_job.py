@@ -63,6 +63,25 @@ def test_a_process_by_itself(environ):
     assert Job.from_environ(environ) is None
 
 
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({**TORCHRUN, "RANK": "x"}, "RANK in the environment is 'x', not a number"),
+        ({**TORCHRUN, "MASTER_PORT": ""}, "MASTER_PORT in the environment is '', not a number"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT 99999 in the environment is no port"),
+        ({**TORCHRUN, "WORLD_SIZE": "2"}, "rank 5 of 2, number 1 on its node, which cannot be"),
+        ({**SRUN, "SLURM_NTASKS": "4(x2)"}, r"SLURM_NTASKS in the environment is '4\(x2\)', not a number"),
+        ({**SRUN, "SLURM_PROCID": "7"}, "srun says that this is rank 7 of 7"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID in the environment is ''"),
+        ({**SRUN, "SLURM_JOB_ID": "1_2"}, "SLURM_JOB_ID in the environment is '1_2'"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "", "SLURM_LAUNCH_NODE_IPADDR": ""}, "names no node: set MASTER_ADDR"),
+    ],
+)
+def test_variables_that_make_no_job_are_named(environ, message):
+    with pytest.raises(ConfigError, match=message):
+        Job.from_environ(environ)
+
+
 def test_gpus():
     job = Job.from_environ({**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"})
     assert job.device_index(2, 2, {}) == 1 and job.device_index(8, 2, {}) == 1

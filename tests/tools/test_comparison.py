@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import Thread
 
@@ -169,6 +170,9 @@ def test_a_signal_ends_the_runs_and_the_next_call_continues(stand_in, tmp_path, 
     def send():
         while len(list(tmp_path.glob("out/*/ready"))) < 2:
             time.sleep(0.1)
+        if modules:  # the server, too, has a signal that `timeout` or a terminal sends to the process group
+            os.kill(forkserver._forkserver._forkserver_pid, number)
+            time.sleep(0.5)
         os.kill(os.getpid(), number)
 
     comparison = stopped_run(tmp_path)
