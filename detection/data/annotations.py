@@ -1,0 +1,217 @@
+"""What files in COCO's format must hold, checked as they are read: nothing of it stops a training in its middle.
+
+Three rules, for training and test sets alike, each with the number of entries and the first ids:
+
+* What cannot be read as it is meant is refused: entries without a key, text for numbers, ids that are there twice.
+* Annotations of images that the file does not list are left out, as Detectron2 and COCO's evaluation do.
+* Annotations whose box covers nothing of its image (no width or height, or outside) are left out of a training, as
+  Detectron2's mapper does with each batch. In a test set they stay, and count as not found: AP is COCO's own. Where no
+  object is left the file is refused.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from reprlib import repr as short_repr
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from pycocotools import coco
+
+from d2distill.common.engine.weight_files import first_few
+from d2distill.common.errors import DataError
+
+__all__ = ["check_content", "checked_coco"]
+
+logger = logging.getLogger("detectron2.d2distill")
+
+Entry = dict[str, Any]
+_IDS, _NUMBERS = (int, float, str), (int, float)
+#: Boxes become 32-bit floats. An outline is drawn by as much memory as it is long, in pixels.
+_LARGEST_BOX, _LARGEST_OUTLINE = 3e38, 1e6
+#: Of the width and height of a box, in pixels, what is nothing to Detectron2.
+_NOTHING = 1e-5
+
+
+@contextmanager
+def checked_coco(check: Callable[[Entry], None]) -> Iterator[None]:
+    """While it is open, `check` is given the content of each file that ``pycocotools.coco.COCO`` reads, to change it.
+
+    Detectron2 reads a file by that class and keeps its content for itself, and COCO's takes too long to be read twice.
+    """
+
+    class CheckedCOCO(coco.COCO):
+        def createIndex(self) -> None:
+            check(self.dataset)
+            super().createIndex()
+
+    with patch.object(coco, "COCO", CheckedCOCO):
+        yield
+
+
+def check_content(
+    content: Entry, name: str, key: str, file: str, training: bool, masks: bool = False, keypoints: bool = False
+) -> None:
+    """Apply the rules of this module to a file's content; the log warns of what is left out.
+
+    Args:
+        content: what the file holds. Annotations are taken out of it.
+        name, key, file: the data set's, the setting that names it, and where it was read.
+        training: else it is a test set, which AP is computed of.
+        masks, keypoints: whether the model has them.
+
+    Raises:
+        DataError: the file is refused.
+    """
+    where = f"data set {name}: {file}"
+    lists = {kind: content.get(kind, []) for kind in ("images", "categories", "annotations")}
+    for kind, entries in lists.items():
+        if not isinstance(entries, list) or not set(map(type, entries)) <= {dict}:
+            raise DataError(f"{where}: '{kind}' is not a list of objects")
+        if not entries and kind != "annotations":
+            raise DataError(f"{where} has no '{kind}'")
+    images, categories, annotations = lists.values()
+    _refuse(where, "images", images, {**_ID_RULES, **_IMAGE_RULES})
+    _refuse(where, "categories", categories, {**_ID_RULES, "have no name": lambda e: type(e.get("name")) is str})
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    known = {category["id"] for category in categories}
+    rules = _annotation_rules(known, sizes, training, masks, keypoints)
+    # The minival sets of COCO 2014 have some twice, which Detectron2 lets pass.
+    _refuse(where, "annotations", annotations, rules, unique="minival" not in file)
+    strays = [entry for entry in annotations if entry["image_id"] not in sizes]
+    if strays:
+        logger.warning(
+            f"{key}: {name}: {_count(strays, annotations)} are left out: no such image is listed{_ids(strays)}"
+        )
+        content["annotations"] = annotations = [entry for entry in annotations if entry["image_id"] in sizes]
+    covers = _covers_something(annotations, sizes)
+    if covers.all():
+        return
+    useless = [annotations[at] for at in np.flatnonzero(~covers)]
+    if not any(covers[at] for at, entry in enumerate(annotations) if not entry.get("iscrowd")):
+        box, size = useless[0]["bbox"], sizes[useless[0]["image_id"]]
+        raise DataError(
+            f"{where}: no object has a box with a width and a height inside its image, e.g. that of id "
+            f"{short_repr(useless[0]['id'])} is {box} in an image of {size[0]} x {size[1]}: it must be [x, y, width, "
+            "height] in pixels"
+        )
+    what = "are left out" if training else "can be found by no detector, and lower AP"
+    logger.warning(
+        f"{key}: {name}: {_count(useless, annotations)} {what}: their boxes cover nothing of their images (no width or "
+        f"height, or outside){_ids(useless)}"
+    )
+    if training:
+        content["annotations"] = [annotations[at] for at in np.flatnonzero(covers)]
+
+
+def _refuse(
+    where: str, kind: str, entries: list[Entry], rules: Mapping[str, Callable[[Entry], bool]], unique: bool = True
+) -> None:
+    """Raise a DataError that names the first rule that an entry breaks."""
+    for what, holds in rules.items():
+        if not all(map(holds, entries)):
+            bad = [entry for entry in entries if not holds(entry)]
+            raise DataError(f"{where}: {_count(bad, entries, kind)} {what}{_ids(bad)}")
+    ids = Counter(entry["id"] for entry in entries)
+    if unique and len(ids) < len(entries):
+        bad = [entry for entry in entries if ids[entry["id"]] > 1]
+        raise DataError(
+            f"{where}: {_count(bad, entries, kind)} share their id with another{_ids(bad)}; give each one of its own"
+        )
+
+
+def _count(some: Collection[Entry], of: Collection[Entry], kind: str = "annotations") -> str:
+    return f"{len(some)} of {len(of)} {kind}"
+
+
+def _ids(entries: Iterable[Entry]) -> str:
+    # Escaped and shortened; an entry without one is shown itself.
+    return f" (id {first_few(dict.fromkeys(short_repr(entry.get('id', entry)) for entry in entries))})"
+
+
+_ID_RULES = {"have no id": lambda entry: type(entry.get("id")) in _IDS}
+_IMAGE_RULES = {
+    "have no file_name": lambda image: type(image.get("file_name")) is str,
+    "have no width and height in pixels": lambda image: all(
+        type(image.get(side)) in _NUMBERS and 0 < image[side] < _LARGEST_BOX for side in ("width", "height")
+    ),
+}
+
+
+def _annotation_rules(
+    categories: Collection[Any], sizes: Mapping[Any, tuple[float, float]], training: bool, masks: bool, keypoints: bool
+) -> dict[str, Callable[[Entry], bool]]:
+    """What must hold of each annotation, by what is wrong where it does not."""
+    rules = {
+        **_ID_RULES,
+        "have no image_id": lambda entry: type(entry.get("image_id")) in _IDS,
+        "have a category_id that 'categories' does not list": lambda entry: (
+            type(entry.get("category_id")) in _IDS and entry["category_id"] in categories
+        ),
+        "have an iscrowd that is neither 0 nor 1": lambda entry: entry.get("iscrowd", 0) in (0, 1),
+        "are to be ignored ('ignore'), which Detectron2 does not know: make them crowds": lambda entry: (
+            entry.get("ignore", 0) == 0
+        ),
+        "have a bbox that is not [x, y, width, height] in finite numbers": lambda entry: (
+            _is_list_of_numbers(entry.get("bbox"), _LARGEST_BOX) and len(entry["bbox"]) == 4
+        ),
+        "have keypoints that are not a list of finite numbers": lambda entry: (
+            not entry.get("keypoints") or _is_list_of_numbers(entry["keypoints"], _LARGEST_BOX)
+        ),
+        "have a segmentation that is neither a list of polygons nor a run-length code of its image": lambda entry: (
+            not entry.get("segmentation")
+            or _is_segmentation(entry["segmentation"], sizes.get(entry["image_id"]), masks)
+        ),
+    }
+    if training:
+        return rules
+    # What COCO's evaluation takes for granted.
+    rules["have no area, which AP of small, medium and large objects needs: add it, in pixels"] = lambda entry: (
+        _is_list_of_numbers([entry.get("area")], _LARGEST_BOX)
+    )
+    if masks:
+        rules["have no segmentation, which AP of masks needs: add it, or set MODEL.MASK_ON to False"] = lambda entry: (
+            bool(entry.get("segmentation"))
+        )
+    if keypoints:
+        rules["have no keypoints and num_keypoints, which AP of key points needs"] = lambda entry: (
+            type(entry.get("keypoints")) is list and type(entry.get("num_keypoints")) is int
+        )
+    return rules
+
+
+def _is_list_of_numbers(values: Any, largest: float) -> bool:
+    """Whether it is a list of numbers below `largest`, of which none is NaN."""
+    try:
+        return type(values) is list and all(map(largest.__gt__, map(abs, values)))
+    except TypeError:
+        return False
+
+
+def _is_segmentation(found: Any, size: tuple[float, float] | None, masks: bool) -> bool:
+    """Whether Detectron2 can read it; with `masks` also whether it can be drawn."""
+    if type(found) is list:
+        return all(_is_list_of_numbers(part, _LARGEST_OUTLINE) if masks else type(part) is list for part in found)
+    if type(found) is not dict or not _is_list_of_lengths(found.get("size")) or len(found["size"]) != 2:
+        return False
+    if masks and size is not None and found["size"] != [size[1], size[0]]:
+        return False
+    counts = found.get("counts")
+    if type(counts) is str:
+        return True  # compressed: decoded with its image
+    return _is_list_of_lengths(counts) and (not masks or sum(counts) == found["size"][0] * found["size"][1])
+
+
+def _is_list_of_lengths(values: Any) -> bool:
+    return _is_list_of_numbers(values, 2.0**32) and set(map(type, values)) <= {int} and min(values, default=0) >= 0
+
+
+def _covers_something(annotations: list[Entry], sizes: Mapping[Any, tuple[float, float]]) -> np.ndarray:
+    """Of each annotation whether its box covers some of its image."""
+    boxes = np.fromiter(chain.from_iterable(entry["bbox"] for entry in annotations), np.float64).reshape(-1, 4)
+    ends = np.fromiter(chain.from_iterable(sizes[entry["image_id"]] for entry in annotations), np.float64)
+    inside = np.minimum(boxes[:, :2] + boxes[:, 2:], ends.reshape(-1, 2)) - np.maximum(boxes[:, :2], 0)
+    return (inside > _NOTHING).all(1)
