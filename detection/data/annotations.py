@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from operator import itemgetter
 from reprlib import repr as short_repr
 from typing import Any
 from unittest.mock import patch
@@ -81,12 +82,12 @@ def check_content(
     rules = _annotation_rules(known, sizes, training, masks, keypoints)
     # The minival sets of COCO 2014 have some twice, which Detectron2 lets pass.
     _refuse(where, "annotations", annotations, rules, unique="minival" not in file)
-    strays = [entry for entry in annotations if entry["image_id"] not in sizes]
-    if strays:
+    if missing := set(map(itemgetter("image_id"), annotations)) - sizes.keys():
+        strays = [entry for entry in annotations if entry["image_id"] in missing]
         logger.warning(
             f"{key}: {name}: {_count(strays, annotations)} are left out: no such image is listed{_ids(strays)}"
         )
-        content["annotations"] = annotations = [entry for entry in annotations if entry["image_id"] in sizes]
+        content["annotations"] = annotations = [entry for entry in annotations if entry["image_id"] not in missing]
     covers = _covers_something(annotations, sizes)
     if covers.all():
         return
@@ -115,8 +116,8 @@ def _refuse(
         if not all(map(holds, entries)):
             bad = [entry for entry in entries if not holds(entry)]
             raise DataError(f"{where}: {_count(bad, entries, kind)} {what}{_ids(bad)}")
-    ids = Counter(entry["id"] for entry in entries)
-    if unique and len(ids) < len(entries):
+    if unique and len(set(map(itemgetter("id"), entries))) < len(entries):
+        ids = Counter(map(itemgetter("id"), entries))
         bad = [entry for entry in entries if ids[entry["id"]] > 1]
         raise DataError(
             f"{where}: {_count(bad, entries, kind)} share their id with another{_ids(bad)}; give each one of its own"
@@ -162,15 +163,14 @@ def _annotation_rules(
             not entry.get("keypoints") or _is_list_of_numbers(entry["keypoints"], _LARGEST_BOX)
         ),
         "have a segmentation that is neither a list of polygons nor a run-length code of its image": lambda entry: (
-            not entry.get("segmentation")
-            or _is_segmentation(entry["segmentation"], sizes.get(entry["image_id"]), masks)
+            not entry.get("segmentation") or _is_segmentation(entry, sizes, masks)
         ),
     }
     if training:
         return rules
     # What COCO's evaluation takes for granted.
     rules["have no area, which AP of small, medium and large objects needs: add it, in pixels"] = lambda entry: (
-        _is_list_of_numbers([entry.get("area")], _LARGEST_BOX)
+        type(entry.get("area")) in _NUMBERS and abs(entry["area"]) < _LARGEST_BOX
     )
     if masks:
         rules["have no segmentation, which AP of masks needs: add it, or set MODEL.MASK_ON to False"] = lambda entry: (
@@ -191,13 +191,15 @@ def _is_list_of_numbers(values: Any, largest: float) -> bool:
         return False
 
 
-def _is_segmentation(found: Any, size: tuple[float, float] | None, masks: bool) -> bool:
+def _is_segmentation(entry: Entry, sizes: Mapping[Any, tuple[float, float]], masks: bool) -> bool:
     """Whether Detectron2 can read it; with `masks` also whether it can be drawn."""
-    if type(found) is list:
-        return all(_is_list_of_numbers(part, _LARGEST_OUTLINE) if masks else type(part) is list for part in found)
+    found = entry["segmentation"]
+    if type(found) is list and set(map(type, found)) <= {list}:
+        return not masks or _is_list_of_numbers([*chain.from_iterable(found)], _LARGEST_OUTLINE)
     if type(found) is not dict or not _is_list_of_lengths(found.get("size")) or len(found["size"]) != 2:
         return False
-    if masks and size is not None and found["size"] != [size[1], size[0]]:
+    width, height = sizes.get(entry["image_id"], found["size"][::-1])
+    if masks and found["size"] != [height, width]:
         return False
     counts = found.get("counts")
     if type(counts) is str:
@@ -211,7 +213,11 @@ def _is_list_of_lengths(values: Any) -> bool:
 
 def _covers_something(annotations: list[Entry], sizes: Mapping[Any, tuple[float, float]]) -> np.ndarray:
     """Of each annotation whether its box covers some of its image."""
-    boxes = np.fromiter(chain.from_iterable(entry["bbox"] for entry in annotations), np.float64).reshape(-1, 4)
-    ends = np.fromiter(chain.from_iterable(sizes[entry["image_id"]] for entry in annotations), np.float64)
-    inside = np.minimum(boxes[:, :2] + boxes[:, 2:], ends.reshape(-1, 2)) - np.maximum(boxes[:, :2], 0)
+    boxes = _rows(map(itemgetter("bbox"), annotations), 4)
+    ends = _rows(map(sizes.__getitem__, map(itemgetter("image_id"), annotations)), 2)
+    inside = np.minimum(boxes[:, :2] + boxes[:, 2:], ends) - np.maximum(boxes[:, :2], 0)
     return (inside > _NOTHING).all(1)
+
+
+def _rows(values: Iterable[Iterable[float]], width: int) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(values), np.float64).reshape(-1, width)
