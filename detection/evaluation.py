@@ -50,11 +50,13 @@ class FastCOCOEvaluator(COCOEvaluator):
         coco_evaluation.COCOeval_opt = COCOeval
         super().__init__(name, use_fast_impl=True, **settings)
         _prepare(self._coco_api)
-        if all(isinstance(number, int) for number in (*self._coco_api.imgs, *self._coco_api.cats)):
+        if all(isinstance(number, int) and number >= 0 for number in (*self._coco_api.imgs, *self._coco_api.cats)):
             # The same annotations; nothing is read again.
             self._coco_api = FasterCOCO(self._coco_api.dataset)
         else:
-            logger.info(f"{name} names images or classes by words: its AP is computed by pycocotools")
+            logger.info(
+                f"{name} names images or classes by words, or by numbers below 0: its AP is computed by pycocotools"
+            )
             self._use_fast_impl = False
 
 
@@ -74,11 +76,14 @@ def _prepare(annotations: COCO) -> None:
     They take an annotation with the id 0 for none, and not all of them can do without ``iscrowd``, or with ids that are
     text. What else a file holds they copy for each evaluation, though it may be nested deeper than can be copied.
     """
-    content = {key: entries for key, entries in annotations.dataset.items() if key in ("images", "annotations")}
-    content["categories"] = [{"id": entry["id"], "name": entry["name"]} for entry in annotations.dataset["categories"]]
-    for number, entry in enumerate(content.get("annotations", ()), 1):
-        entry["id"] = number
-        entry.setdefault("iscrowd", 0)
+    given = annotations.dataset
+    content = {"images": given["images"]}
+    content["categories"] = [{"id": entry["id"], "name": entry["name"]} for entry in given["categories"]]
+    if "annotations" in given:
+        content["annotations"] = [entry for entry in given["annotations"] if entry["image_id"] in annotations.imgs]
+        for number, entry in enumerate(content["annotations"], 1):
+            entry["id"] = number
+            entry.setdefault("iscrowd", 0)
     annotations.dataset = content
     with redirect_stdout(io.StringIO()):
         annotations.createIndex()

@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from pycocotools import coco
+from pycocotools import coco, mask
 
 from d2distill.common.engine.weight_files import first_few
 from d2distill.common.errors import DataError
@@ -30,9 +30,10 @@ __all__ = ["check_content", "checked_coco"]
 logger = logging.getLogger("detectron2.d2distill")
 
 Entry = dict[str, Any]
-_IDS, _NUMBERS = (int, float, str), (int, float)
-#: Boxes become 32-bit floats. An outline is drawn by as much memory as it is long, in pixels.
-_LARGEST_BOX, _LARGEST_OUTLINE = 3e38, 1e6
+_NUMBERS = (int, float)
+#: Boxes become 32-bit floats. Masks are drawn, in memory for each pixel, and for each of an outline.
+_LARGEST_BOX, _LARGEST_OUTLINE, _LARGEST_MASK = 3e38, 1e6, 2**31
+_RLE_LETTERS = frozenset(map(chr, range(48, 112)))
 #: Of the width and height of a box, in pixels, what is nothing to Detectron2.
 _NOTHING = 1e-5
 
@@ -75,8 +76,8 @@ def check_content(
         if not entries and kind != "annotations":
             raise DataError(f"{where} has no '{kind}'")
     images, categories, annotations = lists.values()
-    _refuse(where, "images", images, {**_ID_RULES, **_IMAGE_RULES})
-    _refuse(where, "categories", categories, {**_ID_RULES, "have no name": lambda e: type(e.get("name")) is str})
+    _refuse(where, "images", images, {**_id_rules(images), **_IMAGE_RULES})
+    _refuse(where, "categories", categories, {**_id_rules(categories), **_CATEGORY_RULES})
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     known = {category["id"] for category in categories}
     rules = _annotation_rules(known, sizes, training, masks, keypoints)
@@ -133,9 +134,24 @@ def _ids(entries: Iterable[Entry]) -> str:
     return f" (id {first_few(dict.fromkeys(short_repr(entry.get('id', entry)) for entry in entries))})"
 
 
-_ID_RULES = {"have no id": lambda entry: type(entry.get("id")) in _IDS}
+def _is_id(value: Any) -> bool:
+    """Whether it is text, or a whole number of no more than 64 bits (tables write those of a column as floats)."""
+    return type(value) is str or (type(value) in _NUMBERS and -(2.0**63) < value < 2.0**63 and value == int(value))
+
+
+_ID_RULES = {"have no id, in text or a whole number": lambda entry: _is_id(entry.get("id"))}
+
+
+def _id_rules(entries: list[Entry]) -> dict[str, Callable[[Entry], bool]]:
+    """Of entries that Detectron2 sorts by their ids."""
+    first = type(entries[0].get("id")) is str
+    what = "have an id in text where others have numbers, or the other way"
+    return {**_ID_RULES, what: lambda entry: (type(entry["id"]) is str) == first}
+
+
+_CATEGORY_RULES = {"have no name": lambda category: type(category.get("name")) is str}
 _IMAGE_RULES = {
-    "have no file_name": lambda image: type(image.get("file_name")) is str,
+    "have no file_name": lambda image: type(image.get("file_name")) is str and image["file_name"] != "",
     "have no width and height in pixels": lambda image: all(
         type(image.get(side)) in _NUMBERS and 0 < image[side] < _LARGEST_BOX for side in ("width", "height")
     ),
@@ -148,9 +164,9 @@ def _annotation_rules(
     """What must hold of each annotation, by what is wrong where it does not."""
     rules = {
         **_ID_RULES,
-        "have no image_id": lambda entry: type(entry.get("image_id")) in _IDS,
+        "have no image_id": lambda entry: _is_id(entry.get("image_id")),
         "have a category_id that 'categories' does not list": lambda entry: (
-            type(entry.get("category_id")) in _IDS and entry["category_id"] in categories
+            _is_id(entry.get("category_id")) and entry["category_id"] in categories
         ),
         "have an iscrowd that is neither 0 nor 1": lambda entry: entry.get("iscrowd", 0) in (0, 1),
         "are to be ignored ('ignore'), which Detectron2 does not know: make them crowds": lambda entry: (
@@ -163,7 +179,7 @@ def _annotation_rules(
             not entry.get("keypoints") or _is_list_of_numbers(entry["keypoints"], _LARGEST_BOX)
         ),
         "have a segmentation that is neither a list of polygons nor a run-length code of its image": lambda entry: (
-            not entry.get("segmentation") or _is_segmentation(entry, sizes, masks)
+            not entry.get("segmentation") or _is_segmentation(entry, sizes, masks, decoded=masks and not training)
         ),
     }
     if training:
@@ -191,20 +207,27 @@ def _is_list_of_numbers(values: Any, largest: float) -> bool:
         return False
 
 
-def _is_segmentation(entry: Entry, sizes: Mapping[Any, tuple[float, float]], masks: bool) -> bool:
-    """Whether Detectron2 can read it; with `masks` also whether it can be drawn."""
+def _is_segmentation(entry: Entry, sizes: Mapping[Any, tuple[float, float]], masks: bool, decoded: bool) -> bool:
+    """Whether Detectron2 can read it; with `masks` also whether it can be drawn, with `decoded` all of it.
+
+    A training decodes them image by image.
+    """
     found = entry["segmentation"]
     if type(found) is list and set(map(type, found)) <= {list}:
         return not masks or _is_list_of_numbers([*chain.from_iterable(found)], _LARGEST_OUTLINE)
     if type(found) is not dict or not _is_list_of_lengths(found.get("size")) or len(found["size"]) != 2:
         return False
-    width, height = sizes.get(entry["image_id"], found["size"][::-1])
-    if masks and found["size"] != [height, width]:
+    (height, width), counts = found["size"], found.get("counts")
+    if masks and (sizes.get(entry["image_id"], (width, height)) != (width, height) or width * height > _LARGEST_MASK):
         return False
-    counts = found.get("counts")
-    if type(counts) is str:
-        return True  # compressed: decoded with its image
-    return _is_list_of_lengths(counts) and (not masks or sum(counts) == found["size"][0] * found["size"][1])
+    if type(counts) is not str:
+        return _is_list_of_lengths(counts) and (not masks or sum(counts) == width * height)
+    try:
+        # Of six bits a letter, which pycocotools does not look at.
+        letters = set(counts) <= _RLE_LETTERS
+        return letters and (not decoded or mask.decode(found) is not None)
+    except ValueError:
+        return False
 
 
 def _is_list_of_lengths(values: Any) -> bool:

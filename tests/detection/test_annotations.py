@@ -33,6 +33,7 @@ def ids_of(dicts):
             for box in ([1, 1, NAN, 4], [1, 1, INFINITE, 4], [1e308, 1, 4, 4], [1, 1, "4", 4], [1, 2, 3], "box", None)
         ),
         ({"image_id": None}, "1 of 3 annotations have no image_id"),
+        ({"image_id": NAN}, "1 of 3 annotations have no image_id"),
         ({"category_id": 7}, "1 of 3 annotations have a category_id that 'categories' does not list"),
         ({"category_id": [1]}, "1 of 3 annotations have a category_id"),
         ({"iscrowd": "0"}, "1 of 3 annotations have an iscrowd that is neither 0 nor 1"),
@@ -61,7 +62,12 @@ def test_what_cannot_be_read_as_it_is_meant(root, load, changes, message):
         ({"categories": 3}, "'categories' is not a list of objects"),
         ({"annotations": [[1]]}, "'annotations' is not a list of objects"),
         ({"categories": [{"id": 1}, {"id": 2}]}, r"2 of 2 categories have no name \(id 1, 2\)"),
-        ({"categories": [{"name": "cat"}]}, r"1 of 1 categories have no id \(id {'name': 'cat'}\)"),
+        ({"categories": [{"name": "cat"}]}, r"1 of 1 categories have no id, .* \(id {'name': 'cat'}\)"),
+        *(
+            ({"images": [{**image, "id": value} for image in coco()["images"]]}, r"2 of 2 images have no id, ")
+            for value in (NAN, INFINITE, 10**40, 1.5, True, None, [1])
+        ),
+        ({"images": [*coco()["images"], {**coco()["images"][0], "id": "3"}]}, r"1 of 3 images have an id in text"),
         ({"categories": [{"id": 1, "name": n} for n in "ab"]}, r"2 of 2 categories share their id .* \(id 1\)"),
         (
             {"images": [without(i, "file_name") for i in coco()["images"]]},
@@ -94,6 +100,20 @@ def test_masks_that_average_precision_needs(root):
     cfg.MODEL.MASK_ON = True
     write(root, "pets", coco(annotations=[annotation(5, 1), annotation(6, 2, segmentation=[])]))
     with pytest.raises(DataError, match=r"1 of 2 annotations have no segmentation, .* MODEL.MASK_ON to False \(id 6\)"):
+        check_test_sets(cfg)
+
+
+@pytest.mark.parametrize("counts", ["o" * 40, "\0"])
+def test_masks_of_a_test_set_that_cannot_be_decoded(root, counts):
+    """Those of a training are decoded as its images are read."""
+    for code, name in (("04T2", "good"), (counts, "bad")):
+        write(root, name, coco(annotations=[annotation(5, 1), annotation(6, 2, segmentation={**RLE, "counts": code})]))
+    cfg = own_cfg(["good"])
+    cfg.MODEL.MASK_ON = True
+    check_test_sets(cfg)
+    cfg = own_cfg(["bad"])
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(DataError, match=r"1 of 2 annotations have a segmentation that is neither .* \(id 6\)"):
         check_test_sets(cfg)
 
 
