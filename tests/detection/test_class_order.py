@@ -33,7 +33,9 @@ def test_evaluation_on_another_order_is_refused(tiny, root, kind):
         entry["category_id"] = {1: 2, 2: 1}.get(entry["category_id"], entry["category_id"])
     (root / "swapped.json").write_text(json.dumps(content))
     register = {"swapped": {"JSON": str(root / "swapped.json"), "IMAGES": str(tiny / TINY["val"]["IMAGES"])}}
-    cfg = tiny_cfg("rcnn", root, **{"DATASETS.REGISTER": register, "DATASETS.TEST": ("swapped",)})
+    # Of the training set nothing is read, or known.
+    names = {"DATASETS.TRAIN": ("swapped",), "DATASETS.TEST": ("swapped",)}
+    cfg = tiny_cfg("rcnn", root, **{"DATASETS.REGISTER": register, **names})
     cfg.MODEL.WEIGHTS = weights_of(cfg, root, DIGITS, kind)
     message = r"10 classes, the data set swapped has 10: number 0 is '0' there and '1' here\. The data must list"
     with pytest.raises(CheckpointError, match=rf"^MODEL\.WEIGHTS: {cfg.MODEL.WEIGHTS} was trained on {message}"):
