@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
@@ -22,7 +23,13 @@ from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode, get_cfg, num_classes
-from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
+from d2distill.detection.data import (
+    build_train_loader,
+    check_test_sets,
+    check_trained_classes,
+    load_training_set,
+    register_datasets,
+)
 from d2distill.detection.deployed import describe_student
 from d2distill.detection.evaluation import (
     EvaluationData,
@@ -73,7 +80,8 @@ def build_trainer(
             "TEACHER.MODEL.WEIGHTS is empty: name the checkpoint of a trained teacher, or give under MODEL.WEIGHTS "
             "a merged file that holds one"
         )
-    load_student(model, cfg.MODEL.WEIGHTS)
+    trained = load_student(model, cfg.MODEL.WEIGHTS)
+    check_trained_classes(f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS}", trained, cfg.DATASETS.TRAIN[:1], may_differ=True)
     optimizer = build_optimizer(cfg, model)
     train_loader, test_data = build_train_loader(cfg, dataset_dicts), EvaluationData(cfg, test_images)
     facts: dict[str, Any] = {}
@@ -119,6 +127,7 @@ def build_trainer(
         may_change=_MAY_CHANGE,
         run_identity={
             "training images": len(train_loader.dataset),
+            "classes": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []),
             "the teacher's weights": None if adapter is None else weights_digest(model.teacher),
         },
         precision=precision,
@@ -185,7 +194,8 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
         data = EvaluationData(cfg, check_test_sets(cfg))
         check_evaluators(cfg)
         model = build_model(cfg)
-        load_student(model, cfg.MODEL.WEIGHTS, complete=True)
+        trained = load_student(model, cfg.MODEL.WEIGHTS, complete=True)
+        check_trained_classes(f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS}", trained, cfg.DATASETS.TEST)
         model.eval()
         results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
         _log(cfg.MODEL.WEIGHTS, results)
