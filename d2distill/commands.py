@@ -33,7 +33,13 @@ def train_det() -> None:
 
 def _main(task: str, network: str, weights_key: str, example: str) -> None:
     with user_errors():
-        args = _parser(network, weights_key, example).parse_args()
+        parser = _parser(network, weights_key, example)
+        args = parser.parse_args()
+        for flag, value, least in (("gpus", args.num_gpus, 0), ("machines", args.num_machines, 1)):
+            if value < least:
+                parser.error(f"--num-{flag} is {value}, but must be at least {least}")
+        if not 0 <= args.machine_rank < args.num_machines:
+            parser.error(f"--machine-rank is {args.machine_rank}, but must be from 0 to --num-machines - 1")
         require_detectron2()
         config = import_module(f"d2distill.{task}.config")
         settings = find_config(args.config_file), (["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []) + args.opts

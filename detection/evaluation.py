@@ -5,8 +5,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,24 @@ __all__ = ["EvaluationData", "best_metric", "check_evaluators", "evaluate_detect
 logger = logging.getLogger("detectron2.d2distill")
 
 
-class FastCOCOEvaluator(COCOEvaluator):
+class CompleteCOCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator, also where a model detects nothing at all, of which that one says NaN for everything.
+
+    By the definition of AP it is then 0, and NaN only where there is nothing to detect, as among large objects.
+    """
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None) -> dict:
+        if coco_eval is None:
+            kind = coco_evaluation.COCOeval_opt if self._use_fast_impl else coco_evaluation.COCOeval
+            coco_eval = kind(self._coco_api, type(self._coco_api)(), iou_type)
+            with redirect_stdout(StringIO()):
+                coco_eval.evaluate()
+                coco_eval.accumulate()
+                coco_eval.summarize()
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+class FastCOCOEvaluator(CompleteCOCOEvaluator):
     """Detectron2's evaluator, whose AP faster-coco-eval computes: the same values but for rounding, sooner."""
 
     def __init__(self, name: str, **settings: Any) -> None:
@@ -59,7 +78,7 @@ def _coco_evaluator(name: str, folder: str, limit: int) -> COCOEvaluator:
     if _uses_faster_coco_eval(limit):
         return FastCOCOEvaluator(name, **settings)
     compiled = limit == 100 and coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
-    return COCOEvaluator(name, use_fast_impl=compiled, **settings)
+    return CompleteCOCOEvaluator(name, use_fast_impl=compiled, **settings)
 
 
 def _uses_faster_coco_eval(limit: int) -> bool:

@@ -2,17 +2,20 @@
 
 import functools
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from torch import nn
 
+from d2distill.common.building import building
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
 from d2distill.common.engine.run_folder import prepare_run, start_logs
@@ -21,7 +24,7 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
-from d2distill.detection.config import CfgNode, get_cfg, num_classes
+from d2distill.detection.config import CfgNode, get_cfg, num_classes, validate
 from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
 from d2distill.detection.deployed import describe_student
 from d2distill.detection.evaluation import (
@@ -66,7 +69,8 @@ def build_trainer(
     deciding = best_metric(cfg)
     # All processes build the same, and the student is built before its teacher and the methods.
     seed_step(cfg.SEED, 0, rank=0)
-    model = build_model(cfg)
+    with building("MODEL", cfg):
+        model = build_model(cfg)
     adapter = getattr(model, "teacher_adapter", None)
     if adapter is not None and not adapter.weights:
         raise ConfigError(
@@ -74,7 +78,9 @@ def build_trainer(
             "a merged file that holds one"
         )
     load_student(model, cfg.MODEL.WEIGHTS)
-    optimizer = build_optimizer(cfg, model)
+    with building("SOLVER", cfg):
+        optimizer = build_optimizer(cfg, model)
+        lr_scheduler = _lr_scheduler(cfg, optimizer)
     train_loader, test_data = build_train_loader(cfg, dataset_dicts), EvaluationData(cfg, test_images)
     facts: dict[str, Any] = {}
     if adapter is not None:
@@ -107,7 +113,7 @@ def build_trainer(
         # As Detectron2 does: running statistics are each process's own until they are needed.
         wrapped=wrap_student(model, broadcast_buffers=False),
         optimizer=optimizer,
-        lr_scheduler=_lr_scheduler(cfg, optimizer),
+        lr_scheduler=lr_scheduler,
         build_batches=batches_from,
         # A plain detector: stock Detectron2 loads its state dict.
         deployed_student=getattr(model, "deployed_student", lambda: model),
@@ -152,11 +158,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
+        SystemExit: with 1, where the results are not TEST.EXPECTED_RESULTS; everything is written.
     """
-    # Does nothing unless SOLVER.REFERENCE_WORLD_SIZE is set.
-    steps, cfg = cfg.SOLVER.STEPS, DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    if any(step < 1 for step in steps):
-        cfg.SOLVER.STEPS = steps  # shares of the run, which it would scale too
+    cfg = _scale_to_processes(cfg)
     prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
@@ -169,6 +173,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     del dataset_dicts, test_images
     results = trainer.run(resume)
     _log("Results", results)
+    _verify(cfg, results)
     return results
 
 
@@ -177,6 +182,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
+        SystemExit: with 1, where they are not TEST.EXPECTED_RESULTS.
     """
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
@@ -185,12 +191,41 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     register_datasets(cfg)
     data = EvaluationData(cfg, check_test_sets(cfg))
     check_evaluators(cfg)
-    model = build_model(cfg)
+    with building("MODEL", cfg):
+        model = build_model(cfg)
     load_student(model, cfg.MODEL.WEIGHTS, complete=True)
     model.eval()
     results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
     _log(cfg.MODEL.WEIGHTS, results)
+    _verify(cfg, results)
     return results
+
+
+def _scale_to_processes(cfg: CfgNode) -> CfgNode:
+    """Batch size and schedule for this job's number of processes, where SOLVER.REFERENCE_WORLD_SIZE has another."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    if any(step < 1 for step in cfg.SOLVER.STEPS):
+        scaled.SOLVER.STEPS = cfg.SOLVER.STEPS  # shares of the run, which it would scale too
+    try:
+        validate(scaled)
+    except ConfigError as error:
+        reference, processes = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
+        raise ConfigError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference}, scaled to {processes} processes: {error}"
+        ) from error
+    return scaled
+
+
+def _verify(cfg: CfgNode, results: dict[str, float]) -> None:
+    """Detectron2's check of TEST.EXPECTED_RESULTS, in all processes: it logs both and exits with 1 where they differ.
+
+    The task is all of a metric's name before the last slash, e.g. ``bbox``, ``best_bbox`` or ``<data set>/bbox``.
+    """
+    by_task: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in comm.all_gather(results)[0].items():
+        task, _, metric = name.rpartition("/")
+        by_task[task][metric] = value
+    verify_results(cfg, by_task)
 
 
 def _log(title: str, results: dict[str, float]) -> None:
