@@ -12,6 +12,7 @@ from d2distill.classification.config import image_size, teacher_nodes
 from d2distill.classification.data import dataset_info
 from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.networks import Normalize, build_network, network_info
+from d2distill.common.building import building
 from d2distill.common.config import CfgNode, chosen_methods, resolve_device
 from d2distill.common.distillers import DISTILLERS, Distiller
 from d2distill.common.errors import ConfigError
@@ -233,10 +234,8 @@ def _build_methods(
         classes = {teacher.num_classes for teacher in teachers}
         if "logits" in method.needs and "TEACHER" not in node and len(classes) > 1:
             raise ConfigError(f"DISTILL.METHODS: {name} averages the teachers' logits, but they have {classes} classes")
-        try:
+        with building(f"DISTILL.{name.upper()}", cfg):
             distillers[name.lower()] = method(node, student, teachers[number] if method.needs_teacher else None, data)
-        except ValueError as error:
-            raise ConfigError(f"DISTILL.METHODS: {error}") from error
     if "ce" in distillers:
         raise ConfigError("DISTILL.METHODS: a method called CE would replace the cross-entropy's loss_ce; rename it")
     shipped = [name for name, method in methods.items() if method.deployed is not Distiller.deployed]

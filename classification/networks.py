@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from d2distill.classification.config import image_size
 from d2distill.classification.data import DatasetInfo, dataset_info
 from d2distill.classification.models import build_model, is_without_classes
+from d2distill.common.building import building, extension_line
 from d2distill.common.config import CfgNode
 from d2distill.common.engine.weight_loading import class_count, load_state, weights_for
 from d2distill.common.errors import ConfigError
@@ -71,18 +72,19 @@ def build_network(cfg: CfgNode, key: str, node: CfgNode, num_classes: int) -> nn
 
 def _build(cfg: CfgNode, key: str, name: str, num_classes: int) -> nn.Module:
     size, family = image_size(cfg), dataset_info(cfg.DATASETS.NAME).model_family
-    try:
-        network = build_model(name, num_classes, model_family=family, image_size=size)
-        network_info(network, size)
-        return network
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
-        # Patches that do not divide the size, maps that vanish.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"{key}.NAME {name} does not take images of INPUT.SIZE {size} ({reason}): choose another size"
-        ) from error
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"{key}.NAME: {error}") from error
+    with building(f"{key}.NAME", cfg):
+        try:
+            network = build_model(name, num_classes, model_family=family, image_size=size)
+            network_info(network, size)
+            return network
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError) as error:
+            if extension_line(error):
+                raise
+            # Patches that do not divide the size, maps that vanish.
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{key}.NAME {name} does not take images of INPUT.SIZE {size} ({reason}): choose another size"
+            ) from error
 
 
 @torch.no_grad()

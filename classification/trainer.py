@@ -29,6 +29,7 @@ from d2distill.classification.solver import PRECISIONS, build_lr_scheduler, buil
 from d2distill.classification.speed import prepare_networks
 from d2distill.classification.teacher_cache import cache_teachers
 from d2distill.classification.testing import Testing, center_fit
+from d2distill.common.building import building
 from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.distributed import (
     run_on_main_process,
@@ -89,8 +90,10 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
     # First, so that a cached teacher is compiled for as many rows as it computes at a time.
     cache_teachers(cfg, model, train_set, steps=len(sampler))
     prepare_networks(model, cfg, steps=len(sampler))
-    optimizer = build_optimizer(model, solver)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
+    with building("SOLVER", cfg):
+        optimizer = build_optimizer(model, solver)
+        lr_scheduler = build_lr_scheduler(optimizer, solver, epoch_length)
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX
     soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
     residence = Residence.of(cfg)
@@ -128,7 +131,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         # DOT averages its gradients over the processes itself.
         wrapped=model if backward else wrap_student(model),
         optimizer=optimizer,
-        lr_scheduler=build_lr_scheduler(optimizer, solver, epoch_length),
+        lr_scheduler=lr_scheduler,
         build_batches=build_batches,
         deployed_student=model.deployed_student,
         evaluate=evaluate_student,
@@ -177,10 +180,8 @@ def _teacher_stats(cfg: CfgNode, model: DistillModel) -> dict[str, int]:
 def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     """Training and test split of the configured data set; sets MODEL.NUM_CLASSES where it is 0."""
     if cfg.INPUT.AUGMENTATION:
-        try:
+        with building("INPUT.AUGMENTATION", cfg):
             build_augmentation(cfg.INPUT.AUGMENTATION)
-        except ValueError as error:
-            raise ConfigError(f"INPUT.AUGMENTATION: {error}") from None
     train_set, test_set = load_splits(cfg)
     _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):

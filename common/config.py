@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _FILES = iter_modules([str(Path(__file__).with_name("distillers"))])
 #: Nodes that can be checked once the methods are there; also their own names, which MDistiller has at the top.
 _OF_METHODS = {"DISTILL", "TEACHER", *(file.name.upper() for file in _FILES)}
+#: Names of the modules that IMPORTS named: of files with their path, else of the package.
+EXTENSIONS: set[str] = set()
 __all__ = ["CfgNode", "CheckedMerge", "add_distill_defaults", "chosen_methods", "read_cfg", "resolve_device"]
 
 
@@ -131,12 +133,14 @@ def import_extensions(names: Iterable[str]) -> None:
         module_name = f"imported_by_config_{path}"
         try:
             if not name.endswith(".py"):
+                EXTENSIONS.add(name.partition(".")[0])
                 importlib.import_module(name)
             elif module_name not in sys.modules:
+                EXTENSIONS.add(module_name)
                 spec = importlib.util.spec_from_file_location(module_name, path)
                 sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script's sys.exit() would end the run without a word
             sys.modules.pop(module_name, None)
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
             where = f"{name}, line {lines[-1]}" if lines else name

@@ -14,6 +14,7 @@ from d2distill.classification.data.datasets import (
     build_dataset,
     shortened,
 )
+from d2distill.common.building import building
 from d2distill.common.config import CfgNode
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError
@@ -37,7 +38,8 @@ def load_test_set(cfg: CfgNode) -> ImageDataset:
 
 def _open(cfg: CfgNode, split: str) -> ImageDataset:
     names = read_class_names(cfg.DATASETS.CLASSES)
-    dataset = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split)
+    with building("DATASETS", cfg):
+        dataset = build_dataset(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, split)
     if isinstance(dataset, FileDataset):
         dataset.read_options = read_options(cfg)
     if not names:

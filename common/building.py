@@ -1,0 +1,80 @@
+"""What a library raises while something is built from settings, as one line that names the settings."""
+
+import re
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from d2distill.common.config import EXTENSIONS
+from d2distill.common.errors import ConfigError, UserError
+
+__all__ = ["building", "extension_line"]
+
+
+@contextmanager
+def building(node: str, cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Turn whatever a library, or code of IMPORTS, raises inside into one ConfigError; ``--debug`` has the traceback.
+
+    Detectron2, fvcore, timm and torch refuse a setting by a KeyError, an assertion, a TypeError ... that knows nothing
+    of settings. The line names those below `node` whose value the library's message has, else `node`. User errors and
+    those of files pass. Not for what trains or evaluates: a fault there is no setting's.
+
+    Args:
+        node: what is built, by its settings: ``MODEL.STUDENT``, ``SOLVER``.
+        cfg: the whole configuration.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise ConfigError(_explain(node, cfg or {}, error)) from error
+
+
+def extension_line(error: BaseException) -> str:
+    """``FILE, line N``: the innermost line in a module of IMPORTS that an error passed through; empty if in none."""
+    lines = [
+        f"{frame.f_code.co_filename}, line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if EXTENSIONS & {name := frame.f_globals.get("__name__", ""), name.partition(".")[0]}
+    ]
+    return lines[-1] if lines else ""
+
+
+def _explain(node: str, cfg: Mapping[str, Any], error: Exception) -> str:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    line, module = traceback.extract_tb(error.__traceback__)[-1].line or "", frame.f_globals.get("__name__", "")
+    extension = extension_line(error)
+    # Of a bare assertion the line says what was asserted; of a table's KeyError the text is the key.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    reason = textwrap.shorten(text or line, 400)
+    if module.startswith("d2distill.") and not extension and line.startswith("raise "):
+        return f"{node}: {reason}"  # a sentence for users already
+    key = ", ".join(_settings_in(reason, node, cfg)[:3]) or node
+    if isinstance(error, KeyError) and " " not in reason:
+        reason = f"{reason} is unknown"
+    return f"{key}: {reason} ({type(error).__name__} in {extension or module}; --debug shows the traceback)"
+
+
+def _settings_in(reason: str, node: str, cfg: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``KEY VALUE`` of the settings below `node` of which `reason` has the value, or an entry of it.
+
+    A number counts where it is all that `reason` says, as in the KeyError of a table.
+    """
+    found: list[str] = []
+    for key, value in cfg.items():
+        if isinstance(value, Mapping):
+            found += _settings_in(reason, node, value, f"{prefix}{key}.")
+        elif f"{prefix}{key}.".startswith(f"{node}."):
+            entries = value if isinstance(value, list | tuple) else [value]
+            if any(_says(reason, entry) for entry in entries):
+                found.append(f"{prefix}{key} {value}")
+    return found
+
+
+def _says(reason: str, value: Any) -> bool:
+    if not isinstance(value, str):
+        return reason == str(value)
+    return value != "" and re.search(rf"(?<![\w./-]){re.escape(value)}(?![\w./-])", reason) is not None
