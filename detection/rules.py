@@ -70,5 +70,5 @@ def check_network_input(prefix: str, cfg: CfgNode) -> None:
     if any(model.RESNETS.DEFORM_ON_PER_STAGE) and find_spec("detectron2._C") is None:
         raise MissingDependencyError(
             f"{prefix}MODEL.RESNETS.DEFORM_ON_PER_STAGE: deformable convolutions need Detectron2's compiled extension, "
-            "which this installation lacks: build Detectron2 from its sources, or set it to [False, False, False, False]"
+            "which this installation lacks: build Detectron2 with it, or set [False, False, False, False]"
         )

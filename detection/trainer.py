@@ -20,6 +20,7 @@ from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
 from d2distill.common.engine.run_folder import prepare_run, start_logs
 from d2distill.common.engine.seeding import seed_step
+from d2distill.common.engine.settings import config_diff, flat_settings
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
@@ -160,10 +161,12 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
         SystemExit: with 1, where the results are not TEST.EXPECTED_RESULTS; everything is written.
     """
-    cfg = _scale_to_processes(cfg)
+    given, cfg = cfg, _scale_to_processes(cfg)
     prepare_run(cfg, resume)
     # Before the data, whose warnings belong in the log.
     start_logs(cfg.OUTPUT_DIR)
+    if scaled := config_diff(flat_settings(given), flat_settings(cfg)):
+        logger.info(f"Scaled to {comm.get_world_size()} processes: {'; '.join(scaled)}")
     register_datasets(cfg)
     dataset_dicts = load_training_set(cfg)
     test_images = check_test_sets(cfg)
@@ -202,14 +205,16 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
 
 
 def _scale_to_processes(cfg: CfgNode) -> CfgNode:
-    """Batch size and schedule for this job's number of processes, where SOLVER.REFERENCE_WORLD_SIZE has another."""
-    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    """Batch size and schedule for this job's number of processes, where SOLVER.REFERENCE_WORLD_SIZE is another."""
+    reference, processes = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
+    if reference in (0, processes):
+        return cfg
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     if any(step < 1 for step in cfg.SOLVER.STEPS):
         scaled.SOLVER.STEPS = cfg.SOLVER.STEPS  # shares of the run, which it would scale too
     try:
         validate(scaled)
     except ConfigError as error:
-        reference, processes = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
         raise ConfigError(
             f"SOLVER.REFERENCE_WORLD_SIZE {reference}, scaled to {processes} processes: {error}"
         ) from error
