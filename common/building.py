@@ -1,5 +1,6 @@
 """What a library raises while something is built from settings, as one line that names the settings."""
 
+import linecache
 import re
 import textwrap
 import traceback
@@ -18,8 +19,10 @@ def building(node: str, cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Turn whatever a library, or code of IMPORTS, raises inside into one ConfigError; ``--debug`` has the traceback.
 
     Detectron2, fvcore, timm and torch refuse a setting by a KeyError, an assertion, a TypeError ... that knows nothing
-    of settings. The line names those below `node` whose value the library's message has, else `node`. User errors and
-    those of files pass. Not for what trains or evaluates: a fault there is no setting's.
+    of settings. The line names those below `node` whose value the library's message has; else those that are read, as
+    ``cfg.NODE.KEY``, in the failing statement or the nearest one around it that reads any; else `node`. User errors,
+    those of files, and those of processes that lost each other pass. Of what trains it is for the first step alone: a
+    later fault is no setting's.
 
     Args:
         node: what is built, by its settings: ``MODEL.STUDENT``, ``SOLVER``.
@@ -30,6 +33,9 @@ def building(node: str, cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith(("torch.distributed", "torch.nn.parallel")):
+            raise
         raise ConfigError(_explain(node, cfg or {}, error)) from error
 
 
@@ -52,7 +58,7 @@ def _explain(node: str, cfg: Mapping[str, Any], error: Exception) -> str:
     reason = textwrap.shorten(text or line, 400)
     if module.startswith("d2distill.") and not extension and line.startswith("raise "):
         return f"{node}: {reason}"  # a sentence for users already
-    key = ", ".join(_settings_in(reason, node, cfg)[:3]) or node
+    key = ", ".join(_settings_in(reason, node, cfg)[:3] or _settings_read(error, node, cfg)[:3]) or node
     if isinstance(error, KeyError) and " " not in reason:
         reason = f"{reason} is unknown"
     return f"{key}: {reason} ({type(error).__name__} in {extension or module}; --debug shows the traceback)"
@@ -72,6 +78,25 @@ def _settings_in(reason: str, node: str, cfg: Mapping[str, Any], prefix: str = "
             if any(_says(reason, entry) for entry in entries):
                 found.append(f"{prefix}{key} {value}")
     return found
+
+
+def _settings_read(error: Exception, node: str, cfg: Mapping[str, Any]) -> list[str]:
+    """``KEY VALUE`` of the settings below `node` in the innermost statement on the error's way that reads any."""
+    above = "TEACHER." if node.startswith("TEACHER.") else ""  # of which a configuration of its own was made
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        # Python 3.10 does not know where a statement ends.
+        last = getattr(frame, "end_lineno", None) or frame.lineno
+        statement = "".join(linecache.getlines(frame.filename)[frame.lineno - 1 : last])
+        found = []
+        for name in dict.fromkeys(re.findall(r"\bcfg\.([A-Z0-9_.]+)\b", statement)):
+            value: Any = cfg
+            for part in f"{above}{name}".split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is not None and not isinstance(value, Mapping):
+                found.append(f"{above}{name} {value}")
+        if found:
+            return found
+    return []
 
 
 def _says(reason: str, value: Any) -> bool:

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from d2distill import __version__
+from d2distill.common.building import building
 from d2distill.common.engine import report, run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
@@ -140,8 +141,10 @@ class Trainer(TrainerBase):
         # TorchScript's profiling executor changes numerics on a function's second call; off on CPU, so that resumed
         # runs are bit-identical.
         scripted = torch.jit.optimized_execution(self.device.type != "cpu")
+        # What the network's parts cannot do with each other shows at the latest now.
+        first = building("MODEL", self.cfg) if self.iter == self.start_iter else nullcontext()
         # In a storage of its own: the trainer's smooths over a window, which a restart would cut.
-        with EventStorage(self.iter) as scalars, autocast, scripted:
+        with EventStorage(self.iter) as scalars, autocast, scripted, first:
             try:
                 yield
             except FloatingPointError as error:  # Detectron2's networks look at what they compute
