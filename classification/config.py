@@ -114,8 +114,11 @@ def schedule_notes(cfg: CfgNode) -> list[str]:
 
     No errors: most often a published recipe was shortened to try it out.
     """
+    from d2distill.classification.solver import lowering_epochs
+
     solver, notes = cfg.SOLVER, []
-    missed = [step for step in solver.STEPS if step >= solver.EPOCHS]
+    ends = zip(solver.STEPS, lowering_epochs(solver), strict=True)
+    missed = [step for step, epoch in ends if epoch >= solver.EPOCHS]
     if solver.LR_SCHEDULE == "step" and missed:
         notes.append(
             f"SOLVER.EPOCHS is {solver.EPOCHS}: the learning rate is not lowered at {', '.join(map(str, missed))} of "

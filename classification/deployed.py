@@ -17,6 +17,7 @@ from d2distill.classification.data.splits import read_options
 from d2distill.classification.modeling import build_distiller
 from d2distill.classification.networks import Normalize
 from d2distill.common.config import CfgNode, chosen_methods
+from d2distill.common.config_node import parse_yaml
 from d2distill.common.distillers import Distiller
 from d2distill.common.engine.weight_files import compare_states, source_digest
 from d2distill.common.errors import CheckpointError
@@ -153,7 +154,7 @@ def load_student_file(file: str, weights: Mapping[str, Tensor], description: Map
     """
     try:
         cfg = get_cfg()
-        cfg.merge_from_other_cfg(yaml.safe_load(description["config"]))
+        cfg.merge_from_other_cfg(parse_yaml(description["config"]))
         cfg.merge_from_list(["MODEL.DEVICE", "cpu"])
         with torch.random.fork_rng(devices=[]):
             network = build_distiller(cfg).deployed_student()

@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules by name."""
 
+import math
+
 import torch
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.config import CfgNode
@@ -8,7 +10,7 @@ from torch import nn
 
 from d2distill.common.engine.dot import DOT
 
-__all__ = ["OPTIMIZERS", "PRECISIONS", "SCHEDULES", "build_lr_scheduler", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "PRECISIONS", "SCHEDULES", "build_lr_scheduler", "build_optimizer", "lowering_epochs"]
 
 OPTIMIZERS = ("SGD", "AdamW", "DOT")
 SCHEDULES = ("step", "cosine")
@@ -41,14 +43,21 @@ def build_optimizer(model: nn.Module, solver: CfgNode) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], rate, fused=fused)
 
 
+def lowering_epochs(solver: CfgNode) -> list[int]:
+    """The epochs after which SOLVER.STEPS lower the learning rate; shares of the run count up to whole epochs."""
+    return [math.ceil(step * solver.EPOCHS if step < 1 else step) for step in solver.STEPS]
+
+
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, solver: CfgNode, epoch_length: int) -> LRMultiplier:
     """The schedule SOLVER.LR_SCHEDULE, stepped once per step, with linear warm-up from 0.001 over WARMUP_EPOCHS."""
     if solver.LR_SCHEDULE == "cosine":
         schedule = CosineParamScheduler(1.0, 0.0)
     else:
-        steps = [step * solver.EPOCHS if step < 1 else step for step in solver.STEPS if step < solver.EPOCHS]
-        values = [solver.GAMMA**i for i in range(len(steps) + 1)]
-        schedule = MultiStepParamScheduler(values, milestones=steps, num_updates=solver.EPOCHS)
+        # In a short run several may fall into one epoch.
+        epochs = [epoch for epoch in lowering_epochs(solver) if epoch < solver.EPOCHS]
+        ends = sorted(set(epochs))
+        values = [solver.GAMMA ** sum(epoch <= end for epoch in epochs) for end in (0, *ends)]
+        schedule = MultiStepParamScheduler(values, milestones=ends, num_updates=solver.EPOCHS)
     if solver.WARMUP_EPOCHS:
         schedule = WarmupParamScheduler(schedule, 0.001, min(solver.WARMUP_EPOCHS / solver.EPOCHS, 1.0))
     return LRMultiplier(optimizer, schedule, solver.EPOCHS * epoch_length)

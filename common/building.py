@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from d2distill.common.config import EXTENSIONS
-from d2distill.common.errors import ConfigError, UserError
+from d2distill.common.engine.cli import user_message
+from d2distill.common.errors import ConfigError
 
 __all__ = ["building", "extension_line"]
 
@@ -21,8 +22,8 @@ def building(node: str, cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
     Detectron2, fvcore, timm and torch refuse a setting by a KeyError, an assertion, a TypeError ... that knows nothing
     of settings. The line names those below `node` whose value the library's message has; else those that are read, as
     ``cfg.NODE.KEY``, in the failing statement or the nearest one around it that reads any; else `node`. User errors,
-    those of files, and those of processes that lost each other pass. Of what trains it is for the first step alone: a
-    later fault is no setting's.
+    those of files, of processes that lost each other, and of a training that diverged pass. Of what trains it is for
+    the first step alone: a later fault is no setting's.
 
     Args:
         node: what is built, by its settings: ``MODEL.STUDENT``, ``SOLVER``.
@@ -30,11 +31,10 @@ def building(node: str, cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, OSError):
-        raise
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith(("torch.distributed", "torch.nn.parallel")):
+        lost_peer = frame.f_globals.get("__name__", "").startswith(("torch.distributed", "torch.nn.parallel"))
+        if lost_peer or isinstance(error, FloatingPointError) or user_message(error) is not None:
             raise
         raise ConfigError(_explain(node, cfg or {}, error)) from error
 

@@ -92,7 +92,7 @@ def read_cfg(
         FileNotFoundError: no such file.
     """
     if config_file:
-        if not os.path.isfile(config_file):
+        if not os.path.exists(config_file):
             raise FileNotFoundError(f"--config-file {config_file}: no such file (looked in {Path.cwd()})")
         if is_of_mdistiller(load_yaml(config_file)):
             raise ConfigError(

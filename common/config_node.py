@@ -1,16 +1,19 @@
 """A CfgNode that says in one line what is wrong with a file, a key or a value."""
 
+import math
 import os
 from ast import literal_eval
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as _CfgNode
 
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.foreign import our_key
+from d2distill.common.files import regular_file
+from d2distill.common.foreign import our_key, similar_key
+from d2distill.common.rules import STR_OR_LIST
 from d2distill.configs import find_config
 
 
@@ -88,7 +91,8 @@ def _unknown_key(name: str, value: Any, root: _CfgNode) -> ConfigError:
     methods = {key: node for key, node in root.get("DISTILL", {}).items() if isinstance(node, dict)}
     if ours := our_key(name, methods):
         return ConfigError(f"unknown config key {name}, which is MDistiller's: here it is {ours}")
-    return ConfigError(f"unknown config key {name}{did_you_mean(name, _all_keys(root))}")
+    hint = f" (did you mean {similar}?)" if (similar := similar_key(name)) else did_you_mean(name, _all_keys(root))
+    return ConfigError(f"unknown config key {name}{hint}")
 
 
 def _all_keys(node: _CfgNode, prefix: str = "") -> Iterator[str]:
@@ -125,7 +129,7 @@ def parse_as(value: Any, types: tuple[type, ...]) -> Any:
     """
     for kind in types:
         # YAML's numbers are not all Python's: to it 010 is 8, and 1:30 is 90.
-        by_yaml = value if kind in (int, float) else _read(value, yaml.safe_load)
+        by_yaml = value if kind in (int, float) else _read(value, parse_yaml)
         for reading in (_read(value), by_yaml, value):
             # Not isinstance, to which True is an int.
             if type(reading) is kind or (kind is dict and isinstance(reading, dict)):
@@ -136,7 +140,7 @@ def parse_as(value: Any, types: tuple[type, ...]) -> Any:
 def _read(value: Any, reader: Callable[[str], Any] = literal_eval) -> Any:
     try:
         return reader(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError, TypeError, yaml.YAMLError):
+    except Exception:  # text that is no value: parsers raise nearly anything
         return value
 
 
@@ -155,10 +159,14 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if os.path.realpath(filename) in map(os.path.realpath, above):
         raise ConfigError(f"{where}: _BASE_ goes round in a circle: {' -> '.join((*above, filename))}")
     try:
-        with open(filename, encoding="utf-8") as file:
-            settings = yaml.load(file, _Loader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        with open(regular_file(filename), encoding="utf-8") as file:
+            settings = parse_yaml(file) or {}
+    except Exception as error:  # of a damaged file: nearly anything
+        own = isinstance(error, OSError | UnicodeDecodeError | yaml.YAMLError)
+        reason = getattr(error, "strerror", "") or " ".join(str(error).split())
+        raise ConfigError(
+            f"{where} cannot be read as YAML: {reason if own else f'{type(error).__name__}: {reason}'}"
+        ) from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: settings are lines of `KEY: value`, but this is a {type(settings).__name__}")
     folder = os.path.dirname(filename)
@@ -169,6 +177,8 @@ def load_yaml(filename: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         if isinstance(node, dict) and key in node:
             node[key] = absolute_file(node[key], folder)
     bases, merged = settings.pop(BASE_KEY, None) or [], {}
+    if not STR_OR_LIST.predicate(bases):
+        raise ConfigError(f"{where}: {BASE_KEY} must be a file, or a list of files, but is {bases!r}")
     for base in [bases] if isinstance(bases, str) else bases:
         file = os.path.join(folder, os.path.expanduser(base))
         if not os.path.exists(file) and (packaged := find_config(base)) != base:
@@ -197,8 +207,39 @@ def overlay(settings: dict[str, Any], other: Mapping[str, Any]) -> None:
             settings[key] = value
 
 
+def parse_yaml(stream: str | IO[str]) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, a key is there twice, or its aliases add up to more than is sensible.
+        Exception: of values that are not what they are tagged as, or of too many levels: nearly anything.
+    """
+    return yaml.load(stream, _Loader)
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that is there twice, where YAML takes the last."""
+    """SafeLoader that refuses what YAML takes: the last of two equal keys, and aliases of aliases without limit."""
+
+    #: Values of a text, those of an alias counted wherever it stands: ten lines can have 10**10.
+    MOST = 100_000
+
+    def __init__(self, stream: str | IO[str]) -> None:
+        super().__init__(stream)
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if not alias:
+            parts = () if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in parts for part in pair]
+            self._sizes[node] = 1 + sum(self._sizes[part] for part in parts)
+        # The size of a node that holds itself is not known yet.
+        if self._sizes.get(node, math.inf) > self.MOST:
+            problem = f"with its aliases it has more than {self.MOST} values"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, lines = super().compose_mapping_node(anchor), {}

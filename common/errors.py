@@ -13,6 +13,9 @@ __all__ = [
 class UserError(Exception):
     """Something outside the program is wrong: a configuration, a file, the machine."""
 
+    #: Whether line feeds in its text are meant. Others are of a name, and are shown escaped.
+    several_lines = False
+
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be run."""

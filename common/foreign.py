@@ -3,7 +3,7 @@
 from collections.abc import Container, Mapping
 from typing import Any
 
-__all__ = ["FLAGS", "is_of_mdistiller", "our_key"]
+__all__ = ["FLAGS", "is_of_mdistiller", "our_key", "similar_key"]
 
 _DETECTOR_TYPE = "KD.TYPE"
 #: MDistiller's keys for which there is one here.
@@ -96,6 +96,12 @@ def our_key(key: str, methods: Mapping[str, Container[str]]) -> str:
         return "DISTILL.CE_WEIGHT"
     name = _RENAMED.get(rest, rest)
     return f"DISTILL.{node}.{name}" if name in methods[node] else ""
+
+
+def similar_key(key: str) -> str:
+    """Our name of a key that is MDistiller's but for underscores and case; empty where there is none."""
+    plain = key.replace("_", "").upper()
+    return next((ours for theirs, ours in _KEYS.items() if theirs.replace("_", "") == plain), "")
 
 
 def is_of_mdistiller(settings: Mapping[str, Any]) -> bool:

@@ -1,11 +1,13 @@
 """The trainers' command lines: the same flags and the same behavior for both tasks."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
+from urllib.parse import urlsplit
 
 from d2distill.common.engine.cli import CommandParser, user_errors
-from d2distill.common.errors import CheckpointError, require_detectron2
+from d2distill.common.errors import CheckpointError, ConfigError, require_detectron2
 from d2distill.configs import find_config
 
 _EXAMPLES = """
@@ -33,13 +35,8 @@ def train_det() -> None:
 
 def _main(task: str, network: str, weights_key: str, example: str) -> None:
     with user_errors():
-        parser = _parser(network, weights_key, example)
-        args = parser.parse_args()
-        for flag, value, least in (("gpus", args.num_gpus, 0), ("machines", args.num_machines, 1)):
-            if value < least:
-                parser.error(f"--num-{flag} is {value}, but must be at least {least}")
-        if not 0 <= args.machine_rank < args.num_machines:
-            parser.error(f"--machine-rank is {args.machine_rank}, but must be from 0 to --num-machines - 1")
+        args = _parser(network, weights_key, example).parse_args()
+        _check_machines(args)
         require_detectron2()
         config = import_module(f"d2distill.{task}.config")
         settings = find_config(args.config_file), (["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []) + args.opts
@@ -80,6 +77,26 @@ def _parser(network: str, weights_key: str, example: str) -> CommandParser:
     parser.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of machine 0, if several")
     parser.add_settings()
     return parser
+
+
+def _check_machines(args: Any) -> None:
+    if args.num_gpus < 0 or args.num_machines < 1:
+        raise ConfigError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: there is at least one machine; of GPUs 0 "
+            "is the CPU"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ConfigError(
+            f"--machine-rank {args.machine_rank}: machines are counted from 0 to --num-machines {args.num_machines} - 1"
+        )
+    with suppress(ValueError):  # of a port that is no number
+        url = urlsplit(args.dist_url)
+        if (url.scheme == "tcp" and url.hostname and url.port) or url.scheme in ("file", "env"):
+            return
+    if args.dist_url != "auto" or args.num_machines > 1:
+        raise ConfigError(
+            f"--dist-url {args.dist_url}: must be tcp://HOST:PORT of machine 0; with one machine auto does as well"
+        )
 
 
 def _evaluate(evaluate: Callable[[Any], dict[str, float]], cfg: Any, weights: str) -> None:

@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
+from d2distill.common.config_node import parse_yaml
 from d2distill.common.engine.weight_files import compare_states, source_digest
 from d2distill.common.errors import CheckpointError, DataError
 from d2distill.detection.config import copy_settings
@@ -164,5 +165,5 @@ def load_program(program: Callable[[Tensor], Sequence[Tensor]], description: Map
 
 def _described_cfg(description: Mapping[str, Any]) -> CfgNode:
     cfg = detectron2_cfg()
-    cfg.merge_from_other_cfg(CfgNode(yaml.safe_load(description["config"])))
+    cfg.merge_from_other_cfg(CfgNode(parse_yaml(description["config"])))
     return cfg

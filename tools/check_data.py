@@ -12,6 +12,7 @@ from statistics import median
 
 from d2distill.common.engine.cli import CommandParser, run_cli
 from d2distill.common.errors import ConfigError, require_detectron2
+from d2distill.common.text import printable
 from d2distill.configs import find_config
 
 
@@ -47,7 +48,7 @@ def _main() -> None:
         splits = {"training": build_dataset(data.NAME, data.ROOT, "train")}
     else:
         splits = dict(zip(("training", "test"), load_splits(cfg), strict=True))
-    print(*describe_dataset(splits), sep="\n")
+    print(*map(printable, describe_dataset(splits)), sep="\n")
     paths = [[dataset.path(index) for index in range(len(dataset))] for dataset in splits.values()]
     if None in paths[0]:
         print(f"{cfg.DATASETS.NAME} keeps its images together, in files that have been read")
@@ -61,10 +62,10 @@ def _main() -> None:
         print(f"{found.turned} have an EXIF orientation; INPUT.EXIF_ORIENTATION {cfg.INPUT.EXIF_ORIENTATION} {use}")
     print(f"{len(found.duplicates)} test images are also training images")
     for first, second in found.duplicates:
-        print(f"  {second} = {first}")
+        print(printable(f"  {second} = {first}"))
     print(f"{len(found.errors)} images cannot be read")
     for error in found.errors:
-        print(f"  {error}")
+        print(printable(f"  {error}"))
     if found.errors:
         raise SystemExit(1)
 

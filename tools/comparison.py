@@ -70,6 +70,8 @@ class Entry:
 class RunsFailed(UserError):
     """Runs ended with an error; the message has the last lines of their logs."""
 
+    several_lines = True
+
 
 def mean_std(values: Sequence[float | None]) -> str:
     """Mean and sample standard deviation, two decimals each; of one value that value alone; of undefined ones n/a."""

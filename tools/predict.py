@@ -21,6 +21,7 @@ from typing import Any
 
 from d2distill.common.engine.cli import CommandParser, run_cli
 from d2distill.common.errors import DataError, require_detectron2
+from d2distill.common.text import printable
 
 
 def main() -> None:
@@ -66,13 +67,14 @@ def _main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     records = list(predict(paths, model.preprocess, run, args.batch_size or (1 if detects else 32)))
     text = json.dumps(records, indent=2, ensure_ascii=False) + "\n"
-    (output / "predictions.json").write_text(text, encoding="utf-8")
+    # Names that are no UTF-8 are escapes in both files, as JSON reads them.
+    (output / "predictions.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     write_csv(output / "predictions.csv", records, ["class", "score", "x0", "y0", "x1", "y1"] if detects else None)
     if detects or args.draw:
         for record, name in zip(records, _names_below(output, paths), strict=True):
             if "error" not in record:
                 _draw(record, name, model.classes)
-    shown = [{"picture": r["file"], "found": _summary(r)} for r in records if "error" not in r]
+    shown = [{"picture": printable(r["file"]), "found": printable(_summary(r))} for r in records if "error" not in r]
     if shown:
         print(tabulate(shown, "keys", tablefmt="github", disable_numparse=True))
     print(f"{len(shown)} of {len(records)} pictures; see {output}")
@@ -101,7 +103,7 @@ def find_pictures(inputs: Sequence[str], output: Path | None = None) -> list[Pat
                 found |= {Path(folder, name): None for name in sorted(names) if is_picture(name)}
     if is_picture.passed_over:
         kinds = ", ".join(f"{kind} ({number})" for kind, (number, _) in is_picture.passed_over.items())
-        print(f"passed over as no pictures, by their ending: {kinds}", file=sys.stderr)
+        print(printable(f"passed over as no pictures, by their ending: {kinds}"), file=sys.stderr)
     if not found:
         raise DataError(f"no pictures in {', '.join(inputs)}")
     return list(found)
@@ -121,7 +123,7 @@ def predict(
                 inputs[path] = preprocess(path)
             except DataError as error:
                 errors[path] = str(error)
-                print(error, file=sys.stderr)
+                print(printable(str(error)), file=sys.stderr)
         found = dict(zip(inputs, run(list(inputs.values())) if inputs else [], strict=True))
         for path in batch:
             yield {"file": str(path), **(found[path] if path in found else {"error": errors[path]})}
@@ -169,7 +171,7 @@ def _device(model: Any) -> Any:
 
 def write_csv(path: Path, records: Iterable[dict[str, Any]], columns: Sequence[str] | None) -> None:
     """A line for each class, or for each box where there are `columns`."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["file", *(columns or ["rank", "class", "probability"])])
         for record in records:

@@ -24,6 +24,7 @@ import yaml
 
 from d2distill.common.engine.cli import CommandParser, run_cli
 from d2distill.common.errors import ConfigError, did_you_mean, require_detectron2
+from d2distill.common.text import printable
 from d2distill.configs import find_config
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _main() -> None:
     command = shlex.join(["d2distill-sweep", *sys.argv[1:]])
     print(f"\n{write_leaderboard(comparison, baseline, command)}\n\nLeaderboard: {args.output}/leaderboard.html")
     if failed:
-        print(f"\n{failed}", file=sys.stderr)
+        print(f"\n{printable(failed, lines=True)}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import math
 import struct
 import zlib
 from dataclasses import replace
@@ -117,17 +118,24 @@ def build_fashion_mnist(info: DatasetInfo, root: str, split: str) -> ArrayDatase
 
 def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     """The uint8 array of `num_dims` dimensions in an idx file, plain or gzipped."""
-    opener = open
+    opener, ratio = open, 1
     if not path.is_file():
-        path, opener = path.with_name(f"{path.name}.gz"), gzip.open
+        # Deflate makes no more of a byte: https://zlib.net/zlib_tech.html
+        path, opener, ratio = path.with_name(f"{path.name}.gz"), gzip.open, 1032
     try:
         with opener(path, "rb") as file:
             magic, *shape = struct.unpack(f">{num_dims + 1}I", file.read(4 * (num_dims + 1)))
             # 8 in the third byte is "unsigned byte", the fourth counts the dimensions.
             if magic != 0x800 + num_dims:
                 raise ValueError(f"magic number {magic}, expected {0x800 + num_dims}")
-            return np.frombuffer(file.read(), dtype=np.uint8).reshape(shape)
-    except (struct.error, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+            size = math.prod(shape)
+            if size > ratio * path.stat().st_size:
+                raise ValueError(f"its header announces {size} bytes, more than there can be")
+            content = file.read(size)
+            if file.read(1):
+                raise ValueError(f"there is more than the {size} bytes that its header announces")
+            return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+    except (struct.error, EOFError, zlib.error, OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable idx file: {error}") from error
 
 

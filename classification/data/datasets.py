@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from d2distill.classification.registry import NamedRegistry
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
 from d2distill.common.errors import DataError
+from d2distill.common.files import regular_file
 
 Array = np.ndarray | torch.Tensor
 Labels = Sequence[int] | Array
@@ -249,7 +250,7 @@ def read_image(
     The other arguments are those of :func:`to_rgb`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(regular_file(path)) as image:
             return to_rgb(image, exif_orientation, range_16bit)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
@@ -334,10 +335,10 @@ def find_folder(info: DatasetInfo, root: str, folders: Sequence[str], missing: C
         absent = missing(folder)
         if not absent:
             return folder
-        looked_at += [f"\n  {folder / path}" for path in absent]
+        looked_at += [str(folder / path) for path in absent]
     raise FileNotFoundError(
-        f"data set {info.name!r} not found. Not there:{''.join(looked_at)}\n"
-        f"To get it: {info.source.replace('ROOT', root)}\n"
+        f"data set {info.name!r} not found. Not there: {', '.join(looked_at)}. "
+        f"To get it: {info.source.replace('ROOT', root).rstrip('.')}. "
         f"If you have it elsewhere, set DATASETS.ROOT (or the environment variable {ROOT_VARIABLE}) to the folder "
         "that holds it."
     )

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
-from torchvision.datasets.folder import make_dataset
 
 from d2distill.common.errors import DataError
 
@@ -40,9 +39,32 @@ class ImageFiles:
         if ending in self.endings and not hidden:
             return True
         kind = "hidden" if hidden else ending or "no ending"
+        self._pass_over(kind, path)
+        return False
+
+    def _pass_over(self, kind: str, path: str) -> None:
         count, example = self.passed_over.get(kind, (0, path))
         self.passed_over[kind] = (count + 1, example)
-        return False
+
+    def below(self, folder: str) -> list[str]:
+        """The image files in `folder` at any depth, also behind links, in the order of torchvision's ImageFolder.
+
+        A link that leads back to a folder above it has no end, and is passed over.
+        """
+        found: list[tuple[str, list[str]]] = []
+        if self._leads_back(folder):
+            return []
+        for path, folders, names in os.walk(folder, followlinks=True):
+            folders[:] = [name for name in folders if not self._leads_back(os.path.join(path, name))]
+            found.append((path, sorted(names)))
+        files = (os.path.join(path, name) for path, names in sorted(found) for name in names)
+        return [file for file in files if self(file)]
+
+    def _leads_back(self, folder: str) -> bool:
+        back = os.path.islink(folder) and any(os.path.samefile(folder, above) for above in Path(folder).parents)
+        if back:
+            self._pass_over("link to a folder above it", folder)
+        return back
 
 
 def _class_folders(folder: Path, skip: str = "") -> list[str]:
@@ -74,9 +96,8 @@ def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: str = "") -
     if unknown := [name for name in names if name not in index]:
         raise DataError(f"{folder} has class folders that the training images do not have: {shortened(unknown)}")
     files = ImageFiles()
-    samples = make_dataset(folder, {name: index[name] for name in names}, is_valid_file=files, allow_empty=True)
-    present = {label for _, label in samples}
-    if empty := [name for name in names if index[name] not in present]:
+    found = {name: files.below(os.path.join(folder, name)) for name in names}
+    if empty := [name for name in names if not found[name]]:
         other = f"; files that it does not open there: {', '.join(files.passed_over)}" if files.passed_over else ""
         raise FileNotFoundError(
             f"{folder} has class folders without images that Pillow opens: {shortened(empty)}{other}"
@@ -87,7 +108,8 @@ def _image_folder(info: DatasetInfo, folder: Path, split: str, skip: str = "") -
             f"networks get {len(classes)} classes, and a checkpoint trained on all of them does not fit"
         )
     prefix = len(str(folder)) + 1
-    paths, labels = [path[prefix:] for path, _ in samples], [label for _, label in samples]
+    paths = [path[prefix:] for name in names for path in found[name]]
+    labels = [index[name] for name in names for _ in found[name]]
     dataset = FileDataset(replace(info, num_classes=len(classes)), folder, paths, labels, classes)
     dataset.passed_over = files.passed_over
     return dataset

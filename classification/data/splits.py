@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from d2distill.common.building import building
 from d2distill.common.config import CfgNode
 from d2distill.common.config_node import absolute_file
 from d2distill.common.errors import ConfigError
+from d2distill.common.files import regular_file
 
 __all__ = ["load_splits", "load_test_set", "read_class_names", "read_options", "split_positions"]
 
@@ -77,7 +79,7 @@ def read_class_names(value: str | Sequence[str]) -> list[str]:
     if isinstance(value, str):
         source = f"DATASETS.CLASSES {value}"
         try:
-            with open(absolute_file(value), encoding="utf-8-sig") as file:
+            with open(regular_file(absolute_file(value)), encoding="utf-8-sig") as file:
                 text = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source} is no list of names, and no text file that can be read: {error}") from error
@@ -85,11 +87,11 @@ def read_class_names(value: str | Sequence[str]) -> list[str]:
         if value.endswith(".json"):
             try:
                 names = _names_in_json(json.loads(text))
-            except (TypeError, ValueError) as error:
+            except (RecursionError, TypeError, ValueError) as error:
                 raise ConfigError(
                     f"{source}: no list of names, and no object of names and positions: {error}"
                 ) from error
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := {name for name, number in Counter(names).items() if number > 1}:
         raise ConfigError(f"{source} names a class twice: {', '.join(sorted(twice))}")
     return list(names)
 

@@ -12,6 +12,7 @@ from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.loading import WorkerLoader
 from d2distill.common.engine.run_folder import write_text
 from d2distill.common.errors import DataError
+from d2distill.common.text import printable
 
 __all__ = ["SkippingLoader", "UnreadableImages"]
 
@@ -97,7 +98,7 @@ class _ReadableSamples(Dataset):
             try:
                 return errors, self.samples[_shifted(key, offset, len(self))]
             except DataError as error:
-                errors.append(str(error).replace("\n", " "))
+                errors.append(printable(str(error)))  # a line of the list
         if self.replace:
             raise DataError(f"none of the {len(self)} training images can be read; the first: {errors[0]}")
         return errors, None

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from d2distill import __version__
 from d2distill.common.errors import ConfigError, UserError, did_you_mean
 from d2distill.common.foreign import FLAGS
+from d2distill.common.text import printable
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -88,7 +89,7 @@ def exit_with_error(error: Exception, silent: bool = False) -> NoReturn:
     if debugging():  # in every process
         traceback.print_exception(error)
     if debugging() or not silent:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message, lines=getattr(error, 'several_lines', False))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -15,6 +16,7 @@ from d2distill.common.config import import_extensions
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
 from d2distill.common.errors import ConfigError
+from d2distill.common.text import printable
 
 RESULTS = "results.json"
 METRICS = "metrics.json"
@@ -51,8 +53,17 @@ def start_logs(output_dir: str | None) -> None:
     setup_logger.cache_clear()  # one process may start several runs, one by one
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
-        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+        for handler in setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name).handlers:
+            handler.addFilter(_make_printable)
     logging.getLogger("detectron2.evaluation.evaluator").addFilter(_says_how_far)
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Our records are one line each; Detectron2's may be tables, which it colors."""
+    text, own = record.getMessage(), record.name.endswith("d2distill")
+    record.msg = printable(text) if own else printable(re.sub(r"\x1b\[[\d;]*m", "", text), lines=True)
+    record.args = None
+    return True
 
 
 def _says_how_far(record: logging.LogRecord) -> bool:
@@ -68,8 +79,8 @@ def write_run_folder(cfg: CfgNode) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write a text file atomically. Bytes of file names that are no UTF-8 are escapes there, as JSON reads them."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

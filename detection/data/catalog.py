@@ -125,10 +125,10 @@ def _load(name: str, key: str, filter_empty: bool = False, min_keypoints: int = 
 
 def _missing(name: str, path: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"data set {name}: {os.path.abspath(path)} does not exist.\n"
+        f"data set {name}: {os.path.abspath(path)} does not exist. "
         f"Data sets are searched in the folder named by the environment variable {ROOT_VARIABLE} (now "
         f"{os.environ.get(ROOT_VARIABLE) or 'not set'}), or else in ./datasets; your own where DATASETS.REGISTER."
-        f"{name} says.\n"
+        f"{name} says. "
         "To get COCO: unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from "
         "https://cocodataset.org/#download in its subfolder coco. digits_coco_train and digits_coco_val need no "
         "download."

@@ -211,6 +211,7 @@ def test_files_of_a_configuration_are_found_from_anywhere(tmp_path, monkeypatch)
         (["SOLVER.EPOCHS", 160], [r"SOLVER.EPOCHS is 160: .* not lowered at 180, 210 of SOLVER.STEPS .*set STEPS"]),
         (["SOLVER.EPOCHS", 2, "SOLVER.LR_SCHEDULE", "cosine"], []),
         (["SOLVER.EPOCHS", 2, "SOLVER.STEPS", [1], "SOLVER.WARMUP_EPOCHS", 5], ["warm-up of SOLVER.WARMUP_EPOCHS 5"]),
+        (["SOLVER.EPOCHS", 2, "SOLVER.STEPS", [0.5, 0.75]], [r"is 2: .* not lowered at 0.75 of SOLVER.STEPS"]),
         (
             ["SOLVER.EPOCHS", 2, "SOLVER.STEPS", [], "DISTILL.METHODS", ["KD", "DKD"]],
             ["SOLVER.EPOCHS is 2: the run ends in the warm-up of DISTILL.DKD.WARMUP 20"],
@@ -229,6 +230,10 @@ def test_what_a_short_run_never_reaches(opts, notes):
     [
         ({"EPOCHS": 4, "STEPS": [1, 3], "GAMMA": 0.1}, [1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01]),
         ({"EPOCHS": 4, "STEPS": [2, 50]}, [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1]),
+        # Shares of the run count up to whole epochs, also where several fall into one.
+        ({"EPOCHS": 4, "STEPS": [0.3, 0.75], "GAMMA": 0.1}, [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ({"EPOCHS": 2, "STEPS": [0.3, 0.5, 0.9]}, [1, 1, 0.01, 0.01]),
+        ({"EPOCHS": 1, "STEPS": [0.3, 0.6]}, [1, 1]),
         ({"EPOCHS": 2, "LR_SCHEDULE": "cosine"}, [1, 0.85355, 0.5, 0.14645]),
         ({"EPOCHS": 4, "STEPS": [], "WARMUP_EPOCHS": 2}, [0.001, 0.25075, 0.5005, 0.75025, 1, 1, 1, 1]),
     ],

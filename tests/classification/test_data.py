@@ -1,7 +1,10 @@
 """Data sets: what is read is what was written, and everything else is refused in words."""
 
+import gzip
 import hashlib
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +192,11 @@ def test_fashion_mnist(tmp_path, folder, suffix):
     ("change", "message"),
     [
         (lambda data: data[:-1], r"cannot reshape array of size 23519 into shape \(30,28,28\)"),
-        (lambda data: data + b"x", "cannot reshape array of size 23521"),
+        (lambda data: data + b"x", "there is more than the 23520 bytes that its header announces"),
+        (
+            lambda data: data[:4] + b"\xff" * 12 + data[16:],
+            "its header announces 792281624589241053853",
+        ),
         (lambda data: data[:9], "requires a buffer"),
         (lambda data: b"\0\0\x0d\x03" + data[4:], "magic number 3331, expected 2051"),
     ],
@@ -209,6 +216,20 @@ def test_damaged_gzip(tmp_path, change):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=f"{path} is not a readable idx file"):
         build_dataset("fashion_mnist", tmp_path, "val")
+
+
+@pytest.mark.parametrize(("shape", "message"), [((1, 28, 28), "than the 784 bytes"), ((10**9,) * 3, "than there")])
+def test_a_gzip_file_takes_no_more_memory_than_its_header_says(tmp_path, shape, message):
+    write.write_fashion_mnist(tmp_path)
+    path = tmp_path / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">4I", 0x803, *shape) + bytes(3 * 10**7), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=f"{path} is not a readable idx file: .*{message}"):
+            build_dataset("fashion_mnist", tmp_path, "val")
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+    finally:
+        tracemalloc.stop()
 
 
 DIGITS_SHA256 = "98e1e74b3310762bdf06d6641abc10bf4fa93ffa975565b84731bc5b63952b80"
@@ -462,5 +483,5 @@ def test_missing_data_says_where_and_how(tmp_path, name, needed, how):
     with pytest.raises(FileNotFoundError) as error:
         build_dataset(name, tmp_path)
     message = str(error.value)
-    assert f"{tmp_path}/{needed}\n" in message and how.format(root=tmp_path) in message
+    assert f"{tmp_path}/{needed}" in message and "\n" not in message and how.format(root=tmp_path) in message
     assert "DATASETS.ROOT" in message and "DETECTRON2_DATASETS" in message

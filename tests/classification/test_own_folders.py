@@ -1,6 +1,7 @@
 """A user's own folder of images: which files are read and how, the order of classes, parts of one folder."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from d2distill.classification.data import build_dataset, read_image
 from d2distill.classification.data.augment import AugmentedDataset, eval_transform
 from d2distill.classification.data.describe import describe_dataset
 from d2distill.classification.data.loader import EpochBatchSampler, build_test_loader, build_train_loader
-from d2distill.classification.data.splits import load_splits, load_test_set, split_positions
+from d2distill.classification.data.splits import load_splits, load_test_set, read_class_names, split_positions
 from d2distill.classification.data.unreadable import UnreadableImages
 from d2distill.classification.deployed import Preprocess
 from d2distill.classification.evaluation import AccuracyEvaluator
 from d2distill.classification.trainer import build_trainer, evaluate, load_datasets, train
 from d2distill.common.errors import ConfigError, DataError
+from d2distill.deployed import load
 from tests.dataset_files import write_image_folder
 
 CLASSES = ["class_0000", "class_0001", "class_0002"]
@@ -72,6 +74,36 @@ def test_every_ending_that_pillow_opens_is_read(tmp_path):
         assert image.mode == "RGB" and image.size == (6, 4), dataset.path(index)
         # Of the GIF's two frames the first.
         assert np.abs(np.subtract(image.getpixel((3, 2)), (200, 0, 0))).max() <= 12, dataset.path(index)
+
+
+def test_links_in_a_circle_are_passed_over(tmp_path):
+    """Links to other folders are followed, as torchvision's ImageFolder does."""
+    flat_folder(tmp_path / "train", [2, 1])
+    flat_folder(tmp_path / "more", [0, 0, 3])
+    first, second = (tmp_path / "train" / name for name in CLASSES[:2])
+    for number in range(3):  # one is passed 40 times, and of three 3**40 paths lead to the images
+        (first / f"self{number}").symlink_to(first)
+    (first / "above").symlink_to(tmp_path)
+    (first / "other").symlink_to(second)
+    (second / "back").symlink_to(first)
+    (second / "more").symlink_to(tmp_path / "more")
+    dataset = build_dataset("folder", tmp_path, "train")
+    assert dataset.samples_per_class() == [2 + 1 + 3, 1 + 3 + 2]
+    assert dataset.passed_over["link to a folder above it"][0] == 5 + 5
+    (tmp_path / "train" / "loop").symlink_to(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"class folders without images that Pillow opens: loop; .* link to a "):
+        build_dataset("folder", tmp_path, "train")
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    flat_folder(tmp_path / "train", [1])
+    os.mkfifo(tmp_path / "train" / "class_0000" / "pipe.png")
+    dataset = build_dataset("folder", tmp_path, "train")
+    with pytest.raises(DataError, match=r"cannot read image .*/pipe\.png: .* is no regular file"):
+        dataset.load(1)
+    for value in (str(tmp_path / "train" / "class_0000" / "pipe.png"), "/dev/zero"):
+        with pytest.raises(ConfigError, match=f"DATASETS.CLASSES {value} is no list of names, and no text file"):
+            read_class_names(value)
 
 
 def test_other_files_are_counted(tmp_path):
@@ -344,6 +376,22 @@ def test_a_run_skips_and_lists_them(broken, tmp_path, log):
     opts = ["DATALOADER.ON_ERROR", "skip", "MODEL.STUDENT.WEIGHTS", str(tmp_path / "run" / "student_final.pth")]
     assert evaluate(small_run(root, tmp_path / "run", *opts))["top1"] == results["top1"]
     assert "1 images cannot be read" in log.text
+
+
+def test_names_can_forge_nothing_and_lose_nothing(tmp_path, capsys):
+    names = ["a\n\x1b[31mred\u202e", os.fsdecode(b"caf\xe9")]
+    shown = [r"a\n\x1b[31mred\u202e", r"caf\udce9"]
+    write_image_folder(tmp_path / "data", classes=2, per_class=2, val_per_class=1)
+    for split in ("train", "val"):
+        for number, name in enumerate(names):
+            (tmp_path / "data" / split / f"class_{number:04d}").rename(tmp_path / "data" / split / name)
+    run = tmp_path / "run"
+    train(small_run(tmp_path / "data", run, "SOLVER.EPOCHS", 1))
+    for text in (capsys.readouterr().out, (run / "log.txt").read_text()):
+        assert f"4 training images: {shown[0]} 2, {shown[1]} 2" in text and "\x1b[31mred" not in text
+    assert json.loads((run / "student.json").read_text())["classes"] == names
+    assert shown[1] in (run / "confusion.csv").read_text()
+    assert load(run).classes == names
 
 
 def test_a_deployed_student_reads_images_as_its_training_did(tmp_path):

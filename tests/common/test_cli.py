@@ -1,6 +1,7 @@
 """Command lines: flags and settings in any order, and errors as one line."""
 
 import logging
+import re
 import sys
 
 import pytest
@@ -78,6 +79,22 @@ def test_debug_shows_the_traceback(command):
 
     code, _, printed = command(lambda: run_cli(main), "--debug")
     assert code == 2 and printed.startswith("Traceback") and printed.endswith("\nerror: SEED is -1\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--num-gpus", -1], "--num-gpus -1 .* there is at least one machine"),
+        (["--num-machines", 0], ".*--num-machines 0: there is at least one machine"),
+        (["--machine-rank", 1], "--machine-rank 1: machines are counted from 0 to --num-machines 1 - 1"),
+        (["--num-machines", 2], "--dist-url auto: must be tcp://HOST:PORT"),
+        *((["--dist-url", url], "--dist-url .* must be tcp://HOST:PORT") for url in ("foo", "tcp://a:b", "http://[")),
+    ],
+)
+@pytest.mark.parametrize("main", [train_cls, train_det])
+def test_machines_that_do_not_fit_together(command, main, arguments, error):
+    code, _, printed = command(main, *arguments)
+    assert code == 2 and re.match(f"error: {error}", printed) and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("rank", ["LOCAL_RANK", "SLURM_LOCALID"])

@@ -5,8 +5,10 @@ import os
 import pickle
 
 import pytest
+import yaml
 
 from d2distill.common.config import CfgNode, add_distill_defaults, import_extensions, read_cfg
+from d2distill.common.config_node import parse_yaml
 from d2distill.common.distillers import DISTILLERS, LogitDistiller
 from d2distill.common.errors import ConfigError, DivergedError
 from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, NUMBERS, STR_OR_LIST, at_least, check_rules
@@ -38,6 +40,9 @@ def test_every_method_has_its_node(cfg):
         ("SOLVERS.EPOCHS", "SOLVER.EPOCHS"),
         ("DISTILL.DKD.BTEA", "DISTILL.DKD.BETA"),
         ("solver.epochs", "SOLVER.EPOCHS"),
+        # Not near in letters.
+        ("SOLVER.BATCHSIZE", "SOLVER.IMS_PER_BATCH"),
+        ("SOLVER.batch_size", "SOLVER.IMS_PER_BATCH"),
     ],
 )
 @pytest.mark.parametrize("through_file", [False, True])
@@ -150,6 +155,43 @@ def test_a_file_that_holds_no_settings(cfg, tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         cfg.merge_from_file(str(tmp_path / "c.yaml"))
     assert "c.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+NESTED = "".join(f"A{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"A0: &a0 [1, 2]\n{NESTED}", "with its aliases it has more than 100000 values .*line 6"),
+        (f"A0: &a0 {{b: c}}\n{NESTED.replace('[', '{<<: [').replace(']', ']}')}", "it has more than 100000 values"),
+        ("A: &a [*a]\n", "it has more than 100000 values .*line 1"),
+        (f"A: {'[' * 5000}", "RecursionError: maximum recursion depth"),
+        ("A: 2020-13-13\n", "ValueError: month must be"),
+        ("A: !!timestamp x\n", "AttributeError: "),
+        ("_BASE_: 5\n", ": _BASE_ must be a file, or a list of files, but is 5"),
+    ],
+)
+def test_yaml_that_has_no_end_or_no_sense(cfg, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/c.yaml.*{message}"):
+        cfg.merge_from_file(str(tmp_path / "c.yaml"))
+
+
+def test_aliases_are_bounded_in_values_and_descriptions_too(cfg, tmp_path):
+    with pytest.raises(ConfigError, match=r"^SOLVER.EPOCHS takes a whole number"):
+        cfg.merge_from_list(["SOLVER.EPOCHS", f"{{A0: &a0 [1, 2], {', '.join(NESTED.splitlines())}}}"])
+    with pytest.raises(yaml.YAMLError, match="more than 100000 values"):
+        parse_yaml(f"A0: &a0 [1, 2]\n{NESTED}")
+    assert parse_yaml("a: &a {b: 1}\nc: [*a, *a]\n") == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
+
+
+def test_what_is_no_file(cfg, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "c.yaml").write_text("_BASE_: [pipe.yaml]\n")
+    for name in (tmp_path / "pipe.yaml", tmp_path / "c.yaml", "/dev/zero", tmp_path):
+        with pytest.raises(ConfigError, match=r"cannot be read as YAML: is no regular file$"):
+            read_cfg(own_cfg, add_distill_defaults, str(name), [])
 
 
 def test_a_base_may_be_read_twice(cfg, tmp_path):
