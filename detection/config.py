@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, ProposalNetwork, SemanticSegmentor
 
 from d2distill.common.config import (
     CheckedMerge,
@@ -194,6 +194,11 @@ def validate(cfg: CfgNode) -> None:
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(f"MODEL.META_ARCHITECTURE: no {name}{did_you_mean(name, dict(META_ARCH_REGISTRY))}")
     meta_arch = META_ARCH_REGISTRY.get(name)
+    if issubclass(meta_arch, ProposalNetwork | SemanticSegmentor | PanopticFPN):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {name} does not detect objects of classes: use GeneralizedRCNN or RetinaNet, or "
+            "DistillRCNN or DistillRetinaNet with a teacher"
+        )
     if methods and not getattr(meta_arch, "takes_methods", False):
         raise ConfigError(
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
@@ -227,6 +232,11 @@ def validate(cfg: CfgNode) -> None:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {batch} must be a multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}, the number "
             "of processes that the schedule is written for"
+        )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        raise ConfigError(
+            "SOLVER.LR_SCHEDULER_NAME WarmupStepWithFixedGammaLR: fvcore's schedule fails after the last step; write "
+            "its steps as shares in SOLVER.STEPS, with WarmupMultiStepLR"
         )
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST must each name a data set")

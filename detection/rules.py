@@ -13,6 +13,14 @@ __all__ = ["RULES", "check_network_input"]
 
 _SHARE = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
 _SOME_NUMBERS = Rule("a list of at least one number", lambda value: NUMBERS.predicate(value) and len(value) > 0)
+_SIZES = Rule(
+    f"{_SOME_NUMBERS.description}, none below 0", lambda value: _SOME_NUMBERS.predicate(value) and min(value) >= 0
+)
+_DEVIATIONS = Rule(
+    f"{_SOME_NUMBERS.description}, all above 0", lambda value: _SOME_NUMBERS.predicate(value) and min(value) > 0
+)
+_OPTIONAL = Rule("at least 0, or None", lambda value: value is None or (type(value) in (int, float) and value >= 0))
+_MASK_FORMAT = Rule("polygon or bitmask", {"polygon", "bitmask"}.__contains__)
 _EXPECTED_RESULTS = Rule(
     "a list of [task, metric, value, tolerance], e.g. [[bbox, AP, 38.5, 0.2]]",
     lambda value: all(
@@ -27,18 +35,20 @@ _EXPECTED_RESULTS = Rule(
 RULES = {
     at_least(0): (
         "SEED", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_ITERS",
-        "SOLVER.REFERENCE_WORLD_SIZE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD",
+        "SOLVER.WARMUP_FACTOR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
+        "SOLVER.REFERENCE_WORLD_SIZE", "DATALOADER.NUM_WORKERS", "MODEL.RPN.PRE_NMS_TOPK_TEST", "TEST.EVAL_PERIOD",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
         "SOLVER.ACCUMULATE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-        "TEST.DETECTIONS_PER_IMAGE",
+        "TEST.DETECTIONS_PER_IMAGE", "TEST.AUG.MAX_SIZE",
     ),
     LIST_OF_STR: ("DATASETS.TRAIN", "DATASETS.TEST"),
-    _SOME_NUMBERS: (
-        "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_MEAN", "TEACHER.MODEL.PIXEL_STD",
-        "INPUT.MIN_SIZE_TRAIN",
-    ),
+    _SOME_NUMBERS: ("MODEL.PIXEL_MEAN", "TEACHER.MODEL.PIXEL_MEAN"),
+    _DEVIATIONS: ("MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_STD"),
+    _SIZES: ("INPUT.MIN_SIZE_TRAIN", "TEST.AUG.MIN_SIZES"),
+    _OPTIONAL: ("SOLVER.WEIGHT_DECAY_BIAS",),
+    _MASK_FORMAT: ("INPUT.MASK_FORMAT",),
     _SHARE: ("DATALOADER.RANDOM_SUBSET_RATIO",),
     _EXPECTED_RESULTS: ("TEST.EXPECTED_RESULTS",),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),

@@ -4,6 +4,7 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,7 +113,7 @@ def build_trainer(
     task = Task(
         model=model,
         # As Detectron2 does: running statistics are each process's own until they are needed.
-        wrapped=wrap_student(model, broadcast_buffers=False),
+        wrapped=_FirstCallExplained(wrap_student(model, broadcast_buffers=False), cfg),
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
         build_batches=batches_from,
@@ -139,6 +140,20 @@ def build_trainer(
         description=functools.cache(lambda: describe_student(cfg)),
     )
     return Trainer(cfg, task)
+
+
+class _FirstCallExplained(nn.Module):
+    """A network whose parts have not met before its first call, which may show that they do not fit."""
+
+    def __init__(self, network: nn.Module, cfg: CfgNode) -> None:
+        super().__init__()
+        self.network, self._cfg, self._called = network, cfg, False
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        with nullcontext() if self._called else building("MODEL", self._cfg):
+            losses = self.network(batch)
+        self._called = True
+        return losses
 
 
 def _lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
@@ -216,7 +231,7 @@ def _scale_to_processes(cfg: CfgNode) -> CfgNode:
         validate(scaled)
     except ConfigError as error:
         raise ConfigError(
-            f"SOLVER.REFERENCE_WORLD_SIZE {reference}, scaled to {processes} processes: {error}"
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} scaled to {processes} processes: {error}"
         ) from error
     return scaled
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2distill.common.building import building
 from d2distill.common.engine.loading import WorkerLoader
-from d2distill.common.errors import DataError
+from d2distill.common.errors import DataError, MissingDependencyError
 
 from .catalog import load_test_set
 from .sampling import build_batch_sampler
@@ -47,6 +47,8 @@ class MappedImages(Dataset):
         try:
             with _seeded(self.seed, position):
                 return self.mapper(record)
+        except ImportError as error:  # Detectron2 crops polygons with a library of their own
+            raise MissingDependencyError(f"images cannot be prepared as INPUT says: {error}; install it") from error
         except (OSError, SyntaxError, ValueError) as error:  # of image decoders, and Detectron2's for a wrong size
             raise DataError(
                 f"cannot use image {record.get('file_name')}: {str(error) or type(error).__name__}. Restore the file, "
@@ -100,7 +102,7 @@ def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], is_train: bool, **samplin
     with building("INPUT", cfg), _seeded(cfg.SEED, 0):
         mapper = DatasetMapper(cfg, is_train)
         # What is wrong with the settings shows here, and is not taken for a fault of the first image.
-        mapper.augmentations(AugInput(convert_PIL_to_numpy(Image.new("RGB", (64, 64)), cfg.INPUT.FORMAT)))
+        mapper.augmentations(AugInput(convert_PIL_to_numpy(Image.new("RGB", (64, 64)), mapper.image_format)))
     images, workers = MappedImages(dicts, mapper, cfg.SEED), cfg.DATALOADER.NUM_WORKERS
     options = {"num_workers": workers, "pin_memory": cfg.MODEL.DEVICE.startswith("cuda")}
     return WorkerLoader(images, collate_fn=trivial_batch_collator, **options, **sampling)

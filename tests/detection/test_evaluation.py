@@ -90,8 +90,11 @@ def test_ap_of_each_class(cfg):
     assert metrics["bbox/AP"] == pytest.approx(50) and set(metrics) == {
         f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")
     }
-    evaluate_detector(cfg, detector(classes=[]), per_class=per_class)
-    assert per_class == {"per_class": {"cat": 0.0, "dog": 0.0, "emu": 0.0}}
+    # Of no detection at all, too, AP is defined where there are objects: none is small, large, or an emu.
+    metrics = evaluate_detector(cfg, detector(classes=[]), per_class=per_class)
+    assert per_class == {"per_class": {"cat": 0.0, "dog": 0.0, "emu": None}}
+    assert metrics["bbox/AP"] == metrics["bbox/AP50"] == metrics["bbox/AP75"] == metrics["bbox/APm"] == 0
+    assert math.isnan(metrics["bbox/APs"]) and math.isnan(metrics["bbox/APl"])
 
 
 def test_ap_of_a_single_class(cfg, tmp_path):
