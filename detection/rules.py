@@ -1,6 +1,9 @@
 """What the values of detectors' settings must be."""
 
+import math
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -11,16 +14,14 @@ from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, LOGGERS, 
 
 __all__ = ["RULES", "check_network_input"]
 
-_SHARE = Rule("above 0 and at most 1", lambda value: 0 < value <= 1)
-_SOME_NUMBERS = Rule("a list of at least one number", lambda value: NUMBERS.predicate(value) and len(value) > 0)
-_SIZES = Rule(
-    f"{_SOME_NUMBERS.description}, none below 0", lambda value: _SOME_NUMBERS.predicate(value) and min(value) >= 0
-)
-_DEVIATIONS = Rule(
-    f"{_SOME_NUMBERS.description}, all above 0", lambda value: _SOME_NUMBERS.predicate(value) and min(value) > 0
-)
-_OPTIONAL = Rule("at least 0, or None", lambda value: value is None or (type(value) in (int, float) and value >= 0))
-_MASK_FORMAT = Rule("polygon or bitmask", {"polygon", "bitmask"}.__contains__)
+
+def _numbers(limit: str, predicate: Callable[[float], bool]) -> Rule:
+    def fits(values: Any) -> bool:
+        return NUMBERS.predicate(values) and len(values) > 0 and predicate(min(values))
+
+    return Rule(f"a list of at least one number{limit}", fits)
+
+
 _EXPECTED_RESULTS = Rule(
     "a list of [task, metric, value, tolerance], e.g. [[bbox, AP, 38.5, 0.2]]",
     lambda value: all(
@@ -36,7 +37,8 @@ RULES = {
     at_least(0): (
         "SEED", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_ITERS",
         "SOLVER.WARMUP_FACTOR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-        "SOLVER.REFERENCE_WORLD_SIZE", "DATALOADER.NUM_WORKERS", "MODEL.RPN.PRE_NMS_TOPK_TEST", "TEST.EVAL_PERIOD",
+        "SOLVER.REFERENCE_WORLD_SIZE", "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD",
+        "MODEL.RPN.PRE_NMS_TOPK_TEST", "MODEL.RETINANET.TOPK_CANDIDATES_TEST",
     ),
     at_least(1): (
         "LOG_PERIOD", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
@@ -44,12 +46,14 @@ RULES = {
         "TEST.DETECTIONS_PER_IMAGE", "TEST.AUG.MAX_SIZE",
     ),
     LIST_OF_STR: ("DATASETS.TRAIN", "DATASETS.TEST"),
-    _SOME_NUMBERS: ("MODEL.PIXEL_MEAN", "TEACHER.MODEL.PIXEL_MEAN"),
-    _DEVIATIONS: ("MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_STD"),
-    _SIZES: ("INPUT.MIN_SIZE_TRAIN", "TEST.AUG.MIN_SIZES"),
-    _OPTIONAL: ("SOLVER.WEIGHT_DECAY_BIAS",),
-    _MASK_FORMAT: ("INPUT.MASK_FORMAT",),
-    _SHARE: ("DATALOADER.RANDOM_SUBSET_RATIO",),
+    _numbers("", math.isfinite): ("MODEL.PIXEL_MEAN", "TEACHER.MODEL.PIXEL_MEAN"),
+    _numbers(", all above 0", lambda low: low > 0): ("MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_STD"),
+    _numbers(", none below 0", lambda low: low >= 0): ("INPUT.MIN_SIZE_TRAIN", "TEST.AUG.MIN_SIZES"),
+    Rule("at least 0, or None", lambda value: value is None or (type(value) in (int, float) and value >= 0)): (
+        "SOLVER.WEIGHT_DECAY_BIAS",
+    ),
+    Rule("polygon or bitmask", {"polygon", "bitmask"}.__contains__): ("INPUT.MASK_FORMAT",),
+    Rule("above 0 and at most 1", lambda value: 0 < value <= 1): ("DATALOADER.RANDOM_SUBSET_RATIO",),
     _EXPECTED_RESULTS: ("TEST.EXPECTED_RESULTS",),
     BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),
     INCREASING: ("SOLVER.STEPS",),

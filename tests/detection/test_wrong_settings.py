@@ -27,6 +27,8 @@ R_CNNS = [
     ({"MODEL.PIXEL_STD": [50.0, 50.0, 0.0]}, r"MODEL.PIXEL_STD is .*, but must be .*, all above 0"),
     ({"INPUT.MASK_FORMAT": "Foo"}, "INPUT.MASK_FORMAT is 'Foo', but must be polygon or bitmask"),
     ({"TEST.AUG.MIN_SIZES": [-1]}, "TEST.AUG.MIN_SIZES is .*, none below 0"),
+    ({"MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": [1]}, "MODEL.ROI_BOX_CASCADE.* takes a list of lists, but was"),
+    ({"MODEL.RPN.PRE_NMS_TOPK_TEST": -1}, "MODEL.RPN.PRE_NMS_TOPK_TEST is -1, but must be at least 0"),
     ({"SOLVER.WARMUP_FACTOR": -1.0}, "SOLVER.WARMUP_FACTOR is -1.0, but must be at least 0"),
     ({"SOLVER.WEIGHT_DECAY_BIAS": "Foo"}, "SOLVER.WEIGHT_DECAY_BIAS is 'Foo', but must be at least 0, or None"),
     ({"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR"}, "SOLVER.LR_SCHEDULER_NAME Warmup.*: fvcore's"),
