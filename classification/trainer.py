@@ -43,7 +43,7 @@ from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.engine.weight_loading import load_weights
-from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
+from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError
 from d2distill.common.outputs import Progress
 
 __all__ = ["build_trainer", "evaluate", "load_datasets", "train"]
@@ -64,7 +64,7 @@ _MAY_CHANGE = (
 def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset) -> Trainer:
     """Networks, methods, optimizer, data and evaluation of a checked configuration with its MODEL.NUM_CLASSES set."""
     # The run's settings stay as they were given.
-    given, cfg = cfg, resolve_inputs(cfg)
+    given, cfg = cfg, resolve_inputs(cfg, train_set.classes)
     if cfg.SOLVER.CLASS_WEIGHTS == "balanced":
         cfg.SOLVER.CLASS_WEIGHTS = _balanced_weights(train_set)
         weights = shortened((f"{weight:.3f}" for weight in cfg.SOLVER.CLASS_WEIGHTS), 20)
@@ -142,6 +142,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         may_change=_MAY_CHANGE,
         run_identity={
             "training samples": len(train_set),
+            "classes": train_set.classes,
             "the teacher's weights": teacher,
             # What was left open in the settings, and what is not: the run's, whatever a library says later.
             **{f"INPUT.{key}": cfg.INPUT[key] for key in ("SIZE", "RESIZE", "INTERPOLATION")},
@@ -184,6 +185,11 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
         with building("INPUT.AUGMENTATION", cfg):
             build_augmentation(cfg.INPUT.AUGMENTATION)
     train_set, test_set = load_splits(cfg)
+    if train_set.classes != test_set.classes:
+        raise DataError(
+            f"the test images of {cfg.DATASETS.NAME} have other classes than the training images, or another order: "
+            f"{shortened(test_set.classes)} there, {shortened(train_set.classes)} here"
+        )
     _take_classes(cfg, train_set)
     if cfg.DATASETS.TRAIN_SIZE > len(train_set):
         raise ConfigError(f"DATASETS.TRAIN_SIZE is {cfg.DATASETS.TRAIN_SIZE}, but there are {len(train_set)} samples")
@@ -242,9 +248,9 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     """
     start_logs(None)
     weights = cfg.MODEL.STUDENT.WEIGHTS
-    cfg = resolve_inputs(cfg)
     # The training images are not needed, and need not be there; nor are methods, but those that ship with the student.
     test_set = load_test_set(cfg)
+    cfg = resolve_inputs(cfg, test_set.classes, training=False)
     _take_classes(cfg, test_set)
     cfg.DISTILL.METHODS, cfg.MODEL.STUDENT.WEIGHTS, cfg.MODEL.TEACHER.WEIGHTS = shipped_methods(cfg), "", ""
     cfg.SOLVER.CLASS_WEIGHTS = []

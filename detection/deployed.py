@@ -22,6 +22,7 @@ from d2distill.common.config_node import parse_yaml
 from d2distill.common.engine.weight_files import compare_states, source_digest
 from d2distill.common.errors import CheckpointError, DataError
 from d2distill.detection.config import copy_settings
+from d2distill.detection.data.loader import check_depth
 
 __all__ = ["DeployedDetector", "ExportedDetector", "describe_student", "load_program", "load_student_file"]
 
@@ -84,12 +85,16 @@ class Preprocess:
 
     def __call__(self, image: str | Path | Image.Image) -> dict[str, Any]:
         try:
-            # Detectron2's own reading, which turns photographs upright as their EXIF entry says.
-            pixels = (
-                convert_PIL_to_numpy(image, self.format)
-                if isinstance(image, Image.Image)
-                else read_image(str(image), self.format)
-            )
+            if isinstance(image, Image.Image):
+                check_depth(image, "given")
+                pixels = convert_PIL_to_numpy(image, self.format)
+            else:
+                with Image.open(image) as opened:
+                    check_depth(opened, str(image))
+                # Detectron2's own reading, which turns photographs upright as their EXIF entry says.
+                pixels = read_image(str(image), self.format)
+        except DataError:
+            raise
         except Exception as error:  # decoders raise nearly anything
             raise DataError(f"cannot read image {image}: {error}; repair or replace the file") from error
         height, width = pixels.shape[:2]

@@ -1,6 +1,7 @@
 """Average precision of a detector, by Detectron2's evaluators."""
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -8,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -48,7 +49,7 @@ class CompleteCOCOEvaluator(COCOEvaluator):
         if coco_eval is None:
             kind = coco_evaluation.COCOeval_opt if self._use_fast_impl else coco_evaluation.COCOeval
             coco_eval = kind(self._coco_api, type(self._coco_api)(), iou_type)
-            with redirect_stdout(StringIO()):
+            with redirect_stdout(io.StringIO()):
                 coco_eval.evaluate()
                 coco_eval.accumulate()
                 coco_eval.summarize()
@@ -59,17 +60,20 @@ class FastCOCOEvaluator(CompleteCOCOEvaluator):
     """Detectron2's evaluator, whose AP faster-coco-eval computes: the same values but for rounding, sooner."""
 
     def __init__(self, name: str, **settings: Any) -> None:
-        from faster_coco_eval.core.coco import COCO
+        from faster_coco_eval.core.coco import COCO as FasterCOCO
         from faster_coco_eval.core.faster_eval_api import COCOeval
 
         # Where Detectron2 has its own compiled evaluator, if it was built with it.
         coco_evaluation.COCOeval_opt = COCOeval
         super().__init__(name, use_fast_impl=True, **settings)
-        if all(isinstance(number, int) for number in (*self._coco_api.imgs, *self._coco_api.cats)):
+        _prepare(self._coco_api)
+        if all(isinstance(number, int) and number >= 0 for number in (*self._coco_api.imgs, *self._coco_api.cats)):
             # The same annotations; nothing is read again.
-            self._coco_api = COCO(self._coco_api.dataset)
+            self._coco_api = FasterCOCO(self._coco_api.dataset)
         else:
-            logger.info(f"{name} names images or classes by words: its AP is computed by pycocotools")
+            logger.info(
+                f"{name} names images or classes by words, or by numbers below 0: its AP is computed by pycocotools"
+            )
             self._use_fast_impl = False
 
 
@@ -78,7 +82,28 @@ def _coco_evaluator(name: str, folder: str, limit: int) -> COCOEvaluator:
     if _uses_faster_coco_eval(limit):
         return FastCOCOEvaluator(name, **settings)
     compiled = limit == 100 and coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
-    return CompleteCOCOEvaluator(name, use_fast_impl=compiled, **settings)
+    evaluator = CompleteCOCOEvaluator(name, use_fast_impl=compiled, **settings)
+    _prepare(evaluator._coco_api)
+    return evaluator
+
+
+def _prepare(annotations: COCO) -> None:
+    """Bring the content of a file into the form that all evaluators read alike; AP stays what it is.
+
+    They take an annotation with the id 0 for none, and not all of them can do without ``iscrowd``, or with ids that are
+    text. What else a file holds they copy for each evaluation, though it may be nested deeper than can be copied.
+    """
+    given = annotations.dataset
+    content = {"images": given["images"]}
+    content["categories"] = [{"id": entry["id"], "name": entry["name"]} for entry in given["categories"]]
+    if "annotations" in given:
+        content["annotations"] = [entry for entry in given["annotations"] if entry["image_id"] in annotations.imgs]
+        for number, entry in enumerate(content["annotations"], 1):
+            entry["id"] = number
+            entry.setdefault("iscrowd", 0)
+    annotations.dataset = content
+    with redirect_stdout(io.StringIO()):
+        annotations.createIndex()
 
 
 def _uses_faster_coco_eval(limit: int) -> bool:

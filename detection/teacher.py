@@ -1,5 +1,6 @@
 """The teacher detector: built from its own configuration, fed with its own pixel statistics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,9 @@ class TeacherAdapter:
     key: str
     swap_rgb_bgr: bool
 
-    def load_weights(self) -> None:
-        """Load the weights, every one of them."""
-        if self.weights:
-            load_teacher(self.network, self.weights, self.key)
+    def load_weights(self) -> Sequence[str]:
+        """Load the weights, every one of them, and return their classes where the file names them."""
+        return load_teacher(self.network, self.weights, self.key) if self.weights else ()
 
     def prepares_like(self, student: nn.Module) -> bool:
         """Whether :meth:`images` would give what the student's own ``preprocess_image`` does, to the bit."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
@@ -27,7 +28,13 @@ from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
 from d2distill.detection.config import CfgNode, get_cfg, num_classes, validate
-from d2distill.detection.data import build_train_loader, check_test_sets, load_training_set, register_datasets
+from d2distill.detection.data import (
+    build_train_loader,
+    check_test_sets,
+    check_trained_classes,
+    load_training_set,
+    register_datasets,
+)
 from d2distill.detection.deployed import describe_student
 from d2distill.detection.evaluation import (
     EvaluationData,
@@ -79,7 +86,8 @@ def build_trainer(
             "TEACHER.MODEL.WEIGHTS is empty: name the checkpoint of a trained teacher, or give under MODEL.WEIGHTS "
             "a merged file that holds one"
         )
-    load_student(model, cfg.MODEL.WEIGHTS)
+    trained = load_student(model, cfg.MODEL.WEIGHTS)
+    check_trained_classes(f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS}", trained, cfg.DATASETS.TRAIN[:1], may_differ=True)
     with building("SOLVER", cfg):
         optimizer = build_optimizer(cfg, model)
         lr_scheduler = _lr_scheduler(cfg, optimizer)
@@ -127,6 +135,7 @@ def build_trainer(
         may_change=_MAY_CHANGE,
         run_identity={
             "training images": len(train_loader.dataset),
+            "classes": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes", []),
             "the teacher's weights": None if adapter is None else weights_digest(model.teacher),
         },
         precision=precision,
@@ -211,7 +220,8 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     check_evaluators(cfg)
     with building("MODEL", cfg):
         model = build_model(cfg)
-    load_student(model, cfg.MODEL.WEIGHTS, complete=True)
+    trained = load_student(model, cfg.MODEL.WEIGHTS, complete=True)
+    check_trained_classes(f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS}", trained, cfg.DATASETS.TEST)
     model.eval()
     results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
     _log(cfg.MODEL.WEIGHTS, results)

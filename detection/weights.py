@@ -11,6 +11,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
+from d2distill.common.engine.class_order import classes_in
 from d2distill.common.engine.weight_files import (
     LIBRARIES,
     Mismatch,
@@ -47,6 +48,7 @@ class DetectorWeights:
         teacher: those of the file's ``teacher.*``, without this prefix.
         author: as Detectron2's files name it; ``torchvision`` or ``timm`` for their classifiers.
         images: the channels' order, mean and deviation that it was trained with, where that is known.
+        classes: the names of its classes in their order, where they are known.
         matching_heuristics: the names lack their prefixes, and Detectron2's ``align_and_update_state_dicts`` finds
             where the tensors belong.
     """
@@ -57,6 +59,7 @@ class DetectorWeights:
     author: str = ""
     matching_heuristics: bool = False
     images: tuple[str, Sequence[float], Sequence[float]] | None = None
+    classes: Sequence[str] = ()
 
 
 def read_detector(source: str) -> DetectorWeights:
@@ -93,8 +96,9 @@ def read_detector(source: str) -> DetectorWeights:
         return DetectorWeights(source, backbone, {}, author or LIBRARIES[0], images=_IMAGENET)
     teacher = {n.removeprefix("teacher."): v for n, v in state.items() if n.startswith("teacher.")}
     state = {n: v for n, v in state.items() if not n.startswith(("teacher.", "distillers."))}
-    images = preprocess_in(description_in(content), "format", "mean", "std")
-    return DetectorWeights(source, _without_constants(state), _without_constants(teacher), author, images=images)
+    description = description_in(content)
+    known = {"images": preprocess_in(description, "format", "mean", "std"), "classes": classes_in(description)}
+    return DetectorWeights(source, _without_constants(state), _without_constants(teacher), author, **known)
 
 
 def has_teacher(source: str) -> bool:
@@ -102,7 +106,7 @@ def has_teacher(source: str) -> bool:
     return bool(source) and source.partition(":")[0] not in LIBRARIES and bool(read_detector(source).teacher)
 
 
-def load_student(model: nn.Module, source: str, key: str = "MODEL.WEIGHTS", complete: bool = False) -> None:
+def load_student(model: nn.Module, source: str, key: str = "MODEL.WEIGHTS", complete: bool = False) -> Sequence[str]:
     """Load what `source` has of a detector. The model's children ``teacher`` and ``distillers`` are not touched.
 
     Args:
@@ -112,20 +116,21 @@ def load_student(model: nn.Module, source: str, key: str = "MODEL.WEIGHTS", comp
         complete: the source must have every tensor, as for evaluation. Otherwise a backbone alone is enough, and heads
             for another number of classes are skipped with a warning, as for fine-tuning.
 
+    Returns:
+        The classes that `source` was trained on, in their order; empty where it does not name them.
+
     Raises:
         CheckpointError: as :func:`read_detector`; or nothing of the source fits, or a tensor has another shape, or the
             ResNet another depth. It begins with `key`.
     """
-    if not source:
-        return
-    _load(model, source, key, complete)
+    return _load(model, source, key, complete) if source else ()
 
 
-def load_teacher(teacher: nn.Module, source: str, key: str = "TEACHER.MODEL.WEIGHTS") -> None:
+def load_teacher(teacher: nn.Module, source: str, key: str = "TEACHER.MODEL.WEIGHTS") -> Sequence[str]:
     """Load a whole trained detector, as :func:`load_student`: the ``teacher.*`` of a file that has them, else all."""
     if not source:
         raise CheckpointError(f"{key} is empty: a teacher needs the weights of a trained detector")
-    _load(teacher, source, key, complete=True, node="TEACHER.MODEL")
+    return _load(teacher, source, key, complete=True, node="TEACHER.MODEL")
 
 
 def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,7 +138,7 @@ def _without_constants(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if n not in ("pixel_mean", "pixel_std") and "cell_anchors" not in n}
 
 
-def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "MODEL") -> None:
+def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "MODEL") -> Sequence[str]:
     """Load `source`; `node` is where the configuration has the model's settings."""
     try:
         weights = read_detector(source)
@@ -172,7 +177,7 @@ def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "
         head = "RETINANET" if any(name.startswith("head.") for name in heads) else "ROI_HEADS"
         raise CheckpointError(
             f"{where} is for another number of classes: {Mismatch([], [], heads)}; use weights for the same classes, "
-            f"or set {node}.{head}.NUM_CLASSES"
+            f"or set {node}.{head}.NUM_CLASSES to theirs, all of which the data must list under 'categories'"
         )
     if len(heads) < len(found.shapes) or (complete and found.missing):
         found = found._replace(missing=found.missing if complete else [], unexpected=[])
@@ -192,6 +197,7 @@ def _load(model: nn.Module, source: str, key: str, complete: bool, node: str = "
         logger.warning(f"{where} is not exactly of this network: {rest}")
     if weights.images is not None:
         _check_input(model, weights, where, node.removesuffix("MODEL"))
+    return weights.classes
 
 
 def _stage_depths(names: Iterable[str]) -> Counter[str]:

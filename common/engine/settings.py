@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from fvcore.common.config import CfgNode
@@ -36,7 +37,15 @@ def config_diff(before: Mapping[str, Any], now: Mapping[str, Any], may_change: I
         return not idle and not any(fnmatchcase(key, pattern) for pattern in patterns)
 
     different = [key for key in now if key in before and before[key] != now[key] and counts(key)]
-    return [f"{key} was {before[key]!r}, now {now[key]!r}" for key in different]
+    return [_difference(key, before[key], now[key]) for key in different]
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if isinstance(before, list) and isinstance(now, list) and max(len(before), len(now)) > 10:
+        # Such as the names of a thousand classes.
+        pairs = enumerate(zip_longest(before, now))
+        key, before, now = next((f"{key}[{number}]", *pair) for number, pair in pairs if pair[0] != pair[1])
+    return f"{key} was {before!r}, now {now!r}"
 
 
 def param_group_hparams(optimizer: "Optimizer") -> list[dict[str, Any]]:

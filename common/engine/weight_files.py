@@ -233,6 +233,8 @@ def _last_line(error: Exception) -> str:
 def read_description(source: str) -> dict[str, Any]:
     """What a run of d2distill wrote into a file of a student beside its weights; empty for every other file.
 
+    Of a run's own checkpoint it has the ``classes`` alone.
+
     Files that cannot be read have none either: loading their weights will say why.
     """
     try:
@@ -243,11 +245,18 @@ def read_description(source: str) -> dict[str, Any]:
 
 def description_in(content: Any) -> dict[str, Any]:
     """The same of what :func:`read_content` returned."""
+    if not isinstance(content, Mapping):
+        return {}
     try:
-        found = json.loads(content[DESCRIPTION]) if isinstance(content, Mapping) and DESCRIPTION in content else {}
+        found = json.loads(content[DESCRIPTION]) if DESCRIPTION in content else _facts_of_run(content)
     except (TypeError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _facts_of_run(content: Mapping[str, Any]) -> dict[str, Any]:
+    identity = content.get("run_identity")
+    return {"classes": identity["classes"]} if isinstance(identity, Mapping) and "classes" in identity else {}
 
 
 def preprocess_in(description: Mapping[str, Any], *keys: str) -> tuple[Any, ...] | None:

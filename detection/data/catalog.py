@@ -3,19 +3,26 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from d2distill.common.data.locate import ROOT_VARIABLE, data_path
+from d2distill.common.engine.class_order import check_class_order
 from d2distill.common.errors import ConfigError, DataError, UserError, did_you_mean
 from d2distill.detection.config import num_classes
 
-__all__ = ["check_test_sets", "load_test_set", "load_training_set", "register_datasets"]
+from .annotations import check_content, checked_coco
+
+__all__ = ["check_test_sets", "check_trained_classes", "load_test_set", "load_training_set", "register_datasets"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -54,15 +61,14 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
         ConfigError: a name that is not registered, precomputed proposals, another number of classes than the model's,
             data sets with different classes, or masks that the model cannot be trained with.
         FileNotFoundError: annotations or images are missing; the message says where they are searched.
-        DataError: damaged annotations, or no image left after filtering.
+        DataError: damaged annotations (see :mod:`.annotations`), or no image left after filtering.
     """
     register_datasets(cfg)
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError("MODEL.LOAD_PROPOSALS must be False: files of proposals are pickles, which may run code")
     dicts: list[dict[str, Any]] = []
     for name in cfg.DATASETS.TRAIN:
-        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        loaded = _load(name, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, keypoints)
+        loaded = _without_useless_images(cfg, name, _load(cfg, name, "DATASETS.TRAIN"))
         _check_classes(cfg, name, cfg.DATASETS.TRAIN[:1])
         _check_annotations(cfg, name, loaded)
         _log_classes(name, "DATASETS.TRAIN", loaded)
@@ -81,7 +87,7 @@ def check_test_sets(cfg: CfgNode) -> dict[str, list[dict[str, Any]]]:
     register_datasets(cfg)
     images = {}
     for name in cfg.DATASETS.TEST:
-        loaded = _load(name, "DATASETS.TEST")
+        loaded = _load(cfg, name, "DATASETS.TEST")
         _check_classes(cfg, name, cfg.DATASETS.TRAIN)
         _log_classes(name, "DATASETS.TEST", loaded)
         MetadataCatalog.get(name).annotated = any(_objects(record) for record in loaded)
@@ -95,22 +101,25 @@ def load_test_set(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     Evaluators read them from the file.
     """
     register_datasets(cfg)
-    return _without_annotations(_load(name, "DATASETS.TEST"))
+    return _without_annotations(_load(cfg, name, "DATASETS.TEST"))
 
 
 def _without_annotations(dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "annotations"} for record in dicts]
 
 
-def _load(name: str, key: str, filter_empty: bool = False, min_keypoints: int = 0) -> list[dict[str, Any]]:
+def _load(cfg: CfgNode, name: str, key: str) -> list[dict[str, Any]]:
     if name not in DatasetCatalog:
         raise ConfigError(
             f"{key}: no data set {name} is registered{did_you_mean(name, DatasetCatalog.list())}; register your own "
             "under DATASETS.REGISTER"
         )
     json_file = MetadataCatalog.get(name).get("json_file")
+    heads = {"masks": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    check = partial(check_content, name=name, key=key, file=json_file, training=key == "DATASETS.TRAIN", **heads)
     try:
-        dicts = get_detection_dataset_dicts([name], filter_empty, min_keypoints)
+        with checked_coco(check) if json_file else nullcontext():
+            dicts = get_detection_dataset_dicts([name], filter_empty=False)
     except FileNotFoundError as error:
         raise _missing(name, error.filename or str(error)) from error
     except Exception as error:  # damaged annotations raise nearly anything
@@ -121,6 +130,26 @@ def _load(name: str, key: str, filter_empty: bool = False, min_keypoints: int = 
     if json_file and not PathManager.isfile(dicts[0]["file_name"]):
         raise _missing(name, dicts[0]["file_name"])
     return dicts
+
+
+def _without_useless_images(cfg: CfgNode, name: str, dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what Detectron2 filters out for training; the log says how much that is."""
+    if "annotations" not in dicts[0]:
+        return dicts
+    kept, keypoints = dicts, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        kept = filter_images_with_only_crowd_annotations(kept)
+    if keypoints:
+        kept = filter_images_with_few_keypoints(kept, keypoints)
+    reason = "no object" + (f", or fewer than {keypoints} key points" if keypoints else "")
+    if not kept:
+        raise DataError(f"data set {name}: there is nothing to train on: its {len(dicts)} images have {reason}")
+    crowds = sum(len(record["annotations"]) - len(_objects(record)) for record in kept)
+    logger.info(
+        f"DATASETS.TRAIN: of {name} are left out {len(dicts) - len(kept)} of {len(dicts)} images ({reason}) and "
+        f"{crowds} crowds among the annotations of the others"
+    )
+    return kept
 
 
 def _missing(name: str, path: str) -> FileNotFoundError:
@@ -136,7 +165,7 @@ def _missing(name: str, path: str) -> FileNotFoundError:
 
 
 def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
-    """Check that a data set has as many classes as the model, and those of `others`; NUM_CLASSES 0 becomes theirs."""
+    """Check that a data set has the classes of `others`, and as many as the model; NUM_CLASSES 0 becomes theirs."""
     classes = MetadataCatalog.get(name).get("thing_classes")
     for prefix, node in (("", cfg), ("TEACHER.", cfg.TEACHER)):
         key, value = num_classes(node)
@@ -146,17 +175,38 @@ def _check_classes(cfg: CfgNode, name: str, others: tuple[str, ...]) -> None:
             cfg.merge_from_list([f"{prefix}{key}", len(classes)])
     if classes is None:
         return
-    key, value = num_classes(cfg)
-    if len(classes) != value:
-        raise ConfigError(
-            f"{key} is {value}, but the annotations of {name} have {len(classes)} classes ({', '.join(classes[:3])}"
-            f"{', ...' if len(classes) > 3 else ''}): set {key} to {len(classes)}"
-        )
     for other in others:
         theirs = MetadataCatalog.get(other).get("thing_classes") if other in MetadataCatalog else None
         if theirs is not None and theirs != classes:
             there, here = next(pair for pair in zip_longest(theirs, classes) if pair[0] != pair[1])
-            raise ConfigError(f"the data set {name} has other classes than {other}: {there} there is {here} here")
+            first = f"{there} there is {here} here"
+            if len(theirs) != len(classes):
+                first = f"{_listed(theirs)} there, {_listed(classes)} here"
+            raise ConfigError(
+                f"the data set {name} has other classes than {other}: {first}. 'categories' must list the same classes "
+                "in both, also those without objects, with ids in the same order"
+            )
+    key, value = num_classes(cfg)
+    if len(classes) != value:
+        way_out = f"set {key} to {len(classes)}"
+        if name not in cfg.DATASETS.TRAIN:
+            way_out = (
+                "'categories' of a test set must list every class of the model, also those without objects; where the "
+                f"model has no more, {way_out}"
+            )
+        raise ConfigError(f"{key} is {value}, but the annotations of {name} have {_listed(classes)}: {way_out}")
+
+
+def check_trained_classes(where: str, trained: Sequence[str], names: Sequence[str], may_differ: bool = False) -> None:
+    """:func:`.check_class_order` for the classes of weights and those of data sets, which may not be known."""
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes", ()) if name in MetadataCatalog else ()
+        way_out = "The data must list the same under 'categories', also those without objects, with ids in this order"
+        check_class_order(where, trained, f"the data set {name}", classes, way_out, may_differ)
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return f"{len(classes)} class{'es' * (len(classes) != 1)} ({', '.join(classes[:3])}{', ...' * (len(classes) > 3)})"
 
 
 def _objects(record: dict[str, Any]) -> list[dict[str, Any]]:

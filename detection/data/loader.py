@@ -10,20 +10,21 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.detection_utils import SizeMismatchError, convert_PIL_to_numpy
 from detectron2.data.samplers import InferenceSampler
 from detectron2.data.transforms import AugInput
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from d2distill.common.building import building
 from d2distill.common.engine.loading import WorkerLoader
-from d2distill.common.errors import DataError, MissingDependencyError
+from d2distill.common.errors import DataError, MissingDependencyError, UserError
 
 from .catalog import load_test_set
 from .sampling import build_batch_sampler
 
-__all__ = ["MappedImages", "build_test_loader", "build_train_loader"]
+__all__ = ["MappedImages", "build_test_loader", "build_train_loader", "check_depth"]
 
 
 class MappedImages(Dataset):
@@ -47,13 +48,50 @@ class MappedImages(Dataset):
         try:
             with _seeded(self.seed, position):
                 return self.mapper(record)
+        except UserError:
+            raise
         except ImportError as error:  # Detectron2 crops polygons with a library of their own
             raise MissingDependencyError(f"images cannot be prepared as INPUT says: {error}; install it") from error
-        except (OSError, SyntaxError, ValueError) as error:  # of image decoders, and Detectron2's for a wrong size
-            raise DataError(
-                f"cannot use image {record.get('file_name')}: {str(error) or type(error).__name__}. Restore the file, "
-                "or remove the image from the annotations"
-            ) from error
+        except (OSError, SyntaxError, ValueError) as error:  # of image decoders, and Detectron2's
+            raise _explained(error, record["file_name"]) from error
+
+
+class PictureMapper(DatasetMapper):
+    """Detectron2's mapper, which refuses pictures whose pixels it would change."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        file_name = dataset_dict["file_name"]
+        # A JPEG, as most pictures are, has 8 bits.
+        if not file_name.lower().endswith((".jpg", ".jpeg")):
+            with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+                check_depth(image, file_name)
+        return super().__call__(dataset_dict)
+
+
+def check_depth(image: Image.Image, name: str) -> None:
+    """Raise a DataError for gray pixels of more than 8 bits, nearly all of which Pillow would make white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise DataError(
+            f"image {name} has gray pixels of more than 8 bits (mode {image.mode}), whose range is not known: convert "
+            "it to 8 bits"
+        )
+
+
+def _explained(error: Exception, file_name: str) -> DataError:
+    """What stopped the mapper: the picture, or what the annotations say of it."""
+    reason = str(error) or type(error).__name__
+    if isinstance(error, SizeMismatchError):
+        return DataError(f"{reason} (Detectron2 first turns a picture as its EXIF orientation says)")
+    try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            image.load()
+    except Exception:  # decoders raise nearly anything
+        return DataError(
+            f"cannot use image {file_name}: {reason}. Restore the file, or remove the image from the annotations"
+        )
+    return DataError(
+        f"image {file_name} can be read, but not prepared: {reason}; check its annotations, and the settings of INPUT"
+    )
 
 
 @contextmanager
@@ -100,7 +138,7 @@ def build_test_loader(cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]] |
 
 def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], is_train: bool, **sampling: Any) -> DataLoader:
     with building("INPUT", cfg), _seeded(cfg.SEED, 0):
-        mapper = DatasetMapper(cfg, is_train)
+        mapper = PictureMapper(cfg, is_train)
         # What is wrong with the settings shows here, and is not taken for a fault of the first image.
         mapper.augmentations(AugInput(convert_PIL_to_numpy(Image.new("RGB", (64, 64)), mapper.image_format)))
     images, workers = MappedImages(dicts, mapper, cfg.SEED), cfg.DATALOADER.NUM_WORKERS

@@ -16,6 +16,7 @@ from d2distill.common.modules import ModuleCall, capture_calls, captured_extras,
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress
 from d2distill.common.teachers import exclude_teacher_from_state_dict
 from d2distill.detection.config import num_classes
+from d2distill.detection.data.catalog import check_trained_classes
 from d2distill.detection.meta_arch.teacher_source import DetectorTeacher, feature_strides, needs_head
 from d2distill.detection.teacher import TeacherAdapter, build_teacher
 
@@ -105,7 +106,9 @@ class DistillDetector(nn.Module):
                 raise ConfigError(f"DISTILL.METHODS: {name} changes the deployed student: it is for classifiers only")
         # Only now, so that what does not fit is reported before a long download.
         if teacher is not None:
-            teacher.load_weights()
+            trained = teacher.load_weights()
+            if any(map(needs_head, (need for method in methods.values() for need in method.needs))):
+                check_trained_classes(f"{teacher.key}: {teacher.weights}", trained, cfg.DATASETS.TRAIN[:1])
             own, theirs = num_classes(cfg)[1], num_classes(teacher.cfg)[1]
             if own != theirs:
                 logger.info(

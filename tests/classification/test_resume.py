@@ -158,6 +158,7 @@ def test_another_run_is_not_resumed(tmp_path):
         ("settings", "SOLVER.IMS_PER_BATCH"),
         ("settings", "DISTILL.METHODS"),
         ("run_identity", "training samples"),
+        ("run_identity", "classes"),
         ("run_identity", "the teacher's weights"),
     ):
         torch.save({**saved, part: {**saved[part], name: "other"}}, path)

@@ -1,4 +1,5 @@
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from d2distill.detection.config import get_cfg
 from d2distill.detection.data.digits_coco import SETS, ensure_generated
@@ -43,3 +44,14 @@ def digits_cfg(digits_coco):
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.DATALOADER.NUM_WORKERS = 0
     return cfg
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder of data sets; what is registered during the test is forgotten after it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    before = set(DatasetCatalog)
+    yield tmp_path
+    for name in set(DatasetCatalog) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -197,7 +197,25 @@ def test_images_named_by_words(cfg, tmp_path, log):
         return detector()([{**record, "image_id": int(record["image_id"].split()[1])} for record in batched_inputs])
 
     assert evaluate_detector(cfg, detect)["bbox/AP"] == pytest.approx(100)
-    assert ("seen names images or classes by words: its AP is computed by pycocotools" in log.text) == FASTER
+    assert (
+        "seen names images or classes by words, or by numbers below 0: its AP is computed by pycocotools" in log.text
+    ) == FASTER
+
+
+@pytest.mark.parametrize("with_faster", [True, False])
+def test_annotations_named_by_0_or_by_words_and_no_crowds(cfg, tmp_path, monkeypatch, with_faster):
+    """COCO's evaluation takes one with the id 0 for none, and then its detection for wrong."""
+    if not with_faster:
+        monkeypatch.setattr("d2distill.detection.evaluation.find_spec", lambda name: None)
+        monkeypatch.setattr(coco_evaluation, "COCOeval_opt", coco_evaluation.COCOeval)
+    content = json.loads((tmp_path / "seen.json").read_text())
+    content["info"] = json.loads("[" * 900 + "]" * 900)  # read, but too deep to be copied
+    for ids in ([0, 1, 2], ["a", "b", "c"]):
+        for entry, number in zip(content["annotations"], ids, strict=True):
+            entry["id"] = number
+            entry.pop("iscrowd", None)
+        (tmp_path / "seen.json").write_text(json.dumps(content))
+        assert evaluate_detector(cfg, detector(), data=EvaluationData(cfg, check_test_sets(cfg)))["bbox/AP"] > 99.9
 
 
 def with_masks(detect):

@@ -18,6 +18,7 @@ from d2distill.detection.config import get_cfg
 from d2distill.detection.data import build_test_loader, build_train_loader, load_training_set
 from d2distill.detection.data.loader import MappedImages
 from d2distill.detection.data.sampling import TrainBatchSampler, build_batch_sampler
+from d2distill.detection.deployed import Preprocess
 
 SHAPES = [(8, 6), (6, 8), (7, 7), (9, 5), (5, 9), (8, 6), (8, 7)]
 
@@ -217,7 +218,6 @@ def test_images_with_nothing_to_find_flow_through(cfg, tmp_path):
         ("missing", "No such file"),
         ("empty", "cannot identify image file"),
         ("truncated", "truncated"),
-        ("size", r"Mismatched image shape.*got \(5, 5\), expect \(16, 12\)"),
     ],
 )
 def test_an_image_that_cannot_be_used(cfg, tmp_path, damage, message, workers):
@@ -227,11 +227,9 @@ def test_an_image_that_cannot_be_used(cfg, tmp_path, damage, message, workers):
         path.unlink()
     elif damage == "empty":
         path.write_bytes(b"")
-    elif damage == "truncated":
+    else:
         Image.effect_noise((16, 12), 50).save(path)
         path.write_bytes(path.read_bytes()[:-60])
-    else:
-        Image.new("RGB", (5, 5)).save(path)
     cfg.DATALOADER.NUM_WORKERS = workers
     with pytest.raises(DataError) as error:
         next(iter(build_train_loader(cfg, [record])))
@@ -239,6 +237,35 @@ def test_an_image_that_cannot_be_used(cfg, tmp_path, damage, message, workers):
     text = str(error.value)
     assert text.startswith(f"cannot use image {path}: ") and re.search(message, text) and "Restore the file" in text
     assert "Traceback" not in text and "\n" not in text
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gray_pixels_of_more_than_8_bits_are_refused(cfg, tmp_path, mode, training):
+    """Pillow makes those of 16 bits white, in training and in whatever uses the student."""
+    pixels = np.linspace(0, 65535, 16 * 12).reshape(12, 16)
+    path = tmp_path / "deep.tif"
+    Image.fromarray(pixels.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(path)
+    record = {**image(tmp_path, 1), "file_name": str(path)}
+    message = rf"^image {path} has gray pixels of more than 8 bits \(mode {mode}\), .* convert it to 8 bits$"
+    build = build_train_loader if training else lambda cfg, dicts: build_test_loader(cfg, "none", dicts)
+    with pytest.raises(DataError, match=message):
+        next(iter(build(cfg, [record])))
+    with pytest.raises(DataError, match=message):
+        Preprocess(cfg)(path)
+
+
+def test_what_the_annotations_say_is_not_blamed_on_the_picture(cfg, tmp_path):
+    wrong = {**image(tmp_path, 1), "width": 5}
+    with pytest.raises(DataError, match=r"got \(16, 12\), expect \(5, 12\)\. Please check the width/height") as error:
+        next(iter(build_train_loader(cfg, [wrong])))
+    assert "Restore" not in str(error.value) and str(tmp_path / "1.png") in str(error.value)
+    cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, "bitmask"
+    code = {"size": [12, 16], "counts": "o" * 40}  # of some 10**60 pixels
+    coded = image(tmp_path, 2, annotations=[box(1, 1, 5, 5, segmentation=code)])
+    with pytest.raises(DataError, match=r"2\.png can be read, but not prepared: .*; check its annotations") as error:
+        next(iter(build_train_loader(cfg, [coded])))
+    assert "Restore" not in str(error.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
