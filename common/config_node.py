@@ -118,6 +118,8 @@ def coerce(name: str, value: Any, current: Any, listable: bool = False) -> Any:
         wanted = _TYPE_NAMES.get(type(current), "a list") + " or a list" * listable
         raise ConfigError(f"{name} takes {wanted}, but was given {_shown(value)}{hint}")
     if isinstance(current, tuple) and current and isinstance(current[0], tuple):
+        if not all(isinstance(entry, list | tuple) for entry in found):
+            raise ConfigError(f"{name} takes a list of lists, but was given {_shown(value)}; e.g. {current!r}")
         return tuple(map(tuple, found))  # YAML has no tuples
     return found if listable else type(current)(found)
 

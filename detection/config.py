@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode as Detectron2CfgNode
 from detectron2.config import get_cfg as detectron2_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, ProposalNetwork, SemanticSegmentor
 
 from d2distill.common.config import (
     CheckedMerge,
@@ -23,7 +23,8 @@ from d2distill.common.config import (
 from d2distill.common.config_node import absolute_file, overlay, parse_as
 from d2distill.common.data.locate import data_path
 from d2distill.common.errors import ConfigError, did_you_mean
-from d2distill.common.rules import BELOW_ONE, INCREASING, LIST_OF_STR, LOGGERS, NUMBERS, at_least, check_rules
+from d2distill.common.rules import at_least, check_rules
+from d2distill.detection.rules import RULES, check_network_input
 
 __all__ = [
     "CfgNode",
@@ -37,24 +38,6 @@ __all__ = [
     "validate",
     "zoo_weights",
 ]
-
-#: What single settings must be, whatever the others are. The methods check their own.
-_RULES = {
-    at_least(0): (
-        "SEED", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.GAMMA", "SOLVER.WARMUP_ITERS",
-        "DATALOADER.NUM_WORKERS", "TEST.EVAL_PERIOD",
-    ),
-    at_least(1): (
-        "LOG_PERIOD", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_KEEP",
-        "SOLVER.ACCUMULATE", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-        "TEST.DETECTIONS_PER_IMAGE",
-    ),
-    LIST_OF_STR: ("DATASETS.TRAIN", "DATASETS.TEST"),
-    NUMBERS: ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "TEACHER.MODEL.PIXEL_STD", "INPUT.MIN_SIZE_TRAIN"),
-    BELOW_ONE: ("SOLVER.MOMENTUM", "SOLVER.EMA_DECAY"),
-    INCREASING: ("SOLVER.STEPS",),
-    LOGGERS: ("LOGGERS",),
-}  # fmt: skip
 
 
 class CfgNode(CheckedMerge, Detectron2CfgNode):
@@ -123,6 +106,8 @@ def _own_cfg() -> CfgNode:
     cfg.LOGGERS = ["tensorboard"]
     # Own data sets: {name: {JSON: COCO annotations, IMAGES: folder}}; relative to the data folder.
     cfg.DATASETS.REGISTER = CfgNode(new_allowed=True)
+    # The share of the images that RandomSubsetTrainingSampler trains on, drawn by SEED.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # Measure the teacher on DATASETS.TEST before the training, where it has the student's classes.
     cfg.TEST.TEACHER = True
     # Run each batch in so many parts, to save memory: batch size, schedule and data order stay as they are.
@@ -202,17 +187,18 @@ def validate(cfg: CfgNode) -> None:
         ConfigError: with the key, its value, and what would be right.
     """
     methods, name = chosen_methods(cfg), cfg.MODEL.META_ARCHITECTURE
-    check_rules(cfg, _RULES)
+    check_rules(cfg, RULES)
     check_rules(cfg, {at_least(0): (num_classes(cfg)[0],)})
-    for key, values in (("", cfg.MODEL.PIXEL_STD), ("TEACHER.", cfg.TEACHER.MODEL.PIXEL_STD)):
-        if max(values) < 1:
-            raise ConfigError(
-                f"{key}MODEL.PIXEL_STD {values} is of images in 0..1, but here they are in 0..255: multiply mean and "
-                "deviation by 255"
-            )
+    for prefix, node in (("", cfg), ("TEACHER.", cfg.TEACHER)):
+        check_network_input(prefix, node)
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(f"MODEL.META_ARCHITECTURE: no {name}{did_you_mean(name, dict(META_ARCH_REGISTRY))}")
     meta_arch = META_ARCH_REGISTRY.get(name)
+    if issubclass(meta_arch, ProposalNetwork | SemanticSegmentor | PanopticFPN):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {name} does not detect objects of classes: use GeneralizedRCNN or RetinaNet, or "
+            "DistillRCNN or DistillRetinaNet with a teacher"
+        )
     if methods and not getattr(meta_arch, "takes_methods", False):
         raise ConfigError(
             f"DISTILL.METHODS {list(methods)} need MODEL.META_ARCHITECTURE DistillRCNN or DistillRetinaNet, but it is "
@@ -241,6 +227,17 @@ def validate(cfg: CfgNode) -> None:
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and cfg.SOLVER.MAX_ITER in cfg.SOLVER.STEPS:
         # fvcore would say it of its own arguments, once networks and data are there.
         raise ConfigError(f"SOLVER.STEPS {cfg.SOLVER.STEPS} holds MAX_ITER, where the training has ended: leave it out")
+    reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference and batch % reference:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {batch} must be a multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}, the number "
+            "of processes that the schedule is written for"
+        )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupStepWithFixedGammaLR":
+        raise ConfigError(
+            "SOLVER.LR_SCHEDULER_NAME WarmupStepWithFixedGammaLR: fvcore's schedule fails after the last step; write "
+            "its steps as shares in SOLVER.STEPS, with WarmupMultiStepLR"
+        )
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TRAIN and DATASETS.TEST must each name a data set")
     cfg.MODEL.DEVICE = str(resolve_device(cfg))

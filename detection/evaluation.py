@@ -42,7 +42,24 @@ __all__ = ["EvaluationData", "best_metric", "check_evaluators", "evaluate_detect
 logger = logging.getLogger("detectron2.d2distill")
 
 
-class FastCOCOEvaluator(COCOEvaluator):
+class CompleteCOCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator, also where a model detects nothing at all, of which that one says NaN for everything.
+
+    By the definition of AP it is then 0, and NaN only where there is nothing to detect, as among large objects.
+    """
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None) -> dict:
+        if coco_eval is None:
+            kind = coco_evaluation.COCOeval_opt if self._use_fast_impl else coco_evaluation.COCOeval
+            coco_eval = kind(self._coco_api, type(self._coco_api)(), iou_type)
+            with redirect_stdout(io.StringIO()):
+                coco_eval.evaluate()
+                coco_eval.accumulate()
+                coco_eval.summarize()
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+
+class FastCOCOEvaluator(CompleteCOCOEvaluator):
     """Detectron2's evaluator, whose AP faster-coco-eval computes: the same values but for rounding, sooner."""
 
     def __init__(self, name: str, **settings: Any) -> None:
@@ -63,12 +80,13 @@ class FastCOCOEvaluator(COCOEvaluator):
             self._use_fast_impl = False
 
 
-def _coco_evaluator(name: str, folder: str, limit: int) -> COCOEvaluator:
-    settings = {"output_dir": folder, "max_dets_per_image": limit}
+def _coco_evaluator(name: str, folder: str, test: CfgNode) -> COCOEvaluator:
+    limit = test.DETECTIONS_PER_IMAGE
+    settings = {"output_dir": folder, "max_dets_per_image": limit, "kpt_oks_sigmas": test.KEYPOINT_OKS_SIGMAS}
     if _uses_faster_coco_eval(limit):
         return FastCOCOEvaluator(name, **settings)
     compiled = limit == 100 and coco_evaluation.COCOeval_opt is not coco_evaluation.COCOeval
-    evaluator = COCOEvaluator(name, use_fast_impl=compiled, **settings)
+    evaluator = CompleteCOCOEvaluator(name, use_fast_impl=compiled, **settings)
     _prepare(evaluator._coco_api)
     return evaluator
 
@@ -117,11 +135,13 @@ class _WritingEvaluator(DatasetEvaluator):
         return results
 
 
-#: Called with a data set's name, the folder for details, and how many detections of an image count.
-_EVALUATORS: dict[str, Callable[[str, str, int], DatasetEvaluator]] = {
+#: Called with a data set's name, the folder for details, and the settings of TEST.
+_EVALUATORS: dict[str, Callable[[str, str, CfgNode], DatasetEvaluator]] = {
     "coco": _coco_evaluator,
-    "lvis": lambda name, folder, limit: LVISEvaluator(name, output_dir=folder, max_dets_per_image=limit),
-    "pascal_voc": lambda name, folder, limit: PascalVOCDetectionEvaluator(name),
+    "lvis": lambda name, folder, test: LVISEvaluator(
+        name, output_dir=folder, max_dets_per_image=test.DETECTIONS_PER_IMAGE
+    ),
+    "pascal_voc": lambda name, folder, test: PascalVOCDetectionEvaluator(name),
 }
 
 
@@ -165,7 +185,7 @@ class EvaluationData:
         """The evaluator that the data set asks for; it writes the predictions into `folder`."""
         if name not in self._evaluators:
             build = _EVALUATORS[MetadataCatalog.get(name).evaluator_type]
-            self._evaluators[name] = build(name, folder, self._cfg.TEST.DETECTIONS_PER_IMAGE)
+            self._evaluators[name] = build(name, folder, self._cfg.TEST)
         # Detectron2 takes it in the constructor, which reads the annotations, and in no other way.
         self._evaluators[name]._output_dir = folder
         return self._evaluators[name]
@@ -269,8 +289,8 @@ def measure_teacher(
     sizes = {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")}
     own = {**teacher.cfg.MODEL, "WEIGHTS": "", "DEVICE": "", "TEST": teacher.cfg.TEST}
     digest = data.digest()
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    key = json.dumps([weights_digest(teacher.network), digest, sizes, limit, own], default=str)
+    counted = [cfg.TEST.DETECTIONS_PER_IMAGE, *cfg.TEST.KEYPOINT_OKS_SIGMAS]
+    key = json.dumps([weights_digest(teacher.network), digest, sizes, *counted, own], default=str)
     results = measured(key, lambda: evaluate_detector(cfg, teacher.detect, folder="inference/teacher", data=data))
     facts = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
     logger.info(f"The teacher, on test images of the student's size (MIN_SIZE_TEST {sizes['MIN_SIZE_TEST']}): {facts}")

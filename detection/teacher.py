@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from d2distill.common.building import building
 from d2distill.common.errors import CheckpointError, ConfigError
 from d2distill.detection.config import teacher_cfg, zoo_weights
 from d2distill.detection.weights import has_teacher, load_teacher
@@ -86,7 +87,7 @@ def build_teacher(cfg: CfgNode) -> TeacherAdapter:
     weights, key = own.MODEL.WEIGHTS, "TEACHER.MODEL.WEIGHTS"
     if weights in ("", zoo_weights(own.CONFIG_FILE)) and _is_merged(cfg.MODEL.WEIGHTS):
         weights, key = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), building("TEACHER.MODEL", cfg):
         # What is drawn here is thrown away or random anyway: methods that follow begin alike with any teacher.
         network = build_model(own)
     return TeacherAdapter(own, network.requires_grad_(False).eval(), weights, key, formats == {"RGB", "BGR"})

@@ -2,27 +2,32 @@
 
 import functools
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier, build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from torch import nn
 
+from d2distill.common.building import building
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
 from d2distill.common.engine.run_folder import hold_run_folder, prepare_run
 from d2distill.common.engine.seeding import seed_step
+from d2distill.common.engine.settings import config_diff, flat_settings
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
 from d2distill.common.engine.weight_files import weights_digest
 from d2distill.common.errors import ConfigError
-from d2distill.detection.config import CfgNode, get_cfg, num_classes
+from d2distill.detection.config import CfgNode, get_cfg, num_classes, validate
 from d2distill.detection.data import (
     build_train_loader,
     check_test_sets,
@@ -73,7 +78,8 @@ def build_trainer(
     deciding = best_metric(cfg)
     # All processes build the same, and the student is built before its teacher and the methods.
     seed_step(cfg.SEED, 0, rank=0)
-    model = build_model(cfg)
+    with building("MODEL", cfg):
+        model = build_model(cfg)
     adapter = getattr(model, "teacher_adapter", None)
     if adapter is not None and not adapter.weights:
         raise ConfigError(
@@ -82,7 +88,9 @@ def build_trainer(
         )
     trained = load_student(model, cfg.MODEL.WEIGHTS)
     check_trained_classes(f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS}", trained, cfg.DATASETS.TRAIN[:1], may_differ=True)
-    optimizer = build_optimizer(cfg, model)
+    with building("SOLVER", cfg):
+        optimizer = build_optimizer(cfg, model)
+        lr_scheduler = _lr_scheduler(cfg, optimizer)
     train_loader, test_data = build_train_loader(cfg, dataset_dicts), EvaluationData(cfg, test_images)
     facts: dict[str, Any] = {}
     if adapter is not None:
@@ -113,9 +121,9 @@ def build_trainer(
     task = Task(
         model=model,
         # As Detectron2 does: running statistics are each process's own until they are needed.
-        wrapped=wrap_student(model, broadcast_buffers=False),
+        wrapped=_FirstCallExplained(wrap_student(model, broadcast_buffers=False), cfg),
         optimizer=optimizer,
-        lr_scheduler=_lr_scheduler(cfg, optimizer),
+        lr_scheduler=lr_scheduler,
         build_batches=batches_from,
         # A plain detector: stock Detectron2 loads its state dict.
         deployed_student=getattr(model, "deployed_student", lambda: model),
@@ -143,6 +151,20 @@ def build_trainer(
     return Trainer(cfg, task)
 
 
+class _FirstCallExplained(nn.Module):
+    """A network whose parts have not met before its first call, which may show that they do not fit."""
+
+    def __init__(self, network: nn.Module, cfg: CfgNode) -> None:
+        super().__init__()
+        self.network, self._cfg, self._called = network, cfg, False
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        with nullcontext() if self._called else building("MODEL", self._cfg):
+            losses = self.network(batch)
+        self._called = True
+        return losses
+
+
 def _lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     """Detectron2's schedule. SOLVER.STEPS below 1 are shares of MAX_ITER, also where it is another when resumed."""
     steps, end = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
@@ -161,12 +183,12 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
+        SystemExit: with 1, where the results are not TEST.EXPECTED_RESULTS; everything is written.
     """
-    # Does nothing unless SOLVER.REFERENCE_WORLD_SIZE is set.
-    steps, cfg = cfg.SOLVER.STEPS, DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-    if any(step < 1 for step in steps):
-        cfg.SOLVER.STEPS = steps  # shares of the run, which it would scale too
+    given, cfg = cfg, _scale_to_processes(cfg)
     with prepare_run(cfg, resume):
+        if scaled := config_diff(flat_settings(given), flat_settings(cfg)):
+            logger.info(f"Scaled to {comm.get_world_size()} processes: {'; '.join(scaled)}")
         register_datasets(cfg)
         dataset_dicts = load_training_set(cfg)
         test_images = check_test_sets(cfg)
@@ -176,7 +198,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
         del dataset_dicts, test_images
         results = trainer.run(resume)
         _log("Results", results)
-        return results
+    _verify(cfg, results)
+    return results
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
@@ -184,6 +207,7 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
 
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit.
+        SystemExit: with 1, where they are not TEST.EXPECTED_RESULTS.
     """
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
@@ -193,13 +217,44 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
         register_datasets(cfg)
         data = EvaluationData(cfg, check_test_sets(cfg))
         check_evaluators(cfg)
-        model = build_model(cfg)
+        with building("MODEL", cfg):
+            model = build_model(cfg)
         trained = load_student(model, cfg.MODEL.WEIGHTS, complete=True)
         check_trained_classes(f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS}", trained, cfg.DATASETS.TEST)
         model.eval()
         results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
         _log(cfg.MODEL.WEIGHTS, results)
-        return results
+    _verify(cfg, results)
+    return results
+
+
+def _scale_to_processes(cfg: CfgNode) -> CfgNode:
+    """Batch size and schedule for this job's number of processes, where SOLVER.REFERENCE_WORLD_SIZE is another."""
+    reference, processes = cfg.SOLVER.REFERENCE_WORLD_SIZE, comm.get_world_size()
+    if reference in (0, processes):
+        return cfg
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    if any(step < 1 for step in cfg.SOLVER.STEPS):
+        scaled.SOLVER.STEPS = cfg.SOLVER.STEPS  # shares of the run, which it would scale too
+    try:
+        validate(scaled)
+    except ConfigError as error:
+        raise ConfigError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} scaled to {processes} processes: {error}"
+        ) from error
+    return scaled
+
+
+def _verify(cfg: CfgNode, results: dict[str, float]) -> None:
+    """Detectron2's check of TEST.EXPECTED_RESULTS, in all processes: it logs both and exits with 1 where they differ.
+
+    The task is all of a metric's name before the last slash, e.g. ``bbox``, ``best_bbox`` or ``<data set>/bbox``.
+    """
+    by_task: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in comm.all_gather(results)[0].items():
+        task, _, metric = name.rpartition("/")
+        by_task[task][metric] = value
+    verify_results(cfg, by_task)
 
 
 def _log(title: str, results: dict[str, float]) -> None:

@@ -10,14 +10,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
 from detectron2.data.build import trivial_batch_collator
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, convert_PIL_to_numpy
 from detectron2.data.samplers import InferenceSampler
+from detectron2.data.transforms import AugInput
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from d2distill.common.building import building
 from d2distill.common.engine.loading import WorkerLoader
-from d2distill.common.errors import DataError, UserError
+from d2distill.common.errors import DataError, MissingDependencyError, UserError
 
 from .catalog import load_test_set
 from .sampling import build_batch_sampler
@@ -48,6 +50,8 @@ class MappedImages(Dataset):
                 return self.mapper(record)
         except UserError:
             raise
+        except ImportError as error:  # Detectron2 crops polygons with a library of their own
+            raise MissingDependencyError(f"images cannot be prepared as INPUT says: {error}; install it") from error
         except (OSError, SyntaxError, ValueError) as error:  # of image decoders, and Detectron2's
             raise _explained(error, record["file_name"]) from error
 
@@ -116,7 +120,7 @@ def build_train_loader(cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start:
     SEED and the step only: not on the number of workers and processes, nor on restarts.
 
     Raises:
-        ConfigError: as :func:`.build_batch_sampler`.
+        ConfigError: as :func:`.build_batch_sampler`; settings below INPUT that no image can be augmented with.
         DataError: while iterating, for an image that cannot be read or has another size than the annotations say.
     """
     return _loader(cfg, dataset_dicts, True, batch_sampler=build_batch_sampler(cfg, dataset_dicts, start))
@@ -133,6 +137,10 @@ def build_test_loader(cfg: CfgNode, name: str, dicts: Sequence[dict[str, Any]] |
 
 
 def _loader(cfg: CfgNode, dicts: list[dict[str, Any]], is_train: bool, **sampling: Any) -> DataLoader:
-    images, workers = MappedImages(dicts, PictureMapper(cfg, is_train), cfg.SEED), cfg.DATALOADER.NUM_WORKERS
+    with building("INPUT", cfg), _seeded(cfg.SEED, 0):
+        mapper = PictureMapper(cfg, is_train)
+        # What is wrong with the settings shows here, and is not taken for a fault of the first image.
+        mapper.augmentations(AugInput(convert_PIL_to_numpy(Image.new("RGB", (64, 64)), mapper.image_format)))
+    images, workers = MappedImages(dicts, mapper, cfg.SEED), cfg.DATALOADER.NUM_WORKERS
     options = {"num_workers": workers, "pin_memory": cfg.MODEL.DEVICE.startswith("cuda")}
     return WorkerLoader(images, collate_fn=trivial_batch_collator, **options, **sampling)

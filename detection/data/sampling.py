@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
+from d2distill.common.building import building
 from d2distill.common.errors import ConfigError
 
 __all__ = ["TrainBatchSampler", "build_batch_sampler"]
@@ -62,21 +63,23 @@ def build_batch_sampler(cfg: CfgNode, dataset_dicts: list[dict[str, Any]], start
             f"{comm.get_world_size()}"
         )
     loader, size = cfg.DATALOADER, len(dataset_dicts)
-    if loader.SAMPLER_TRAIN == "TrainingSampler":
-        sampler = TrainingSampler(size, seed=cfg.SEED)
-    elif loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset_dicts, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT
-        )
-        sampler = RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
-    elif loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
-        ratio = loader.RANDOM_SUBSET_RATIO
-        sampler = RandomSubsetTrainingSampler(size, ratio, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED)
-    else:
-        # Such as WeightedTrainingSampler, which needs a weight for each data set.
-        raise ConfigError(
-            f"DATALOADER.SAMPLER_TRAIN is {loader.SAMPLER_TRAIN}, but must be TrainingSampler, "
-            "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
-        )
+    with building("DATALOADER", cfg):
+        if loader.SAMPLER_TRAIN == "TrainingSampler":
+            sampler = TrainingSampler(size, seed=cfg.SEED)
+        elif loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+            factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                dataset_dicts, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT
+            )
+            sampler = RepeatFactorTrainingSampler(factors, seed=cfg.SEED)
+        elif loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
+            sampler = RandomSubsetTrainingSampler(
+                size, cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=cfg.SEED, seed_subset=cfg.SEED
+            )
+        else:
+            # Such as WeightedTrainingSampler, which needs a weight for each data set.
+            raise ConfigError(
+                f"DATALOADER.SAMPLER_TRAIN is {loader.SAMPLER_TRAIN}, but must be TrainingSampler, "
+                "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"
+            )
     groups = [int(d["width"] <= d["height"]) for d in dataset_dicts] if loader.ASPECT_RATIO_GROUPING else None
     return TrainBatchSampler(sampler, cfg.SOLVER.IMS_PER_BATCH, groups, start)

@@ -43,7 +43,7 @@ def build(node, cfg):
         (
             "MODEL.RESNETS.STEM_OUT_CHANNELS",
             -1,
-            r"^MODEL: .*negative dimension .* \(RuntimeError in detectron2",
+            r"^MODEL.RESNETS.STEM_OUT_CHANNELS -1: .*negative dimension .* \(RuntimeError in detectron2",
         ),
         (
             "SOLVER.LR_SCHEDULER_NAME",

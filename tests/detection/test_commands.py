@@ -98,6 +98,7 @@ def test_evaluate_again(trained, tmp_path, command):
     # A run's checkpoint holds the student too.
     command(train_det, *config, "MODEL.WEIGHTS", run / f"model_{STEPS:07d}.pth", "OUTPUT_DIR", tmp_path)
     assert predictions(tmp_path) == before
+    assert command(train_det, *config, *final, "TEST.EXPECTED_RESULTS", "[[bbox, AP, 101, 0.5]]")[0] == 1
     # Without weights on the command line those of the run folder, not those that the training began with.
     _, printed, _ = command(train_det, *config)
     assert f"{run / 'student_best.pth'}: bbox/AP {results['best_bbox/AP']:.2f}" in printed

@@ -92,8 +92,11 @@ def test_ap_of_each_class(cfg):
     assert metrics["bbox/AP"] == pytest.approx(50) and set(metrics) == {
         f"bbox/{name}" for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")
     }
-    evaluate_detector(cfg, detector(classes=[]), per_class=per_class)
-    assert per_class == {"per_class": {"cat": 0.0, "dog": 0.0, "emu": 0.0}}
+    # Of no detection at all, too, AP is defined where there are objects: none is small, large, or an emu.
+    metrics = evaluate_detector(cfg, detector(classes=[]), per_class=per_class)
+    assert per_class == {"per_class": {"cat": 0.0, "dog": 0.0, "emu": None}}
+    assert metrics["bbox/AP"] == metrics["bbox/AP50"] == metrics["bbox/AP75"] == metrics["bbox/APm"] == 0
+    assert math.isnan(metrics["bbox/APs"]) and math.isnan(metrics["bbox/APl"])
 
 
 def test_ap_of_a_single_class(cfg, tmp_path):
@@ -212,7 +215,9 @@ def test_images_named_by_words(cfg, tmp_path, log):
     content = json.loads((tmp_path / "seen.json").read_text())
     for entry, key in [(e, "id") for e in content["images"]] + [(e, "image_id") for e in content["annotations"]]:
         entry[key] = f"image {entry[key]}"
+    content["categories"].pop()
     (tmp_path / "seen.json").write_text(json.dumps(content))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
     check_test_sets(cfg)
 
     def detect(batched_inputs):
@@ -254,6 +259,32 @@ def with_masks(detect):
         return results
 
     return detect_masks
+
+
+def test_keypoints_of_ones_own_have_their_own_tolerances(cfg, tmp_path):
+    """Both are five pixels off: near enough for one tolerance, too far for the other."""
+    content, points = json.loads((tmp_path / "seen.json").read_text()), {}
+    for entry in content["annotations"]:
+        x, y, _, _ = entry["bbox"]
+        entry |= {"keypoints": [x, y, 2, x + 20, y + 20, 2], "num_keypoints": 2}
+        points[tuple(entry["bbox"][:2])] = [[x + 5, y, 1], [x + 25, y + 20, 1]]
+    content["categories"].pop()
+    (tmp_path / "seen.json").write_text(json.dumps(content))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    check_test_sets(cfg)
+
+    def detect(batched_inputs):
+        results = detector()(batched_inputs)
+        for result in results:
+            corners = result["instances"].pred_boxes.tensor[:, :2].int().tolist()
+            result["instances"].pred_keypoints = torch.tensor([points[tuple(corner)] for corner in corners]).float()
+        return results
+
+    found = []
+    for sigma in (1.0, 0.01):
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = [sigma, sigma]
+        found.append(evaluate_detector(cfg, detect)["keypoints/AP"])
+    assert found == pytest.approx([100, 0])
 
 
 class Teacher(nn.Module):

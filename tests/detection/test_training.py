@@ -38,7 +38,14 @@ def test_masks(tiny, tmp_path):
         == set(MetadataCatalog.get("tiny_val").thing_classes)
     )
     # What is no metric is no result either.
+    cfg.TEST.EXPECTED_RESULTS = [["segm", "AP", results["segm/AP"], 0.01], ["best_bbox", "AP50", 50, 100]]
     assert run(cfg, resume=True).keys() == results.keys()
+    assert "Results verification passed" in (tmp_path / "log.txt").read_text()
+    for wrong in (["segm", "AP", 101, 0.5], ["mask", "AP", 50, 50]):
+        cfg.TEST.EXPECTED_RESULTS = [wrong]
+        with pytest.raises(SystemExit, match="1"):
+            run(cfg, resume=True)
+    assert "Expected Results: [['segm', 'AP', 101, 0.5]]" in (tmp_path / "log.txt").read_text()
 
 
 def test_mixed_precision(tiny, tmp_path):
@@ -125,6 +132,7 @@ def test_a_schedule_made_for_another_number_of_processes_is_scaled(tiny, tmp_pat
     run(tiny_cfg("rcnn", tmp_path, **scaled))
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text())["SOLVER"]
     assert settings["IMS_PER_BATCH"] == 2 and settings["MAX_ITER"] == 4 and settings["STEPS"] == [0.5]
+    assert "Scaled to 1 processes: SOLVER.MAX_ITER was 2, now 4; " in (tmp_path / "log.txt").read_text()
 
 
 def test_steps_in_shares_of_the_run(tiny, tmp_path):
