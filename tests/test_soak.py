@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,6 @@ def test_two_thousand_steps_leave_nothing_behind(tmp_path, monkeypatch, train):
     # A period's line has what it had: the log does not write more and more.
     for name in ("log", "metrics"):
         sizes = [facts[name] for facts in seen]
-        written = [after - before for before, after in zip(sizes[:-1], sizes[1:], strict=True)]
+        written = [after - before for before, after in pairwise(sizes)]
         assert max(written[WARM // PERIOD :]) < 1.2 * max(written[: WARM // PERIOD])
     assert len(read_metrics(tmp_path / "run")) == STEPS // PERIOD
