@@ -139,7 +139,8 @@ def own_cfg() -> CfgNode:
     # Which networks torch.compile compiles, in a minute or more: "" none, teacher, all (the student as well). auto: the
     # teacher in runs that are long enough for it to pay off. Where it fails, a network runs eagerly; the log says so.
     cfg.SOLVER.COMPILE = "auto"
-    # Replay the compiled networks as CUDA graphs: small networks do not wait for their kernels to be launched.
+    # Replay each step, from the images to the gradients, as a CUDA graph: small networks do not wait for their kernels
+    # to be launched. A method of your own must not keep anything in Python from step to step.
     cfg.SOLVER.CUDA_GRAPH = False
     # contiguous or channels_last. auto: the latter on a GPU under AMP. (Without AMP a GPU computes fp32
     # convolutions in TF32, and matrix products in fp32: torch's default.)

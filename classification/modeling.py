@@ -1,7 +1,7 @@
 """The student with its teachers and methods: what the trainer calls."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,24 @@ from d2distill.common.modules import captured_extras
 from d2distill.common.outputs import Batch, NetworkInfo, Outputs, Progress, TrainingData
 from d2distill.common.teachers import LiveTeacher, TeacherEnsemble, TeacherSource, exclude_teacher_from_state_dict
 
-__all__ = ["DistillModel", "build_distiller"]
+__all__ = ["DistillModel", "StepInputs", "build_distiller"]
+
+
+@dataclass
+class StepInputs:
+    """All that the losses of a batch depend on, but for the networks and methods themselves.
+
+    Attributes:
+        images: (N, 3, H, W), uint8 or float in 0..255, not normalized.
+        batch: what methods may know of it.
+        teacher: the teachers' outputs; None without teachers.
+        weights: one of each method, numbers or (methods,).
+    """
+
+    images: Tensor
+    batch: Batch
+    teacher: Outputs | None
+    weights: Sequence[float] | Tensor
 
 
 class DistillModel(nn.Module):
@@ -81,37 +98,49 @@ class DistillModel(nn.Module):
             network = method.deployed(network)
         return network
 
-    def forward(self, batch: Mapping[str, Tensor], epoch: float = 1) -> dict[str, Tensor] | Tensor:
+    def forward(self, batch: Mapping[str, Tensor] | StepInputs, epoch: float = 1) -> dict[str, Tensor] | Tensor:
         """Losses of a batch, or its logits.
 
         Args:
             batch: ``image`` (N, 3, H, W), uint8 or float in 0..255, not normalized; in training mode also
                 ``label`` (N,), multi-label (N, C), and, where known, ``soft_target`` (N, C) in its place, ``index``
-                (N,), ``progress`` (a :class:`.Progress`), and whatever else a method may use.
+                (N,), ``progress`` (a :class:`.Progress`), and whatever else a method may use; or what
+                :meth:`step_inputs` made of it.
             epoch: counted from 1, where the batch has no ``progress``; warm-ups depend on it.
 
         Returns:
             In training mode ``loss_ce`` and one ``loss_<method>`` each, 0-d, weighted; else logits (N, C).
         """
-        images = self.student_norm(batch["image"])
         if not self.training:
-            return self.deployed_student()(images)
-        step = _batch_info({name: part for name, part in batch.items() if name != "image"}, epoch, images.device)
-        if self.multi_label:
-            step = replace(step, target=None, soft_target=step.target)
-        # Before the student, whose graph would hold memory that the teacher's layers use one after the other: allocated
-        # anew for each of them, it costs a tenth of the step on a CPU.
-        teacher = None if self.teacher_source is None else self.teacher_source(batch["image"], step)
+            return self.deployed_student()(self.student_norm(batch["image"]))
+        # The teacher first: the student's graph would hold memory that the teacher's layers use one after the other,
+        # and allocated anew for each of them it costs a tenth of the step on a CPU.
+        given = batch if isinstance(batch, StepInputs) else self.step_inputs(batch, epoch)
+        images, step, teacher = self.student_norm(given.images), given.batch, given.teacher
         with captured_extras(self.student, self.student_needs) as captured:
             student = (self.compiled_student or self.student.outputs)(images).select({"logits", *self.student_needs})
         student.extras.update(captured)
         losses = {"loss_ce": self.ce_weight * self._cross_entropy(student.logits.float(), step)}
         self.finite = {"student": student.is_finite()} | ({} if teacher is None else {"teacher": teacher.is_finite()})
         self.step_metrics = {} if step.target is None else {"train_top1": _top1(student.logits, step.target)}
-        for name, method in self.distillers.items():
-            term = method(student, method.pick_teacher(teacher), step)
-            losses[f"loss_{name}"] = method.weight(step.progress) * term
+        for weight, (name, method) in zip(given.weights, self.distillers.items(), strict=True):
+            losses[f"loss_{name}"] = weight * method(student, method.pick_teacher(teacher), step)
         return losses
+
+    def step_inputs(self, batch: Mapping[str, Tensor], epoch: float = 1) -> StepInputs:
+        """What :meth:`forward` computes the losses of a batch from: the teachers' outputs are part of it."""
+        images = batch["image"].to(self.student_norm.mean.device, non_blocking=True)
+        step = _batch_info({name: part for name, part in batch.items() if name != "image"}, epoch, images.device)
+        if self.multi_label:
+            step = replace(step, target=None, soft_target=step.target)
+        teacher = None if self.teacher_source is None else self.teacher_source(images, step)
+        return StepInputs(images, step, teacher, [m.weight(step.progress) for m in self.distillers.values()])
+
+    def graph_inputs(self, batch: Mapping[str, Tensor]) -> StepInputs:
+        """The same for a CUDA graph: weights as a tensor, and nothing to look up on the host."""
+        given = self.step_inputs(batch)
+        weights = torch.tensor(given.weights, pin_memory=given.images.is_cuda)
+        return replace(given, batch=replace(given.batch, key=None, host_index=None), weights=weights)
 
     def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """The mean over the images, and over the classes where each is a problem of its own.

@@ -7,11 +7,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from d2distill.classification.modeling import DistillModel
-from d2distill.common.config import CfgNode
+from d2distill.common.config import CfgNode, resolve_device
 from d2distill.common.engine.compiling import CompiledOrEager, TrainedNetwork
 from d2distill.common.modules import MODULE_PREFIX
 
-__all__ = ["networks_to_compile", "prepare_networks", "rows_at_a_time"]
+__all__ = ["networks_to_compile", "prepare_networks", "replays_steps", "rows_at_a_time"]
 
 logger = logging.getLogger("detectron2.d2distill")
 # From these on "auto" compiles the teacher. It takes about a minute, and saves a third of the teacher's time or more:
@@ -61,17 +61,33 @@ def prepare_networks(model: DistillModel, cfg: CfgNode, steps: int) -> None:
         if model.teacher is not None:
             model.teacher.to(memory_format=torch.channels_last)
     chosen, rows = networks_to_compile(model, cfg, steps), rows_at_a_time(cfg)
-    if solver.CUDA_GRAPH and not (chosen and device.type == "cuda"):
-        logger.warning("SOLVER.CUDA_GRAPH has no effect: it is for networks that SOLVER.COMPILE compiles for a GPU")
     if chosen:
         names = " and the ".join(sorted(chosen))
         logger.info(
             f"SOLVER.COMPILE {solver.COMPILE}: the first step compiles the {names}, which takes a minute or more"
         )
     if "teacher" in chosen:
-        model.teacher_source.compile(rows, solver.CUDA_GRAPH)
+        model.teacher_source.compile(rows)
     if "student" in chosen:
         _compile_student(model, solver, rows)
+    if solver.CUDA_GRAPH and device.type == "cuda" and model.teacher_source is not None:
+        model.teacher_source.replay(device)
+
+
+def replays_steps(cfg: CfgNode) -> bool:
+    """Whether a training's steps are replayed as a CUDA graph; the log says why not, where SOLVER.CUDA_GRAPH is set."""
+    if not cfg.SOLVER.CUDA_GRAPH:
+        return False
+    reasons = {
+        "it is for GPUs": resolve_device(cfg).type != "cuda",
+        "several processes exchange gradients": comm.get_world_size() > 1,
+        f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} adds up gradients": cfg.SOLVER.ACCUMULATE > 1,
+        "SOLVER.OPTIMIZER DOT keeps two gradients": cfg.SOLVER.OPTIMIZER == "DOT",
+    }
+    reason = next((text for text, holds in reasons.items() if holds), "")
+    if reason:
+        logger.warning(f"SOLVER.CUDA_GRAPH: the step is not replayed: {reason}")
+    return not reason
 
 
 def _compile_student(model: DistillModel, solver: CfgNode, rows: int) -> None:
@@ -83,5 +99,5 @@ def _compile_student(model: DistillModel, solver: CfgNode, rows: int) -> None:
         logger.info(f"The student runs eagerly: {reason}, which a compiled network cannot give")
         return
     parts = {"logits", *model.student_needs}
-    compiled = TrainedNetwork(model.student, parts, rows, solver.CUDA_GRAPH)
+    compiled = TrainedNetwork(model.student, parts, rows)
     model.compiled_student = CompiledOrEager("The student", compiled, model.student.outputs)

@@ -26,7 +26,7 @@ from d2distill.classification.inputs import resolve_inputs
 from d2distill.classification.modeling import DistillModel, build_distiller
 from d2distill.classification.networks import build_network, model_stats
 from d2distill.classification.solver import PRECISIONS, build_lr_scheduler, build_optimizer
-from d2distill.classification.speed import prepare_networks
+from d2distill.classification.speed import prepare_networks, replays_steps
 from d2distill.classification.teacher_cache import cache_teachers
 from d2distill.classification.testing import Testing, center_fit
 from d2distill.common.config import CfgNode, resolve_device
@@ -151,6 +151,7 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         prepare=None if replay.epochs else soften,
         split_batch=split_batch,
         backward=backward,
+        graph_inputs=model.graph_inputs if replays_steps(cfg) else None,
         model_stats=lambda network: model_stats(network, fit.size),
         description=functools.cache(lambda: describe_student(cfg, train_set, test_set)),
         facts=lambda: {**teacher_results, **_teacher_stats(cfg, model), "per_class": testing.per_class},

@@ -105,8 +105,11 @@ class CachedTeacher(TeacherSource):
         self._writes = True
         self._log_size()
 
-    def compile(self, rows: int, cuda_graph: bool = False) -> None:
-        self.source.compile(self.chunk, cuda_graph)
+    def compile(self, rows: int) -> None:
+        self.source.compile(self.chunk)
+
+    def replay(self, device: torch.device) -> None:
+        self.source.replay(device)
 
     def _flat(self, outputs: Outputs) -> list[Tensor]:
         values = (getattr(outputs, name) for name in self.layout)

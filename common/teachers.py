@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2distill.common.distillers import Distiller
 from d2distill.common.engine.compiling import CompiledOrEager, FrozenNetwork
+from d2distill.common.engine.cuda_graphs import CudaGraph
 from d2distill.common.modules import MODULE_PREFIX, captured_extras
 from d2distill.common.outputs import Batch, Outputs
 
@@ -37,12 +38,19 @@ class TeacherSource(ABC):
             self.needs |= distiller.teacher_needs
             self.extras |= distiller.teacher_extras
 
-    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+    def compile(self, rows: int) -> None:
         """Run the network compiled from now on, `rows` images at a time, see :class:`.FrozenNetwork`, where this can.
 
         Called when it is known whom it serves. The log says what is not compiled.
         """
         logger.info(f"{type(self).__name__} is not compiled, and runs eagerly")
+
+    def replay(self, device: torch.device) -> None:
+        """Run the network on this GPU as a :class:`.CudaGraph` from now on, where this can; after :meth:`compile`.
+
+        A call's outputs are then gone with the next call.
+        """
+        logger.info(f"{type(self).__name__} is not replayed as a CUDA graph")
 
     @abstractmethod
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
@@ -62,8 +70,9 @@ class LiveTeacher(TeacherSource):
         self.network = network.requires_grad_(False).eval()
         self.prepare = prepare
         self._outputs: Callable[[Tensor], Outputs] = self._run_eagerly
+        self._run: Callable[[Any], Outputs] = self._prepare_and_run
 
-    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+    def compile(self, rows: int) -> None:
         name = f"The teacher {type(self.network).__name__}"
         inner = sorted(need for need in self.needs if need.startswith(MODULE_PREFIX))
         if inner:
@@ -71,12 +80,18 @@ class LiveTeacher(TeacherSource):
                 f"{name} runs eagerly: a method reads {', '.join(inner)}, which a compiled network does not give"
             )
         elif self.needs:
-            frozen = FrozenNetwork(self.network, self.needs, rows, cuda_graph)
+            frozen = FrozenNetwork(self.network, self.needs, rows)
             self._outputs = CompiledOrEager(name, frozen, self._run_eagerly)
+
+    def replay(self, device: torch.device) -> None:
+        self._run = CudaGraph(f"The teacher {type(self.network).__name__}", self._prepare_and_run, device)
 
     # Not in inference mode, whose tensors no trainable part of a method could take.
     @torch.no_grad()
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
+        return self._run(inputs)
+
+    def _prepare_and_run(self, inputs: Any) -> Outputs:
         images = self.prepare(inputs)
         outputs = self._outputs(images) if self.needs else Outputs()
         for name, provide in self.extras.items():
@@ -108,9 +123,13 @@ class TeacherEnsemble(TeacherSource):
         for number, source in enumerate(self.sources):
             source.serve(method for method in distillers if method.cfg.get("TEACHER", number) == number)
 
-    def compile(self, rows: int, cuda_graph: bool = False) -> None:
+    def compile(self, rows: int) -> None:
         for source in self.sources:
-            source.compile(rows, cuda_graph)
+            source.compile(rows)
+
+    def replay(self, device: torch.device) -> None:
+        for source in self.sources:
+            source.replay(device)
 
     def __call__(self, inputs: Any, batch: Batch) -> Outputs:
         outputs = [source(inputs, batch) for source in self.sources]

@@ -53,12 +53,10 @@ class FrozenNetwork:
         network: has ``outputs(images)``. Its weights do not change any more.
         parts: fields of `Outputs`.
         rows: images at a time.
-        cuda_graph: replay the kernels as a CUDA graph.
     """
 
-    def __init__(self, network: nn.Module, parts: Collection[str], rows: int, cuda_graph: bool = False) -> None:
+    def __init__(self, network: nn.Module, parts: Collection[str], rows: int) -> None:
         self.network, self.parts, self.rows = network, sorted(parts), rows
-        self.options = {"freezing": True, **({"triton.cudagraphs": True} if cuda_graph else {})}
         self._run: Callable[[Tensor], dict[str, Any]] | None = None
 
     @torch.no_grad()
@@ -81,7 +79,7 @@ class FrozenNetwork:
 
         # Traced by running it, which sees what hooks do; in a graph of torch's own operations there are none. It has
         # the casts of autocast, and is run without.
-        graph = torch.compile(make_fx(parts)(images), fullgraph=True, dynamic=False, options=self.options)
+        graph = torch.compile(make_fx(parts)(images), fullgraph=True, dynamic=False, options={"freezing": True})
         run = torch.autocast(images.device.type, enabled=False)(graph)
         expected, found = parts(images), run(images)
         for part in self.parts:
@@ -98,8 +96,7 @@ class FrozenNetwork:
 
 
 def _join(values: list[Any], rows: int) -> Any:
-    """The first `rows` rows of tensors, or of lists of them, one after the other; a copy, as a CUDA graph reuses its
-    memory."""
+    """The first `rows` rows of tensors, or of lists of them, one after the other."""
     if isinstance(values[0], list):
         return [_join(list(maps), rows) for maps in zip(*values, strict=True)]
     return torch.cat(values)[:rows]
@@ -114,19 +111,15 @@ class TrainedNetwork:
         network: has ``outputs(images)``.
         parts: fields of `Outputs`.
         rows: images of a batch.
-        cuda_graph: replay the kernels as CUDA graphs.
     """
 
-    def __init__(self, network: nn.Module, parts: Collection[str], rows: int, cuda_graph: bool = False) -> None:
+    def __init__(self, network: nn.Module, parts: Collection[str], rows: int) -> None:
         self.network, self.parts, self.rows = network, sorted(parts), rows
-        options = {"triton.cudagraphs": True} if cuda_graph else {}
-        self._run = torch.compile(self._parts, fullgraph=True, dynamic=False, options=options)
+        self._run = torch.compile(self._parts, fullgraph=True, dynamic=False)
 
     def __call__(self, images: Tensor) -> Outputs:
         if len(images) != self.rows:
             return self.network.outputs(images)
-        # What a CUDA graph gave in the step before is not read any more.
-        torch.compiler.cudagraph_mark_step_begin()
         return Outputs(**self._run(images))
 
     def _parts(self, images: Tensor) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Task:
         prepare: changes each batch after the step's random numbers were seeded (mixup).
         split_batch: the parts in which a batch is run, and what the mean loss of each counts.
         backward: puts gradients where the optimizer finds them, in the place of ``sum(losses).backward()``.
+        graph_inputs: makes of a part of a batch all that the model needs of the host, to replay steps as a CUDA graph;
+            None: they are not replayed.
         evaluate_once: more metrics of the final student, taken after the training.
         model_stats: facts of a deployed network for results.json.
         description: of the deployed network, for student.json and the student's files: ``task``, ``network``,
@@ -71,6 +73,7 @@ class Task:
     prepare: Callable[[Any], Any] | None = None
     split_batch: Callable[[Any, int], list[tuple[Any, float]]] = _whole
     backward: Callable[[dict[str, Tensor]], None] | None = None
+    graph_inputs: Callable[[Any], Any] | None = None
     evaluate_once: Callable[[nn.Module], dict[str, float]] = lambda network: {}
     model_stats: Callable[[nn.Module], dict[str, float]] = lambda network: {}
     description: Callable[[], dict[str, Any]] = dict

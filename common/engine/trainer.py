@@ -24,6 +24,7 @@ from d2distill import __version__
 from d2distill.common.engine import report, run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
+from d2distill.common.engine.cuda_graphs import CudaGraph
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
 from d2distill.common.engine.hooks import CheckpointHook, EvaluationHook, WriterHook
@@ -57,6 +58,10 @@ class Trainer(TrainerBase):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=task.precision is torch.float16)
         parts = cfg.SOLVER.ACCUMULATE
         self.split_batch = accumulate(task.split_batch, parts) if parts > 1 else task.split_batch
+        self.forward_backward = self._forward_backward
+        if task.graph_inputs is not None:
+            given = (self._forward_backward, self.device, task.model.parameters(), self._graph_inputs)
+            self.forward_backward = CudaGraph("The step", *given)
         self.metrics, self.first_failure = MeanMetrics(), FirstFailure()
         # Of what the model itself puts into the event storage.
         self.model_scalars = MeanMetrics()
@@ -77,18 +82,12 @@ class Trainer(TrainerBase):
         saves = [*task.checkpoint_periods, task.eval_period]
         # A checkpoint is what the update left. The hooks behind it are repeated when a run is resumed from it.
         self.checkpointing = CheckpointHook(self.checkpointer, saves, self.preemption, facts)
+        logged = ([cfg.LOG_PERIOD, task.eval_period], task.epoch_length, cfg.LOGGERS, self.settings)
         self.hooks_after_checkpoint = [
             hooks.LRScheduler(task.optimizer, task.lr_scheduler),
             self.ema,
             self.evaluation,
-            WriterHook(
-                cfg.OUTPUT_DIR,
-                [cfg.LOG_PERIOD, task.eval_period],
-                task.epoch_length,
-                cfg.LOGGERS,
-                self.settings,
-                task.images_per_step,
-            ),
+            WriterHook(cfg.OUTPUT_DIR, *logged, task.images_per_step),
         ]
         self.register_hooks([hooks.IterationTimer(), self.checkpointing, *self.hooks_after_checkpoint])
         if comm.is_main_process() and sys.stderr.isatty():
@@ -104,17 +103,10 @@ class Trainer(TrainerBase):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for part, weight in self.split_batch(batch, self.iter):
-            with self._forward_context():
-                part_losses = self.model(part)
-            if weight != 1:
-                part_losses = {name: weight * value for name, value in part_losses.items()}
-            if self.task.backward is not None:
-                self.task.backward(part_losses)
-            else:
-                self.scaler.scale(sum(part_losses.values())).backward()
-            self.first_failure.update(self.task.finite_outputs(), part_losses)
-            losses = {n: losses[n] + v.detach() if n in losses else v.detach() for n, v in part_losses.items()}
-            metrics |= {n: metrics.get(n, 0) + weight * value for n, value in self.task.step_metrics().items()}
+            part_losses, finite, part_metrics = self.forward_backward(part, weight)
+            self.first_failure.update(finite, part_losses)
+            losses = {n: losses[n] + v if n in losses else v for n, v in part_losses.items()}
+            metrics |= {n: metrics.get(n, 0) + weight * value for n, value in part_metrics.items()}
         self.after_backward()
         if self.task.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -125,6 +117,23 @@ class Trainer(TrainerBase):
         self.metrics.update({"total_loss": sum(losses.values()), **losses, **metrics})
 
     run_step = train_step
+
+    def _forward_backward(self, part: Any, weight: float) -> tuple[dict[str, Tensor], ...]:
+        """Losses, whether each network's outputs were finite, and metrics of a part of a batch; its gradients are then
+        where the optimizer finds them."""
+        with self._forward_context():
+            losses = self.model(part)
+        if weight != 1:
+            losses = {name: weight * value for name, value in losses.items()}
+        if self.task.backward is not None:
+            self.task.backward(losses)
+        else:
+            self.scaler.scale(sum(losses.values())).backward()
+        return {n: v.detach() for n, v in losses.items()}, self.task.finite_outputs(), self.task.step_metrics()
+
+    def _graph_inputs(self, part: Any, weight: float) -> tuple[Any, float]:
+        with self._forward_context():
+            return self.task.graph_inputs(part), weight
 
     def _next_batch(self) -> Any:
         start = time.perf_counter()
@@ -173,11 +182,8 @@ class Trainer(TrainerBase):
         self._started_at = time.perf_counter() - self.seconds
         try:
             self.train(start, self.max_iter)
-            student = self.task.deployed_student()
-            results = {
-                **(self.evaluation.summary() if comm.is_main_process() else {}),
-                **self.task.evaluate_once(student),
-            }
+            results = self.evaluation.summary() if comm.is_main_process() else {}
+            results = {**results, **self.task.evaluate_once(self.task.deployed_student())}
             run_on_main_process(lambda: self._finish(results))
         except UserError as error:
             if isinstance(error, DivergedError):

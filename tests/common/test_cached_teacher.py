@@ -280,8 +280,8 @@ def test_a_full_disk_ends_the_writing_only(build, log, monkeypatch):
 def test_it_is_compiled_for_the_rows_that_are_computed_at_a_time(build, monkeypatch):
     source, calls = build(), []
     monkeypatch.setattr(source.source, "compile", lambda *arguments: calls.append(arguments))
-    source.compile(64, True)
-    assert calls == [(16, True)]
+    source.compile(64)
+    assert calls == [(16,)]
 
 
 def test_a_folder_that_cannot_be_used(build, tmp_path):

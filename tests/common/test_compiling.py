@@ -48,7 +48,7 @@ def without_inductor(monkeypatch):
     """What torch.compile traces is run by torch's own kernels, which takes no minute; test_speed.py has the rest."""
     torch._dynamo.reset()
     compiled = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", lambda function, options, **other: compiled(function, **other))
+    monkeypatch.setattr(torch, "compile", lambda function, options=None, **other: compiled(function, **other))
     # Nothing may be compiled twice.
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
