@@ -10,6 +10,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from torch import nn
 
 from d2distill.classification.models import FeatureClassifier, register
@@ -17,7 +18,6 @@ from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.run_folder import prepare_run, read_metrics, start_logs
 from d2distill.common.outputs import Outputs
 from d2distill.detection.data import load_training_set, register_datasets
-from d2distill.detection.data.digits_coco import generate_split
 from d2distill.detection.trainer import build_trainer as build_detection_trainer
 from tests.classification.tiny_training import small_cfg
 from tests.detection.tiny_training import tiny_cfg
@@ -103,12 +103,28 @@ class SmallDetector(nn.Module):
         return results
 
 
+def write_pictures(folder: Path) -> None:
+    """Two, in COCO's format."""
+    images = [{"id": number, "file_name": f"{number}.png", "height": 16, "width": 16} for number in (1, 2)]
+    box = {"category_id": 1, "bbox": [2, 3, 9, 8], "area": 72, "iscrowd": 0}
+    annotations = [{"id": number, "image_id": number, **box} for number in (1, 2)]
+    categories = [{"id": number, "name": str(number)} for number in range(1, 11)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "two.json").write_text(json.dumps(content))
+    for image in images:
+        Image.new("RGB", (16, 16)).save(folder / image["file_name"])
+
+
 def detector(folder: Path) -> None:
     """With workers, evaluations and checkpoints."""
     META_ARCH_REGISTRY.register(SmallDetector)
+    write_pictures(folder.parent)
     settings = {"MODEL.META_ARCHITECTURE": "SmallDetector", "DISTILL.METHODS": [], "TEACHER.MODEL.WEIGHTS": ""}
     settings |= {"SOLVER.MAX_ITER": STEPS, "SOLVER.IMS_PER_BATCH": 1, "SOLVER.STEPS": (), "LOG_PERIOD": PERIOD}
-    settings |= {"INPUT.MIN_SIZE_TRAIN": (32,), "SOLVER.CHECKPOINT_PERIOD": PERIOD, "TEST.EVAL_PERIOD": 2 * PERIOD}
+    settings |= {"INPUT.MIN_SIZE_TRAIN": (16,), "SOLVER.CHECKPOINT_PERIOD": PERIOD, "TEST.EVAL_PERIOD": 4 * PERIOD}
+    entry = {"JSON": str(folder.parent / "two.json"), "IMAGES": str(folder.parent)}
+    settings |= {"DATASETS.REGISTER": dict.fromkeys(("two_train", "two_val"), entry)}
+    settings |= {"DATASETS.TRAIN": ("two_train",), "DATASETS.TEST": ("two_val",)}
     cfg = tiny_cfg("rcnn", folder, workers=1, **settings)
     prepare_run(cfg, False)
     start_logs(cfg.OUTPUT_DIR)
@@ -120,9 +136,7 @@ def detector(folder: Path) -> None:
 
 @pytest.mark.parametrize("train", [classifier, detector])
 def test_two_thousand_steps_leave_nothing_behind(tmp_path, monkeypatch, train):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    for split in ("train", "val"):
-        generate_split(tmp_path / "data" / "tiny", split, 4, seed=0)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     output = tmp_path / "output.txt"
     assert exit_code(start(train, tmp_path / "run", output=output)) == 0, output.read_text()
     seen = json.loads((tmp_path / "run" / "watched.json").read_text())
