@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -25,6 +26,8 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("search", deadline=None, max_examples=2000)
 settings.load_profile("repeatable")
+# It also draws numbers that stand in this package's modules, of those that other tests happen to have imported.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.fixture(scope="session")
