@@ -40,4 +40,4 @@ docs: env ## build the pages: site/index.html
 	@echo "Pages: site/index.html"
 
 clean: ## remove .venv, output and what was built
-	rm -rf $(VENV) output build site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) output build site *.egg-info .pytest_cache .hypothesis .ruff_cache

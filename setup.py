@@ -87,6 +87,7 @@ setup(
             "faster-coco-eval>=1.8",
             "pytest>=8",
             "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
             "ruff>=0.9",
             "wheel>=0.43",
             "import-linter>=2.5",

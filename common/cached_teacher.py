@@ -97,7 +97,7 @@ class CachedTeacher(TeacherSource):
         self.samples = min(memory.samples, memory.max_bytes // of_sample)
         arithmetic = {"precision": str(memory.precision), "device": device.type, "rows at a time": self.chunk}
         arithmetic |= {"torch": torch.__version__, "logits kept as": str(memory.logits_dtype), "top k": memory.top_k}
-        arithmetic |= {"float32 products": torch.get_float32_matmul_precision()}
+        arithmetic |= {"float32 products": torch.get_float32_matmul_precision(), "variants": memory.variants}
         text = json.dumps({**memory.identity, "arithmetic": arithmetic}, indent=2, sort_keys=True, ensure_ascii=False)
         prefix = re.sub(r"[^\w.-]+", "_", memory.name)
         self.folder = memory.folder / f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

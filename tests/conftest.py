@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -18,6 +20,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `make test` runs a process per core. Last digits depend on the number of threads: the same everywhere.
 torch.set_num_threads(1)
+
+# The examples are those of the last time: CI finds nothing that a change did not bring. To search for more:
+# pytest --hypothesis-profile search FILE
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile("repeatable")
+# It also draws numbers that stand in this package's modules, of those that other tests happen to have imported.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.fixture(scope="session")

@@ -157,6 +157,8 @@ def test_every_method_and_named_file_exists():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / path).exists() or path == "docs/api.md", path
+    for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", EVERYTHING):
+        assert f"\ndef {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
     for targets in re.findall(r"^make ([\w-]+)", EVERYTHING, re.MULTILINE):
         assert f"\n{targets}:" in (ROOT / "Makefile").read_text()
 

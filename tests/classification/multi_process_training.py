@@ -14,7 +14,7 @@ from d2distill.common.engine.run_folder import start_logs
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.errors import DataError
 from tests.classification.tiny_training import small_cfg
-from tests.interruptions import fail_in_evaluation, terminate_in_evaluation
+from tests.interruptions import disturb, fail_in_evaluation, terminate_in_evaluation
 
 # An epoch of 41 samples ends with a batch that 2 processes get 5 and 4 of, one of 33 with a single sample.
 SYNCED = {"MODEL.SYNC_BN": True, "SOLVER.BASE_LR": 0.002, "SOLVER.EPOCHS": 2, "LOG_PERIOD": 1, "DISTILL.DKD.WARMUP": 0}
@@ -34,7 +34,11 @@ CASES = {
     "stopped in evaluation": {},
     "broken evaluation": {},
     "parent stopped": {},
+    "rank 0 killed": {},
+    "rank 1 killed": {},
 }
+#: By rank when it is killed: in the middle of a checkpoint, and of an epoch.
+KILLS = {0: ("while saving", 6), 1: ("before saving", 5)}
 
 
 class StopHook(HookBase):
@@ -53,7 +57,7 @@ def train_case(folder: Path, name: str) -> None:
     settings = {"LOG_PERIOD": 4, "SOLVER.CHECKPOINT_STEPS": 0, **CASES[name]}
     cfg = small_cfg(folder / name, **settings)
     train_set, test_set = load_datasets(cfg)
-    if name not in ("unbroken", "stopped", "stopped in evaluation", "broken evaluation", "parent stopped"):
+    if CASES[name]:
         test_set = FixedSubset(test_set, 99)
     start_logs(cfg.OUTPUT_DIR)
     # Sums over processes round otherwise, and rounding grows from step to step: in double precision it stays small.
@@ -71,15 +75,12 @@ def train_case(folder: Path, name: str) -> None:
     if name == "stopped":
         # In the middle of an epoch, and between two log lines.
         trainer.register_hooks([StopHook(os.getpid(), 5)])
-        (folder / name / "config.yaml").write_text(cfg.dump())
-    if name == "stopped in evaluation":
-        (folder / name / "config.yaml").write_text(cfg.dump())
-        if comm.get_rank():
-            terminate_in_evaluation(trainer, 6)
-    if name == "broken evaluation":
-        (folder / name / "config.yaml").write_text(cfg.dump())
-        if comm.get_rank():
-            fail_in_evaluation(trainer, 6, DataError("cannot read image 7.jpg"))
+    if name == "stopped in evaluation" and comm.get_rank():
+        terminate_in_evaluation(trainer, 6)
+    if name == "broken evaluation" and comm.get_rank():
+        fail_in_evaluation(trainer, 6, DataError("cannot read image 7.jpg"))
+    if name == f"rank {comm.get_rank()} killed":
+        disturb(trainer, *KILLS[comm.get_rank()])
     if name == "parent stopped":
         # Not in the first step, which the other process may not have reached: it would end unprepared.
         trainer.register_hooks([StopHook(os.getppid(), 2)])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_sigterm_to_one_process_stops_all_and_resuming_is_exact(two, tmp_path):
     pending = torch.load(folder / "model_0000005.pth", weights_only=True)["trainer"]["metrics"]
     counts = [losses["counts"] for losses, _ in pending]
     assert len(counts) == 2 and counts[0] == counts[1] and counts[0]["loss_ce"] > 0
+    resume(folder)
+    assert_identical(state(folder), state(two / "unbroken"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_resuming_is_exact(two, tmp_path, rank):
+    codes = train_cases(2, tmp_path, f"rank {rank} killed")
+    assert codes.pop(rank) == -signal.SIGKILL and codes != [0]
+    folder = tmp_path / f"rank {rank} killed"
+    assert max(path.name for path in folder.glob("model_*.pth")) == "model_0000003.pth"
     resume(folder)
     assert_identical(state(folder), state(two / "unbroken"))
 

@@ -1,13 +1,21 @@
 """What holds for every loss function: one table of them, each property once.
 
-A new loss function is one row of `LOSSES`. What its values are is in test_loss_examples.py.
+A new loss function is one row of `LOSSES`. What its values are is in test_loss_examples.py. Which property does not
+hold for which function, and why, is in `DOES_NOT_HOLD`.
 """
 
+import math
+import re
 from collections.abc import Callable
+from itertools import chain, cycle, islice
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -18,9 +26,9 @@ from tests.goldens.fill import array
 class Loss(NamedTuple):
     #: Of lists of tensors, which are the student's (they learn) and the teacher's (they do not), and of the target.
     function: Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
-    #: Shapes of one sample's tensors.
-    student: list[tuple[int, ...]]
-    teacher: list[tuple[int, ...]]
+    #: Shapes of one sample's tensors: a letter for each axis, the same where sizes must be equal.
+    student: list[str]
+    teacher: list[str]
 
 
 def ofd(student, teacher, target):
@@ -28,7 +36,7 @@ def ofd(student, teacher, target):
 
 
 def vid(student, teacher, target):
-    return d.vid_loss(*student, *teacher, student[0].new_full((3,), 5.0))
+    return d.vid_loss(*student, *teacher, student[0].new_full((student[0].shape[1],), 5.0))
 
 
 def standardize(student, teacher, target):
@@ -36,10 +44,13 @@ def standardize(student, teacher, target):
     return (z * torch.arange(z.shape[1])).sum()
 
 
-LOGITS, EMBEDDINGS = ([(10,)], [(10,)]), ([(6,)], [(9,)])
-EQUAL = ([(3, 4, 4), (5, 2, 3)],) * 2
-# The teacher's maps: more channels and a smaller one; fewer channels and a larger one.
-MAPS = [(3, 4, 4), (5, 2, 3)], [(4, 2, 4), (2, 4, 5)]
+#: In tests by example. The teacher's maps: more channels and a smaller one; fewer channels and a larger one.
+SIZES = {"C": 10, "E": 6, "F": 9, "K": 8} | dict(zip("ahwbij", (3, 4, 4, 5, 2, 3), strict=True))
+SIZES |= dict(zip("cklemn", (4, 2, 4, 2, 4, 5), strict=True))
+LOGITS, EMBEDDINGS, MAP = (["C"], ["C"]), (["E"], ["F"]), (["ahw"], ["ahw"])
+MAPS, EQUAL = (["ahw", "bij"], ["ckl", "emn"]), (["ahw", "bij"],) * 2
+#: The student's map may have another size than the teacher's, which has the same channels.
+RESIZED = ["ahw", "bij"], ["akl", "bmn"]
 LOSSES = {
     "kd": Loss(lambda s, t, y: d.kd_loss(*s, *t, 4.0), *LOGITS),
     "dkd": Loss(lambda s, t, y: d.dkd_loss(*s, *t, y, 1.0, 8.0, 4.0), *LOGITS),
@@ -48,27 +59,54 @@ LOSSES = {
     "rld": Loss(lambda s, t, y: d.rld_loss(*s, *t, y, 1.5, 8.0, 2.0, 4.0), *LOGITS),
     "wttm": Loss(lambda s, t, y: d.wttm_loss(*s, *t, 0.1), *LOGITS),
     "bckd": Loss(lambda s, t, y: d.bckd_loss(*s, *t, y), *LOGITS),
-    "uskd": Loss(lambda s, t, y: d.uskd_loss(*s, y, 1.0, 0.1, 0.005), [(10,), (10,)], []),
-    "standardize": Loss(standardize, [(10,)], []),
-    "crd": Loss(lambda s, t, y: d.crd_loss(*s, 40), [(8,)], []),
+    "uskd": Loss(lambda s, t, y: d.uskd_loss(*s, y, 1.0, 0.1, 0.005), ["C", "C"], []),
+    "standardize": Loss(standardize, ["C"], []),
+    "crd": Loss(lambda s, t, y: d.crd_loss(*s, 40), ["K"], []),
     "at": Loss(lambda s, t, y: d.at_loss(s, t), *MAPS),
     "nst": Loss(lambda s, t, y: d.nst_loss(s, t), *MAPS),
     "sp": Loss(lambda s, t, y: d.sp_loss(s, t), *MAPS),
     "kdsvd": Loss(lambda s, t, y: d.kdsvd_loss(s, t), *MAPS),
-    "hcl": Loss(lambda s, t, y: d.hcl_loss(s, t), *EQUAL),
-    "ofd": Loss(ofd, *EQUAL),
+    "hcl": Loss(lambda s, t, y: d.hcl_loss(s, t), *RESIZED),
+    "ofd": Loss(ofd, *RESIZED),
     "pkd": Loss(lambda s, t, y: d.pkd_loss(s, t), *EQUAL),
-    "cwd": Loss(lambda s, t, y: d.cwd_loss(s, t), *EQUAL),
-    "mgd": Loss(lambda s, t, y: d.mgd_loss(s, t), *EQUAL),
-    "fitnet": Loss(lambda s, t, y: d.fitnet_loss(*s, *t), [(3, 4, 4)], [(3, 4, 4)]),
-    "simkd": Loss(lambda s, t, y: d.simkd_loss(*s, *t), [(3, 4, 4)], [(3, 8, 8)]),
-    "vid": Loss(vid, [(3, 4, 4)], [(3, 4, 4)]),
+    "cwd": Loss(lambda s, t, y: d.cwd_loss(s, t), *RESIZED),
+    "mgd": Loss(lambda s, t, y: d.mgd_loss(s, t), *RESIZED),
+    "fitnet": Loss(lambda s, t, y: d.fitnet_loss(*s, *t), *MAP),
+    "simkd": Loss(lambda s, t, y: d.simkd_loss(*s, *t), ["ahw"], ["akl"]),
+    "vid": Loss(vid, *MAP),
     "pkt": Loss(lambda s, t, y: d.pkt_loss(*s, *t), *EMBEDDINGS),
     "rkd": Loss(lambda s, t, y: d.rkd_loss(*s, *t), *EMBEDDINGS),
 }
 WITH_TEACHER = [name for name, loss in LOSSES.items() if loss.teacher]
-#: These are not means over samples: relations between samples, or statistics of the batch.
-OVER_THE_BATCH = ["sp", "pkt", "rkd", "dist", "uskd", "pkd", "standardize"]
+ON_LOGITS = [name for name, loss in LOSSES.items() if loss.student[0] == "C"]
+#: By property the functions for which it does not hold. It does for all others: of those on logits where it is one of
+#: logits, of those with a teacher where it is about the teacher.
+DOES_NOT_HOLD = {
+    "a batch is the mean of its samples": {
+        "sp": "compares the samples of a batch with each other",
+        "pkt": "the same",
+        "rkd": "the same",
+        "dist": "compares each class over the batch",
+        "pkd": "standardizes each channel over the batch",
+        "uskd": "takes the mean of p[y]^2 over the batch from that of a sample",
+        "bckd": "is divided by the number of rows that have an object",
+        "standardize": "is no loss: the test takes a sum of the standardized logits",
+    },
+    "the order of the classes does not matter": {
+        "standardize": "is no loss: the test weighs classes by their position",
+        "uskd": "ranks the classes: of two with the same logit the first has the better rank",
+    },
+    "a number added to all logits of a sample does not matter": {
+        "bckd": "compares sigmoids, for which 0 is a threshold",
+    },
+    "no student has less than the teacher itself": {
+        "nkd": "has the target's cross-entropy: the least is where the student gives it all probability",
+        "rld": "takes the teacher's confidence to the right class where the teacher is wrong",
+        "wttm": "compares with the softened teacher: the least is at gamma times its logits",
+        "dist": "adds 1e-8 to the product of norms: a column of tiny probabilities agrees better with larger ones",
+    },
+}
+ROOT = Path(__file__).resolve().parents[3]
 SQUARES = ["hcl", "ofd", "mgd", "fitnet", "simkd", "vid"]
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -77,8 +115,13 @@ def each(names=LOSSES):
     return pytest.mark.parametrize("name", list(names))
 
 
+def holding(what, names=LOSSES):
+    return pytest.mark.parametrize("name", [name for name in names if name not in DOES_NOT_HOLD[what]])
+
+
 def tensors(seed, shapes, n=4, scale=1.0, dtype=torch.float64):
-    return [array(seed + i, n, *shape, scale=scale).to(dtype) for i, shape in enumerate(shapes)]
+    sizes = [[SIZES[axis] for axis in shape] for shape in shapes]
+    return [array(seed + i, n, *shape, scale=scale).to(dtype) for i, shape in enumerate(sizes)]
 
 
 def inputs(name, n=4, **kwargs):
@@ -96,6 +139,13 @@ def run(name, *arguments):
 
 def test_every_loss_function_has_its_row():
     assert {name for name in d.__all__ if name.endswith("_loss")} <= {f"{name}_loss" for name in LOSSES}
+
+
+def test_the_page_names_what_does_not_hold():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    for what, names in DOES_NOT_HOLD.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {what.capitalize()} |")]
+        assert {*re.findall(r"`(\w+)`", row)} == {*names} - {"standardize"}
 
 
 @each()
@@ -136,7 +186,7 @@ def test_zero_where_both_agree(name):
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_huge_inputs_have_finite_losses_and_gradients(name, n, dtype):
     student, teacher, target = inputs(name, n, scale=1e4)
-    if LOSSES[name].student[0] == (10,):  # logits: all of them huge; a single sample with two classes
+    if name in ON_LOGITS:  # logits: all of them huge; a single sample with two classes
         student, teacher = ([1e4 * x[:, : 2 if n == 1 else 10].sign() for x in part] for part in (student, teacher))
         target = target.clamp(max=1)
     student, teacher = [s.detach().to(dtype).requires_grad_() for s in student], [t.to(dtype) for t in teacher]
@@ -177,13 +227,6 @@ def test_constant_inputs(name, constant):
 
 
 @each()
-def test_an_empty_batch_is_zero_with_a_graph(name):
-    student, teacher, target = inputs(name, n=0)
-    value, grads = run(name, student, teacher, target)
-    assert value.item() == 0 and [grad.shape for grad in grads] == [s.shape for s in student]
-
-
-@each()
 def test_no_shape_depends_on_the_data(name):
     """Nor does any branch: boolean masks, `item()` and `if tensor:` wait for the device on CUDA. Fake tensors have no
     data, and raise."""
@@ -194,35 +237,18 @@ def test_no_shape_depends_on_the_data(name):
         assert isinstance(value, FakeTensor) and all(isinstance(grad, FakeTensor) for grad in grads)
 
 
-@each()
-def test_order_of_the_samples_does_not_matter(name):
+@each(WITH_TEACHER)
+def test_it_matters_which_sample_is_compared_with_which(name):
     student, teacher, target = inputs(name)
-    order, function = [2, 0, 3, 1], LOSSES[name].function
-    value = function(student, teacher, target).item()
-    shuffled = [s[order] for s in student]
-    assert function(shuffled, [t[order] for t in teacher], target[order]).item() == pytest.approx(value, rel=1e-9)
-    if teacher:  # but it matters who is compared with whom
-        assert function(shuffled, teacher, target).item() != pytest.approx(value, rel=1e-5)
+    value = LOSSES[name].function(student, teacher, target).item()
+    assert LOSSES[name].function([s[[2, 0, 3, 1]] for s in student], teacher, target).item() != approx(value)
 
 
-@each(["kd", "dkd", "dist", "nkd", "rld", "wttm", "bckd", "uskd"])
-def test_order_of_the_classes_does_not_matter(name):
-    student, teacher, target = inputs(name)
+def test_order_of_the_classes_without_ties():
+    student, teacher, target = inputs("uskd")
     order = torch.tensor([4, 9, 2, 7, 1, 0, 3, 8, 6, 5])
-    permuted = LOSSES[name].function(
-        [s[:, order] for s in student], [t[:, order] for t in teacher], order.argsort()[target]
-    )
-    assert permuted.item() == pytest.approx(LOSSES[name].function(student, teacher, target).item(), rel=1e-9)
-
-
-@each(sorted({*LOSSES} - {*OVER_THE_BATCH}))
-def test_a_batch_is_the_mean_of_its_samples(name):
-    student, teacher, target = inputs(name)
-    function = LOSSES[name].function
-    single = [
-        function(*([x[i : i + 1] for x in part] for part in (student, teacher)), target[i : i + 1]) for i in range(4)
-    ]
-    assert function(student, teacher, target).item() == pytest.approx(sum(s.item() for s in single) / 4, rel=1e-9)
+    value = LOSSES["uskd"].function([s[:, order] for s in student], teacher, order.argsort()[target])
+    assert value.item() == approx(LOSSES["uskd"].function(student, teacher, target).item())
 
 
 @pytest.mark.parametrize(
@@ -262,3 +288,126 @@ def test_embeddings_at_the_same_place(squared, same):
     value = d.rkd_loss(student.requires_grad_(), teacher, squared=squared)
     value.backward()
     assert value.isfinite() and student.grad.isfinite().all() and student.grad.abs().max() < 1e3
+
+
+# ---- for any inputs
+
+
+class Case(NamedTuple):
+    """Tensors of any size and content, for every loss function.
+
+    Attributes:
+        samples: N.
+        sizes: of the other axes in the order of their appearance, repeated.
+        numbers: what the tensors hold, repeated.
+        seed: of what else is drawn.
+    """
+
+    samples: int
+    sizes: list[int]
+    numbers: list[float]
+    seed: int
+
+    def build(self, name, agree=False):
+        """Student, teacher and target in fp64. With `agree` the teacher is another student."""
+        shapes = LOSSES[name].student, LOSSES[name].student if agree else LOSSES[name].teacher
+        axes = dict(zip(dict.fromkeys("".join(chain(*shapes))), cycle(self.sizes), strict=False))
+        # Fewer than two classes, and scores without a negative, are refused.
+        axes = {axis: max(size, 2) if axis in "CK" else size for axis, size in axes.items()}
+        numbers = cycle(self.numbers)
+
+        def tensor(shape):
+            size = [self.samples, *(axes[axis] for axis in shape)]
+            return torch.tensor(list(islice(numbers, math.prod(size))), dtype=torch.float64).reshape(size)
+
+        student, teacher = ([tensor(shape) for shape in part] for part in shapes)
+        # bckd takes ignored and background rows as well.
+        low, high = (-1, axes["C"] + 1) if name == "bckd" else (0, axes.get("C", 1))
+        return student, teacher, torch.from_numpy(self.rng().integers(low, high, self.samples))
+
+    def rng(self):
+        return np.random.default_rng(self.seed)
+
+
+def cases(numbers, step, samples=1):
+    """With any of `numbers`, or many whole multiples of `step` up to 80."""
+    seeds = st.integers(0, 2**32 - 1)
+    many = seeds.map(lambda seed: (np.random.default_rng(seed).integers(-80, 81, 97) * step).tolist())
+    numbers = st.lists(numbers, min_size=1, max_size=24) | many
+    return st.builds(Case, st.integers(samples, 4), st.lists(st.integers(1, 4), min_size=1, max_size=6), numbers, seeds)
+
+
+#: Of all formats, and with many ties.
+ORDINARY = cases(st.integers(-80, 80).map(lambda number: number / 8), 0.125)
+EXTREME = cases(st.sampled_from([1e4, -1e4, 0.0, 1.0, 1e-4]) | st.floats(-1e4, 1e4, width=16), 125.0, samples=0)
+
+
+def approx(value):
+    return pytest.approx(value, rel=1e-6, abs=1e-8)
+
+
+@each()
+@given(case=EXTREME, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_any_input_has_a_finite_loss_with_finite_gradients(name, case, dtype):
+    """In the type of the input, and at least fp32; an empty batch has a loss of 0."""
+    student, teacher, target = case.build(name)
+    student, teacher = [s.to(dtype).requires_grad_() for s in student], [t.to(dtype) for t in teacher]
+    value, grads = run(name, student, teacher, target)
+    assert value.isfinite() and value.dtype == torch.promote_types(dtype, torch.float32)
+    assert value.item() == 0 or case.samples
+    for own, grad in zip(student, grads, strict=True):
+        assert grad.shape == own.shape and grad.dtype == dtype and grad.isfinite().all()
+
+
+@each()
+@given(case=ORDINARY)
+def test_the_order_of_the_samples_does_not_matter(name, case):
+    student, teacher, target = case.build(name)
+    order = case.rng().permutation(case.samples)
+    value = LOSSES[name].function([s[order] for s in student], [t[order] for t in teacher], target[order])
+    assert value.item() == approx(LOSSES[name].function(student, teacher, target).item())
+
+
+@holding("a batch is the mean of its samples")
+@given(case=ORDINARY)
+def test_a_batch_is_the_mean_of_its_samples(name, case):
+    student, teacher, target = case.build(name)
+    single = [
+        LOSSES[name].function([s[i] for s in student], [t[i] for t in teacher], target[i]).item()
+        for i in torch.arange(case.samples)[:, None]
+    ]
+    assert LOSSES[name].function(student, teacher, target).item() == approx(sum(single) / case.samples)
+
+
+@holding("the order of the classes does not matter", ON_LOGITS)
+@given(case=ORDINARY)
+def test_the_order_of_the_classes_does_not_matter(name, case):
+    student, teacher, target = case.build(name)
+    classes = student[0].shape[1]
+    order = torch.from_numpy(case.rng().permutation(classes))
+    # -1 and the number of classes are no classes.
+    moved = torch.cat([order.argsort(), torch.tensor([classes, -1])])[target]
+    value = LOSSES[name].function([s[:, order] for s in student], [t[:, order] for t in teacher], moved)
+    assert value.item() == approx(LOSSES[name].function(student, teacher, target).item())
+
+
+@holding("a number added to all logits of a sample does not matter", ON_LOGITS)
+@given(case=ORDINARY)
+def test_a_number_added_to_all_logits_of_a_sample_does_not_matter(name, case):
+    student, teacher, target = case.build(name)
+    rng = case.rng()
+    moved = (
+        [x + torch.from_numpy(rng.integers(-100_000, 100_000, (case.samples, 1))) for x in z]
+        for z in (student, teacher)
+    )
+    assert LOSSES[name].function(*moved, target).item() == approx(
+        LOSSES[name].function(student, teacher, target).item()
+    )
+
+
+@holding("no student has less than the teacher itself", WITH_TEACHER)
+@given(case=ORDINARY)
+def test_no_student_has_less_than_the_teacher_itself(name, case):
+    student, teacher, target = case.build(name, agree=True)
+    least, value = (LOSSES[name].function(s, teacher, target).item() for s in (teacher, student))
+    assert least <= value + 1e-5 * max(abs(value), 1)
