@@ -128,7 +128,7 @@ def _wait(children: list[SpawnProcess], signals: Preemption) -> int | None:
     """
     failed, told, deadline = None, False, float("inf")
     while running := [child for child in children if child.is_alive()]:
-        connection.wait([child.sentinel for child in running], 0.2)
+        connection.wait([child.sentinel for child in running], 0.1)
         if signals.requested and not told:
             told = True
             for child in running:

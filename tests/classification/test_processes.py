@@ -240,9 +240,9 @@ def test_num_gpus_forwards_sigterm_and_exits_143(tmp_path):
     assert code == 143 and "Traceback" not in output.read_text(), output.read_text()
     folder = tmp_path / "parent stopped"
     logs = [(folder / name).read_text() for name in ("log.txt", "log.txt.rank1")]
-    steps = [re.findall(r"SIGTERM: saved after step (\d+)", log) for log in logs]
-    assert steps[0] == steps[1] and len(steps[0]) == 1
-    assert (folder / f"model_{int(steps[0][0]):07d}.pth").is_file()
+    # After the same step, or in the same evaluation.
+    said = [re.findall(r"SIGTERM: (.*);", log) for log in logs]
+    assert said[0] == said[1] and len(said[0]) == 1 and [*folder.glob("model_*.pth")]
 
 
 @pytest.mark.slow
