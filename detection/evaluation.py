@@ -235,7 +235,7 @@ def evaluate_detector(
             logger.info(f"{name} has no annotations, so there is no AP: its predictions are in {output}")
             continue
         for task, values in results.items():
-            # Without a single detection Detectron2's LVIS evaluator has no number; by the metric's definition all are 0.
+            # Of no detection Detectron2's LVIS evaluator gives no number; by the metric's definition all are 0.
             nothing = math.isnan(values["AP"])
             for metric, value in values.items():
                 if not metric.startswith("AP-"):  # of each class
