@@ -42,7 +42,6 @@ def test_evaluation_on_another_order_is_refused(tmp_path, kind):
     message = r"10 classes, the data set has 10: number 0 is '1' there and '0' here\. DATASETS\.CLASSES names the"
     with pytest.raises(CheckpointError, match=rf"^MODEL\.STUDENT\.WEIGHTS: {source} was trained on {message}"):
         evaluate(make_cfg("MODEL.STUDENT.WEIGHTS", source))
-    assert evaluate(make_cfg("MODEL.STUDENT.WEIGHTS", weights_of(tmp_path, DIGITS, kind)))["top1"] > 0
 
 
 def test_test_images_of_some_of_the_classes(tmp_path):
