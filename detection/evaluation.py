@@ -246,7 +246,7 @@ def evaluate_detector(
     Returns:
         ``{"bbox/AP": ..., "bbox/AP50": ..., ...}`` on the main process, with ``<data set>/`` before it where there are
         several; nothing elsewhere, and nothing of a data set without annotations. Where the model detects nothing at
-        all they are 0.
+        all they are 0, and NaN of sizes and classes without an object.
     """
     if augmented:
         model = GeneralizedRCNNWithTTA(cfg, model)
@@ -259,7 +259,7 @@ def evaluate_detector(
             logger.info(f"{name} has no annotations, so there is no AP: its predictions are in {output}")
             continue
         for task, values in results.items():
-            # Without a single detection Detectron2 has no number; by the metric's definition all are 0.
+            # Of no detection Detectron2's LVIS evaluator gives no number; by the metric's definition all are 0.
             nothing = math.isnan(values["AP"])
             for metric, value in values.items():
                 if not metric.startswith("AP-"):  # of each class
