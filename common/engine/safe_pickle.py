@@ -7,7 +7,7 @@ need are replaced by stand-ins, and every other global is refused. NumPy's own a
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,17 @@ _GLOBALS = {
 }
 
 
+_TUPLES = [code[0] for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)]
+
+
+def _then_check_tuple(load: Callable[["SafeUnpickler"], None]) -> Callable[["SafeUnpickler"], None]:
+    def load_and_check(self: "SafeUnpickler") -> None:
+        load(self)
+        self.check_tuple()
+
+    return load_and_check
+
+
 class SafeUnpickler(pickle._Unpickler):
     """Reads containers, text, numbers, None, and what `admitted` has by module and name, from a binary file.
 
@@ -83,9 +94,12 @@ class SafeUnpickler(pickle._Unpickler):
     #: Types of which instances are given a state.
     with_state: tuple[type, ...] = (_DType, _Array)
     dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch |= {code: _then_check_tuple(pickle._Unpickler.dispatch[code]) for code in _TUPLES}
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="latin1")
+        # Depth and number of the tuples in each, by its id.
+        self._tuples: dict[int, tuple[int, int]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         # NumPy 2 renamed numpy.core to numpy._core.
@@ -110,6 +124,14 @@ class SafeUnpickler(pickle._Unpickler):
         if len(data) != size:
             raise EOFError("its bytes are cut off")
         self.append(bytearray(data))
+
+    def check_tuple(self) -> None:
+        """Refuse tuples of tuples without limit: as a key of a dict, one is hashed by walking along all of them."""
+        parts = [self._tuples.get(id(part), (1, 1)) for part in self.stack[-1] if type(part) is tuple]
+        depth, number = 1 + max((depth for depth, _ in parts), default=0), 1 + sum(number for _, number in parts)
+        if depth > 20 or number > 10**6:
+            raise pickle.UnpicklingError("its tuples hold too many others")
+        self._tuples[id(self.stack[-1])] = depth, number
 
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8

@@ -132,3 +132,12 @@ def test_a_class_is_left_as_it_is(tmp_path):
     path = written(tmp_path / "f.pkl", b"\x80\x02cnumpy\ndtype\nN}X\x05\x00\x00\x00valueK\x01s\x86b.")
     with pytest.raises(DataError, match="a type has no state"):
         load_arrays(path)
+
+
+@pytest.mark.parametrize("tuples", [b"\x85" * 10**6, b"2\x86" * 40])
+def test_a_key_of_tuples_of_tuples(tmp_path, tuples):
+    """Python's hash of the first ends the process, and of the second, with 2**40 of them, takes days."""
+    with pytest.raises(DataError, match="its tuples hold too many others"):
+        load_arrays(written(tmp_path / "f.pkl", b"\x80\x02})" + tuples + b"Ns."))
+    flat = {(1, (2, "a")): tuple(range(1000)), (): [((),) * 1000]}
+    assert load_arrays(written(tmp_path / "f.pkl", flat)) == flat
