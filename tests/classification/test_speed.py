@@ -209,3 +209,16 @@ def test_a_replayed_step_is_the_eager_one(tmp_path, monkeypatch, name, amp):
         logs.append([line["total_loss"] for line in read_state(folder, 24)[2] if "total_loss" in line])
     # Some methods' gradients are atomic additions, with which two eager runs part as well.
     assert logs[1][:12] == pytest.approx(logs[0][:12], rel=2e-3) and len(logs[0]) == 24
+
+
+def test_mixed_precision_follows_full_precision(tmp_path):
+    """51 steps. bf16 has 8 bits, and steps add up."""
+    logs = {}
+    for amp in ("", "bf16"):
+        cfg = small_cfg(tmp_path / f"amp{amp}", SOLVER__AMP=amp, SOLVER__EPOCHS=17, TEST__EVAL_PERIOD=17, LOG_PERIOD=1)
+        run(cfg)
+        lines = read_state(tmp_path / f"amp{amp}", 51)[2]
+        logs[amp] = [line["loss_ce"] for line in lines if "loss_ce" in line]
+    assert len(logs[""]) == 51 and logs["bf16"] != logs[""]
+    assert logs["bf16"][:4] == pytest.approx(logs[""][:4], rel=0.01)
+    assert logs["bf16"] == pytest.approx(logs[""], rel=0.08)
