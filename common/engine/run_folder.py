@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from detectron2.utils import comm
@@ -21,9 +22,10 @@ from d2distill.common.text import make_printable
 
 RESULTS = "results.json"
 METRICS = "metrics.json"
-_LOG = "log.txt"
 #: Facts of the run in results.json, which are no metrics of the student; so is what begins with one of the prefixes.
 _FACTS, _PREFIXES = ("parameters", "flops", "seconds", "steps"), ("teacher_", "per_class")
+#: The log of the run that this process began last.
+_open_logs: list[IO[str]] = []
 logger = logging.getLogger("detectron2.d2distill")
 
 
@@ -58,12 +60,11 @@ def hold_run_folder(folder: str, logs: str | None) -> Iterator[None]:
 def start_logs(output_dir: str | None) -> None:
     """Send Detectron2's and our logs to the console and, in a run folder, to log.txt."""
     setup_logger.cache_clear()  # one process may start several runs, one by one
+    while _open_logs:
+        with suppress(OSError):
+            _open_logs.pop().close()
     file = _open_log(Path(output_dir)) if output_dir else None
     for name in ("fvcore", "detectron2"):
-        for handler in logging.getLogger(name).handlers:
-            if handler.get_name() == _LOG:
-                with suppress(OSError):
-                    handler.stream.close()
         logging.getLogger(name).handlers.clear()
         setup_logger(distributed_rank=comm.get_rank(), name=name)
         if file is not None:
@@ -78,10 +79,10 @@ def _open_log(folder: Path) -> logging.Handler:
     # a full disk it then prints a traceback. A FileHandler is closed by libraries that configure the logging of all.
     rank = comm.get_rank()
     folder.mkdir(parents=True, exist_ok=True)  # of each node, where they do not share it
-    path = folder / (f"{_LOG}.rank{rank}" if rank else _LOG)
-    handler = logging.StreamHandler(path.open("a", encoding="utf-8"))
+    path = folder / (f"log.txt.rank{rank}" if rank else "log.txt")
+    _open_logs.append(path.open("a", encoding="utf-8"))
+    handler = logging.StreamHandler(_open_logs[-1])
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
-    handler.set_name(_LOG)
     return handler
 
 
