@@ -50,8 +50,8 @@ class CRD(Distiller):
     from the same seed, as the trainer does.
 
     Raises:
-        ValueError: the number of training samples is unknown or below 2, all are of one class, K below 1, an unknown
-            MODE, "relax" without known classes; in a step no index.
+        ValueError: the number of training samples is unknown or below 2, all are of one class, K below 1 or without
+            sense, an unknown MODE, "relax" without known classes; in a step no index.
     """
 
     needs = ("pooled",)
@@ -62,8 +62,11 @@ class CRD(Distiller):
         cfg, num_samples = self.cfg, data.num_samples
         if num_samples is None or num_samples < 2:
             raise ValueError(f"{self.name} remembers training samples, but their number is {num_samples}; 2 or more")
-        if cfg.K < 1 or cfg.MODE not in ("exact", "relax"):
-            raise ValueError(f'{self.name} takes K >= 1 and MODE "exact" or "relax", not {cfg.K} and {cfg.MODE!r}')
+        # Each step draws a table of K numbers per sample.
+        if not 1 <= cfg.K <= 10**7 or cfg.MODE not in ("exact", "relax"):
+            raise ValueError(
+                f'{self.name} takes K from 1 to 10,000,000 and MODE "exact" or "relax", not {cfg.K} and {cfg.MODE!r}'
+            )
         if data.labels is None and cfg.MODE == "relax":
             raise ValueError(f'{self.name}: MODE "relax" needs the classes of the training samples; take "exact"')
         # Without classes each sample is one of its own.

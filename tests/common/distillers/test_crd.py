@@ -158,7 +158,7 @@ def test_rows_of_the_memory_are_uniform():
         ({"labels": torch.full((SAMPLES,), 3)}, "more than one, but has 40 labels of 1 classes"),
         ({"labels": None, "MODE": "relax"}, 'MODE "relax" needs the classes of the training samples; take "exact"'),
         ({"MODE": "loose"}, 'MODE "exact" or "relax", not 7 and \'loose\''),
-        ({"K": 0}, "K >= 1"),
+        ({"K": 0}, "K from 1 to 10,000,000"),
     ],
 )
 def test_what_it_cannot_be_built_with(changed, message):
