@@ -97,9 +97,10 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         AugmentedDataset(test_set, fit)[0]
         AugmentedDataset(train_set, fit, cfg.SEED, augmentation)[1, 0]
     # First, so that a cached teacher is compiled for as many rows as it computes at a time.
-    cache_teachers(cfg, model, train_set, steps)
-    prepare_networks(model, cfg, steps)
+    with building("MODEL.TEACHER", cfg):
+        cache_teachers(cfg, model, train_set, steps)
     with building("SOLVER", cfg):
+        prepare_networks(model, cfg, steps)
         optimizer = build_optimizer(model, solver)
         lr_scheduler = build_lr_scheduler(optimizer, solver, epoch_length)
     mixes = cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX

@@ -63,6 +63,8 @@ def _make_printable(record: logging.LogRecord) -> bool:
     text, own = record.getMessage(), record.name.endswith("d2distill")
     record.msg = printable(text) if own else printable(re.sub(r"\x1b\[[\d;]*m", "", text), lines=True)
     record.args = None
+    if record.exc_info:  # a formatter takes the text of the traceback from here
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info), lines=True)
     return True
 
 

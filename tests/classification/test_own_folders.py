@@ -231,7 +231,9 @@ def test_names_that_are_not_the_class_folders(tmp_path, names, message):
         load_splits(make_cfg(tmp_path, "DATASETS.CLASSES", names))
 
 
-@pytest.mark.parametrize("content", ['{"a": 0, "b": 2}', '{"classes": [1, 2]}', "[", "3"])
+@pytest.mark.parametrize(
+    "content", ['{"a": 0, "b": 2}', '{"classes": [1, 2]}', "[", "3", pytest.param("[" * 100_000, id="deep")]
+)
 def test_json_of_something_else_is_no_list_of_names(tmp_path, content):
     (tmp_path / "names.json").write_text(content)
     with pytest.raises(ConfigError, match=r"DATASETS\.CLASSES .*names\.json: no list of names"):

@@ -26,6 +26,10 @@ def build(num_classes):
             {"INPUT__MIXUP": 1e-300, "DISTILL__METHODS": ["KD"]},
             r"^INPUT: Expected parameter concentration .* \(ValueError in torch\.distr",
         ),
+        (
+            {"MODEL__TEACHER__CACHE": "cache", "MODEL__TEACHER__CACHE_GB": 1e300},
+            "^MODEL.TEACHER: cannot convert float infinity to integer",
+        ),
         ({"SOLVER__EPOCHS": 10**20}, "^SOLVER: cannot fit 'int' into an index-sized integer .*OverflowError in d2dist"),
         ({"DISTILL__METHODS": ["CRD"], "DISTILL__CRD__K": 10**11}, "^DISTILL.CRD: CRD takes K from 1 to 10,000,000"),
         ({"DISTILL__METHODS": ["CRD"], "DISTILL__CRD__FEAT_DIM": 10**17}, r"^DISTILL.CRD: .* \(RuntimeError in torch"),

@@ -34,9 +34,14 @@ def test_a_log(tmp_path, loggers, capsys):
     logging.getLogger("detectron2.d2distill").info("100%% of %s", NAME)
     # Detectron2's tables are of several lines, and it colors them on a terminal.
     logging.getLogger("detectron2.data.build").info(f"Categories:\n\x1b[36m| {NAME} |\x1b[0m")
+    try:
+        raise ValueError(NAME)
+    except ValueError:
+        logging.getLogger("detectron2.engine.train_loop").exception("Exception during training:")
     table = "Categories:\n| " + SHOWN.replace(r"\n", "\n") + " |\n"
     for text in ((tmp_path / "log.txt").read_text(), capsys.readouterr().out):
         assert f"cannot read {SHOWN}\n" in text and f"100% of {SHOWN}\n" in text and table in text
+        assert "\nValueError: " + SHOWN.replace(r"\n", "\n") in text
 
 
 def test_an_error_of_a_command_is_one_line(command):

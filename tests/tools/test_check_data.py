@@ -50,6 +50,18 @@ def test_a_good_folder_and_one_without_a_split(folder, command):
     assert code == 0 and "9 training images" in out and "3 test images" in out
 
 
+def test_names_are_shown_escaped(folder, command):
+    shown = r"a\n\x1b[2J\udcff"
+    for split in ("train", "val"):
+        (folder / split / "class_0000").rename(folder / split / "a\n\x1b[2J\udcff")
+    shutil.copy(folder / "train" / "a\n\x1b[2J\udcff" / "00000.jpg", folder / "val" / "class_0001" / "again.jpg")
+    (folder / "train" / "a\n\x1b[2J\udcff" / "00001.jpg").write_bytes(b"")
+    code, out, _ = command(main, "--folder", folder, "--num-workers", 0)
+    assert code == 1 and f"images: {shown} 4, class_0001 4" in out and "\x1b" not in out
+    assert f"again.jpg = {folder}/train/{shown}/00000.jpg\n" in out
+    assert f"cannot read image {folder}/train/{shown}/00001.jpg" in out
+
+
 def test_the_data_set_of_a_configuration(folder, command):
     config = ("--config-file", "cls/digits_r8.yaml")
     code, out, _ = command(main, *config)

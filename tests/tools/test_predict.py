@@ -75,6 +75,19 @@ def test_which_files_are_taken(tmp_path, capsys, monkeypatch):
         find_pictures(["empty"])
 
 
+def test_names_of_any_bytes(classifier, command, tmp_path):
+    names = ["a\n\x1b[2J", "caf\udce9"]
+    classifier(classes=[*names, "owl"])
+    gray(tmp_path / "in" / f"{names[0]}.png", 30)
+    (tmp_path / "in" / f"{names[1]}.png").write_bytes(b"broken")
+    code, printed, errors = command(predict, "model", tmp_path / "in", "--output", tmp_path / "out")
+    assert code == 1 and rf"{tmp_path}/in/a\n\x1b[2J.png" in printed and r"a\n\x1b[2J 84.4%, " in printed
+    assert errors.count("\n") == 1 and r"in/caf\udce9.png" in errors and "\x1b" not in printed + errors
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [record["file"] for record in written] == [f"{tmp_path}/in/{name}.png" for name in names]
+    assert r"caf\udce9" in (tmp_path / "out" / "predictions.csv").read_text()
+
+
 def test_classes_with_probabilities(classifier, command, tmp_path):
     classifier()
     gray(tmp_path / "in/a.png", 30)
