@@ -1,15 +1,19 @@
 """Networks compiled by torch.compile, and what runs in their place where that fails."""
 
+import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from d2distill.common.outputs import Outputs
 
-__all__ = ["CompiledOrEager", "FrozenNetwork", "TrainedNetwork"]
+__all__ = ["CompiledOrEager", "FrozenNetwork", "TrainedNetwork", "fold_batch_norms"]
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -42,8 +46,8 @@ class CompiledOrEager:
 class FrozenNetwork:
     """Parts of a frozen network's outputs, in eval mode, from one compiled graph for `rows` images.
 
-    Weights are constants of the graph: batch norms are folded into convolutions, weights stored as the kernels read
-    them, and what none of the parts depends on is not computed. Fewer images are filled up to `rows` and more are run
+    Batch norms are folded into convolutions, weights are constants of the graph and stored as the kernels read them,
+    and what none of the parts depends on is not computed. Fewer images are filled up to `rows` and more are run
     in chunks: nothing is compiled twice, and a row's bits do not depend on the batch that it is in.
 
     The graph is traced with the autocast of the first call, which raises a RuntimeError where it gives other outputs
@@ -73,13 +77,16 @@ class FrozenNetwork:
         # torch's compiler takes a second to import, which runs without it do not wait for.
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        def parts(images: Tensor) -> dict[str, Any]:
-            outputs = self.network.outputs(images)
+        def parts(images: Tensor, network: nn.Module = self.network) -> dict[str, Any]:
+            outputs = network.outputs(images)
             return {part: getattr(outputs, part) for part in self.parts}
 
+        # Which inductor's own folding is not, where autocast's conversions stand between the two.
+        folded = fold_batch_norms(self.network, images)
         # Traced by running it, which sees what hooks do; in a graph of torch's own operations there are none. It has
         # the casts of autocast, and is run without.
-        graph = torch.compile(make_fx(parts)(images), fullgraph=True, dynamic=False, options={"freezing": True})
+        traced = make_fx(partial(parts, network=folded))(images)
+        graph = torch.compile(traced, fullgraph=True, dynamic=False, options={"freezing": True})
         run = torch.autocast(images.device.type, enabled=False)(graph)
         expected, found = parts(images), run(images)
         for part in self.parts:
@@ -93,6 +100,38 @@ class FrozenNetwork:
         # Rounding, with half precision of every layer, is less than a mistake is.
         elif (found.float() - expected.float()).norm() > 0.1 * expected.float().norm():
             raise RuntimeError(f"its {part} would be others than those of the eager network")
+
+
+def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of a frozen network without those batch norms whose input is a convolution's output, which has their part.
+
+    Found by running it: `network` has ``outputs(images)``. A convolution that something else reads as well gives that
+    another value, so that outputs must be compared.
+    """
+    network, made, uses, alive = copy.deepcopy(network), {}, Counter(), []
+
+    def after_convolution(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        made[id(output)] = module
+        alive.append(output)  # so that no other tensor has its id
+        uses[module] += 1
+
+    def before_norm(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        uses[module] += 1
+        pairs[module] = made.get(id(args[0]))
+
+    pairs: dict[nn.Module, nn.Module | None] = {}
+    names = {module: name for name, module in network.named_modules()}
+    handles = [m.register_forward_hook(after_convolution) for m in names if type(m) is nn.Conv2d]
+    handles += [m.register_forward_pre_hook(before_norm) for m in names if type(m) is nn.BatchNorm2d]
+    network.outputs(images)
+    for handle in handles:
+        handle.remove()
+    for norm, convolution in pairs.items():
+        if convolution is not None and uses[norm] == uses[convolution] == 1:
+            folded = fuse_conv_bn_eval(convolution, norm)
+            convolution.weight, convolution.bias = folded.weight, folded.bias
+            network.set_submodule(names[norm], nn.Identity())
+    return network
 
 
 def _join(values: list[Any], rows: int) -> Any:

@@ -76,6 +76,7 @@ class CudaGraph:
         except Exception as error:
             self.failed = True
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            _end_capture()
             logger.warning(f"{self.name} is not replayed as a CUDA graph: {type(error).__name__}: {reason}")
         else:
             logger.info(f"{self.name} is replayed as a CUDA graph")
@@ -93,6 +94,12 @@ def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = function()
     return graph.replay, results
+
+
+def _end_capture() -> None:
+    """After a capture that failed, torch's generators would still count for it, and refuse all other draws."""
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 class _NotInGraphs:

@@ -188,6 +188,7 @@ def test_a_number_that_is_drawn_again():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_same_pixels_on_a_gpu(datasets):
     for recipe in ("none", "crop", "crop_flip", "rotate_flip"):
         sampler = EpochBatchSampler(12, 5, 3, 7)

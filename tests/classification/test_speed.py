@@ -150,6 +150,7 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding_and_resumes_exactly(tm
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("amp", ["", "bf16", "fp16"])
 def test_no_step_waits_for_the_gpu(tmp_path, amp):
     # SimKD deploys another student; torch's SVD tells the CPU whether it converged.
@@ -171,13 +172,14 @@ def test_no_step_waits_for_the_gpu(tmp_path, amp):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize(
     "settings", [{"COMPILE": "all"}, {"COMPILE": "all", "CUDA_GRAPH": True}, {"MEMORY_FORMAT": "channels_last"}]
 )
 @pytest.mark.parametrize("amp", ["", "bf16"])
 def test_switches_on_a_gpu_change_rounding_alone(tmp_path, settings, amp):
-    logs = []
-    for folder, switches in (("eager", {"COMPILE": "", "MEMORY_FORMAT": "contiguous"}), ("fast", settings)):
+    logs, name, usual = [], "".join(settings) + amp, {"COMPILE": "", "MEMORY_FORMAT": "contiguous"}
+    for folder, switches in ((f"{name}eager", usual), (f"{name}fast", settings)):
         cfg = small_cfg(
             tmp_path / folder, MODEL__DEVICE="cuda", SOLVER__AMP=amp, SOLVER__EPOCHS=17, TEST__EVAL_PERIOD=17
         )
@@ -189,19 +191,34 @@ def test_switches_on_a_gpu_change_rounding_alone(tmp_path, settings, amp):
 
 
 @needs_gpu
-@pytest.mark.parametrize("amp", ["", "fp16"])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_replayed_step_is_the_eager_one(tmp_path, name, amp):
+@pytest.mark.parametrize(("name", "amp"), [*((name, "") for name in METHODS), ("DKD", "fp16"), ("MGD", "bf16")])
+def test_a_replayed_step_is_the_eager_one(tmp_path, monkeypatch, name, amp):
     """All but KDSVD's, whose factorization waits for the GPU. Warm-ups change a weight in each epoch."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     logs, waits = [], name == "KDSVD"
     for graph in (False, True):
-        longer = {"SOLVER__EPOCHS": 8, "TEST__EVAL_PERIOD": 8, "LOG_PERIOD": 1}
-        cfg = small_cfg(tmp_path / str(graph), MODEL__DEVICE="cuda", SOLVER__AMP=amp, **longer)
+        folder = tmp_path / f"{name}{amp}{graph}"
+        longer = {"SOLVER__EPOCHS": 8, "TEST__EVAL_PERIOD": 8, "LOG_PERIOD": 1, "CUDNN_BENCHMARK": False}
+        cfg = small_cfg(folder, MODEL__DEVICE="cuda", SOLVER__AMP=amp, **longer)
         given = ["DISTILL.METHODS", [name], "SOLVER.CUDA_GRAPH", graph, f"DISTILL.{name.upper()}.WARMUP", 6]
         cfg.merge_from_list([*given, "SOLVER.CLIP_GRAD_NORM", 5.0])
         run(cfg)
-        text = (tmp_path / str(graph) / "log.txt").read_text()
+        text = (folder / "log.txt").read_text()
         assert ("The step is replayed" in text, "is not replayed" in text) == (graph and not waits, graph and waits)
-        logs.append([line["total_loss"] for line in read_state(tmp_path / str(graph), 24)[2] if "total_loss" in line])
-    # Later ones part, as those of two eager runs do.
-    assert logs[1][:12] == pytest.approx(logs[0][:12], rel=0.05 if amp else 5e-3) and len(logs[0]) == 24
+        logs.append([line["total_loss"] for line in read_state(folder, 24)[2] if "total_loss" in line])
+    # Some methods' gradients are atomic additions, with which two eager runs part as well.
+    assert logs[1][:12] == pytest.approx(logs[0][:12], rel=2e-3) and len(logs[0]) == 24
+
+
+def test_mixed_precision_follows_full_precision(tmp_path):
+    """51 steps. bf16 has 8 bits, and steps add up."""
+    logs = {}
+    for amp in ("", "bf16"):
+        cfg = small_cfg(tmp_path / f"amp{amp}", SOLVER__AMP=amp, SOLVER__EPOCHS=17, TEST__EVAL_PERIOD=17, LOG_PERIOD=1)
+        run(cfg)
+        lines = read_state(tmp_path / f"amp{amp}", 51)[2]
+        logs[amp] = [line["loss_ce"] for line in lines if "loss_ce" in line]
+    assert len(logs[""]) == 51 and logs["bf16"] != logs[""]
+    assert logs["bf16"][:4] == pytest.approx(logs[""][:4], rel=0.01)
+    assert logs["bf16"] == pytest.approx(logs[""], rel=0.08)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from d2distill.common.engine.compiling import CompiledOrEager, FrozenNetwork, TrainedNetwork
+from d2distill.common.engine.compiling import CompiledOrEager, FrozenNetwork, TrainedNetwork, fold_batch_norms
 from d2distill.common.outputs import Outputs
 
 PARTS = ("feats", "logits")
@@ -70,6 +70,30 @@ def test_a_frozen_network_takes_any_number_of_images(without_inductor, precision
         assert torch.equal(outputs.logits, found[6].logits[:rows])
     # A method's trainable layers may take them.
     assert not found[4].logits.requires_grad and not found[4].logits.is_inference()
+
+
+def test_batch_norms_are_folded_into_the_convolutions_before_them():
+    class More(Tiny):
+        def outputs(self, images):
+            found = super().outputs(images)
+            found.extras["more"] = self.after(self.twice(self.twice(found.feats[-1])))
+            return found
+
+    network, images = More().eval(), torch.randn(4, 3, 8, 8)
+    network.load_state_dict(tiny().state_dict())
+    # One that is used twice keeps its own; so does a norm of something else.
+    network.twice = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    network.after = nn.BatchNorm2d(8)
+    with torch.no_grad():
+        expected = network.eval().outputs(images)
+        folded = fold_batch_norms(network, images)
+        found = folded.outputs(images)
+    kinds = {name: type(module) for name, module in folded.named_modules()}
+    assert [kinds[name] for name in ("stem.1", "layer.1")] == [nn.Identity] * 2
+    assert [kinds[name] for name in ("twice.1", "after")] == [nn.BatchNorm2d] * 2
+    assert isinstance(network.stem[1], nn.BatchNorm2d) and network.stem[0].weight is not folded.stem[0].weight
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.extras["more"], expected.extras["more"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_network_trains_as_the_eager_one_does(without_inductor):
