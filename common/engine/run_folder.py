@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -16,7 +15,7 @@ from d2distill.common.config import import_extensions
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
 from d2distill.common.errors import ConfigError
-from d2distill.common.text import printable
+from d2distill.common.text import make_printable
 
 RESULTS = "results.json"
 METRICS = "metrics.json"
@@ -53,19 +52,10 @@ def start_logs(output_dir: str | None) -> None:
     setup_logger.cache_clear()  # one process may start several runs, one by one
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
-        for handler in setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name).handlers:
-            handler.addFilter(_make_printable)
+        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
     logging.getLogger("detectron2.evaluation.evaluator").addFilter(_says_how_far)
-
-
-def _make_printable(record: logging.LogRecord) -> bool:
-    """Our records are one line each; Detectron2's may be tables, which it colors."""
-    text, own = record.getMessage(), record.name.endswith("d2distill")
-    record.msg = printable(text) if own else printable(re.sub(r"\x1b\[[\d;]*m", "", text), lines=True)
-    record.args = None
-    if record.exc_info:  # a formatter takes the text of the traceback from here
-        record.exc_text = printable(logging.Formatter().formatException(record.exc_info), lines=True)
-    return True
+    for handler in (*logging.getLogger("fvcore").handlers, *logging.getLogger("detectron2").handlers):
+        handler.addFilter(make_printable)
 
 
 def _says_how_far(record: logging.LogRecord) -> bool:
