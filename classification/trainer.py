@@ -91,9 +91,10 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         sampler = build_sampler()
         steps = len(sampler)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-    # What INPUT makes of an image is seen before the networks compute anything. One that cannot be read says so later.
-    with building("INPUT", cfg), suppress(DataError):
+    with building("INPUT", cfg):
         soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
+    # What becomes of an image is seen before the networks compute anything. One that cannot be read says so later.
+    with building(f"INPUT.SIZE {fit.size} with RESIZE {fit.resize}", cfg), suppress(DataError):
         AugmentedDataset(test_set, fit)[0]
         AugmentedDataset(train_set, fit, cfg.SEED, augmentation)[1, 0]
     # First, so that a cached teacher is compiled for as many rows as it computes at a time.
