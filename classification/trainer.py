@@ -91,11 +91,9 @@ def build_trainer(cfg: CfgNode, train_set: ImageDataset, test_set: ImageDataset)
         sampler = build_sampler()
         steps = len(sampler)
     epoch_length, augmentation = sampler.epoch_length, cfg.INPUT.AUGMENTATION or train_set.info.augmentation
-    # What INPUT makes of an image is seen before the networks compute anything. One that cannot be read says so later.
-    with building("INPUT", cfg), suppress(DataError):
+    with building("INPUT", cfg):
         soften = build_soft_targets(cfg, cfg.MODEL.NUM_CLASSES)
-        AugmentedDataset(test_set, fit)[0]
-        AugmentedDataset(train_set, fit, cfg.SEED, augmentation)[1, 0]
+    _try_images(AugmentedDataset(test_set, fit), AugmentedDataset(train_set, fit, cfg.SEED, augmentation))
     # First, so that a cached teacher is compiled for as many rows as it computes at a time.
     with building("MODEL.TEACHER", cfg):
         cache_teachers(cfg, model, train_set, steps)
@@ -208,6 +206,13 @@ def load_datasets(cfg: CfgNode) -> tuple[ImageDataset, ImageDataset]:
     return train_set, test_set
 
 
+def _try_images(*datasets: AugmentedDataset) -> None:
+    """See before anything is computed that the images can be brought to their size; one that is unreadable may come."""
+    for samples in datasets:
+        with building(f"INPUT.SIZE {samples.fit.size} with RESIZE {samples.fit.resize}"), suppress(DataError):
+            samples[0]
+
+
 def _balanced_weights(dataset: ImageDataset) -> list[float]:
     samples, counts = len(dataset), dataset.samples_per_class()
     if dataset.info.multi_label:
@@ -265,8 +270,9 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     model = build_distiller(cfg).to(resolve_device(cfg))
     load_weights(model.deployed_student(), weights, "MODEL.STUDENT.WEIGHTS", cfg.MODEL.STUDENT.USE_EMA)
     unreadable = UnreadableImages() if cfg.DATALOADER.ON_ERROR == "skip" else None
-    workers, evaluator = cfg.DATALOADER.NUM_WORKERS, build_evaluator(test_set.info)
-    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, center_fit(cfg), workers, unreadable)
+    workers, evaluator, fit = cfg.DATALOADER.NUM_WORKERS, build_evaluator(test_set.info), center_fit(cfg)
+    _try_images(AugmentedDataset(test_set, fit))
+    loader = build_test_loader(test_set, cfg.TEST.IMS_PER_BATCH, fit, workers, unreadable)
     try:
         results = inference_on_dataset(model, loader, evaluator)
     except DivergedError as error:

@@ -166,7 +166,7 @@ NESTED = "".join(f"A{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in ra
         (f"A0: &a0 [1, 2]\n{NESTED}", "with its aliases it has more than 100000 values .*line 6"),
         (f"A0: &a0 {{b: c}}\n{NESTED.replace('[', '{<<: [').replace(']', ']}')}", "it has more than 100000 values"),
         ("A: &a [*a]\n", "it has more than 100000 values .*line 1"),
-        (f"A: {'[' * 5000}", "RecursionError: maximum recursion depth"),
+        (f"A: {'[' * 2000}", "RecursionError: maximum recursion depth"),
         ("A: 2020-13-13\n", "ValueError: month must be"),
         ("A: !!timestamp x\n", "AttributeError: "),
         ("_BASE_: 5\n", ": _BASE_ must be a file, or a list of files, but is 5"),
