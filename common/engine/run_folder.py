@@ -2,11 +2,8 @@
 
 import json
 import logging
-<<<<<<< HEAD
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-=======
->>>>>>> settings
 from pathlib import Path
 from typing import IO
 
@@ -69,7 +66,6 @@ def start_logs(output_dir: str | None) -> None:
     file = _open_log(Path(output_dir)) if output_dir else None
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
-<<<<<<< HEAD
         setup_logger(distributed_rank=comm.get_rank(), name=name)
         if file is not None:
             logging.getLogger(name).addHandler(file)
@@ -88,12 +84,6 @@ def _open_log(folder: Path) -> logging.Handler:
     handler = logging.StreamHandler(_open_logs[-1])
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
     return handler
-=======
-        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
-    logging.getLogger("detectron2.evaluation.evaluator").addFilter(_says_how_far)
-    for handler in (*logging.getLogger("fvcore").handlers, *logging.getLogger("detectron2").handlers):
-        handler.addFilter(make_printable)
->>>>>>> settings
 
 
 def _says_how_far(record: logging.LogRecord) -> bool:

@@ -19,18 +19,12 @@ def build(num_classes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-<<<<<<< HEAD
-        ({"INPUT__SIZE": 1}, r"^INPUT: .* \(RuntimeError in torch\."),
-        ({"INPUT__RESIZE": 10**11}, r"^INPUT: Storage size calculation overflowed .* \(RuntimeError in torch\."),
-        ({"INPUT__RESIZE": 10**20}, r"^INPUT: .*Overflow when unpacking long long \(TypeError in torch\."),
-=======
         ({"INPUT__SIZE": 1}, r"^INPUT.SIZE 1 with RESIZE 1: .* \(RuntimeError in torch\."),
         (
             {"INPUT__RESIZE": 10**11},
             r"^INPUT.SIZE 16 with RESIZE 100000000000: Storage size .*overflowed .* \(RuntimeError",
         ),
         ({"INPUT__RESIZE": 10**20}, r"^INPUT.SIZE 16 with .*Overflow when unpacking long long \(TypeError in torch\."),
->>>>>>> settings
         (
             {"INPUT__MIXUP": 1e-300, "DISTILL__METHODS": ["KD"]},
             r"^INPUT: Expected parameter concentration .* \(ValueError in torch\.distr",
