@@ -218,20 +218,18 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     Raises:
         UserError, FileNotFoundError: something is missing or does not fit; nothing was written over.
     """
-    prepare_run(cfg, resume)
-    # Before the data, whose warnings belong in the log.
-    start_logs(cfg.OUTPUT_DIR)
-    for note in schedule_notes(cfg):
-        logger.warning(note)
-    train_set, test_set = load_datasets(cfg)
-    if comm.is_main_process():
-        for line in describe_dataset({"training": train_set, "test": test_set}):
-            logger.info(line)
-    trainer = build_trainer(cfg, train_set, test_set)
-    results = trainer.run(resume)
-    if results:
-        logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
-    return results
+    with prepare_run(cfg, resume):
+        for note in schedule_notes(cfg):
+            logger.warning(note)
+        train_set, test_set = load_datasets(cfg)
+        if comm.is_main_process():
+            for line in describe_dataset({"training": train_set, "test": test_set}):
+                logger.info(line)
+        trainer = build_trainer(cfg, train_set, test_set)
+        results = trainer.run(resume)
+        if results:
+            logger.info(f"Results: {', '.join(f'{name} {value:.2f}' for name, value in results.items())}")
+        return results
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:

@@ -1,12 +1,13 @@
 """User-facing errors. Command lines print them without a traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 
 __all__ = [
     "CheckpointError", "ConfigError", "DataError", "DivergedError", "MissingDependencyError", "OutputError",
-    "UserError", "did_you_mean", "require_detectron2",
+    "UserError", "did_you_mean", "require_detectron2", "writing",
 ]  # fmt: skip
 
 
@@ -45,6 +46,20 @@ class DivergedError(UserError, FloatingPointError):
 
 class OutputError(UserError, OSError):
     """A file that cannot be written."""
+
+
+@contextmanager
+def writing(what: object, done: str = "written") -> Iterator[None]:
+    """Turn what the system raises while `what` is `done`, as on a full or removed disk, into an OutputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a write that failed
+        if isinstance(error, UserError) or not isinstance(cause, OSError):
+            raise
+        raise OutputError(
+            f"{what} cannot be {done}: {cause.strerror or cause}; see to room and permission there, or choose another"
+        ) from error
 
 
 class MissingDependencyError(UserError, ImportError):

@@ -21,13 +21,16 @@ from detectron2.evaluation import (
     inference_on_dataset,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 from torch.utils.data import DataLoader
 
+from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.folder_lock import check_folder
 from d2distill.common.engine.teacher_check import measured
 from d2distill.common.engine.weight_files import weights_digest
-from d2distill.common.errors import ConfigError
+from d2distill.common.errors import ConfigError, OutputError, writing
 from d2distill.detection.data.loader import build_test_loader
 from d2distill.detection.teacher import TeacherAdapter
 
@@ -65,6 +68,26 @@ def _coco_evaluator(name: str, folder: str, limit: int) -> COCOEvaluator:
 def _uses_faster_coco_eval(limit: int) -> bool:
     # Of another number of detections per image than COCO's Detectron2 computes AP with pycocotools.
     return limit == 100 and find_spec("faster_coco_eval") is not None
+
+
+class _WritingEvaluator(DatasetEvaluator):
+    """An evaluator whose files cannot be written: an OutputError in all processes; a removed run folder stays so."""
+
+    def __init__(self, evaluator: DatasetEvaluator, folder: Path, run_folder: str) -> None:
+        self._evaluator, self._folder, self._run_folder = evaluator, folder, run_folder
+        self.reset, self.process = evaluator.reset, evaluator.process
+
+    def evaluate(self) -> Mapping[str, Any] | None:
+        run_on_main_process(lambda: check_folder(self._run_folder))
+        results = failed = None
+        try:
+            with writing(self._folder):
+                results = self._evaluator.evaluate()
+        except OutputError as error:
+            failed = error
+        for error in filter(None, comm.all_gather(failed)):
+            raise error
+        return results
 
 
 #: Called with a data set's name, the folder for details, and how many detections of an image count.
@@ -183,7 +206,8 @@ def evaluate_detector(
     metrics, data = {}, data or EvaluationData(cfg)
     for name in cfg.DATASETS.TEST:
         metadata, output = MetadataCatalog.get(name), Path(cfg.OUTPUT_DIR, folder, name)
-        results = inference_on_dataset(model, interruptible(data.loader(name)), data.evaluator(name, str(output)))
+        evaluator = _WritingEvaluator(data.evaluator(name, str(output)), output, cfg.OUTPUT_DIR)
+        results = inference_on_dataset(model, interruptible(data.loader(name)), evaluator)
         if not _is_annotated(name):
             logger.info(f"{name} has no annotations, so there is no AP: its predictions are in {output}")
             continue

@@ -15,7 +15,7 @@ from torch import nn
 
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.distributed import broadcast_buffers, wrap_student
-from d2distill.common.engine.run_folder import prepare_run, start_logs
+from d2distill.common.engine.run_folder import hold_run_folder, prepare_run
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.task import Interruptible, Task
 from d2distill.common.engine.trainer import Trainer
@@ -157,19 +157,17 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, float]:
     steps, cfg = cfg.SOLVER.STEPS, DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     if any(step < 1 for step in steps):
         cfg.SOLVER.STEPS = steps  # shares of the run, which it would scale too
-    prepare_run(cfg, resume)
-    # Before the data, whose warnings belong in the log.
-    start_logs(cfg.OUTPUT_DIR)
-    register_datasets(cfg)
-    dataset_dicts = load_training_set(cfg)
-    test_images = check_test_sets(cfg)
-    check_evaluators(cfg)
-    trainer = build_trainer(cfg, dataset_dicts, test_images)
-    # The loaders keep them in a compact form, which workers share.
-    del dataset_dicts, test_images
-    results = trainer.run(resume)
-    _log("Results", results)
-    return results
+    with prepare_run(cfg, resume):
+        register_datasets(cfg)
+        dataset_dicts = load_training_set(cfg)
+        test_images = check_test_sets(cfg)
+        check_evaluators(cfg)
+        trainer = build_trainer(cfg, dataset_dicts, test_images)
+        # The loaders keep them in a compact form, which workers share.
+        del dataset_dicts, test_images
+        results = trainer.run(resume)
+        _log("Results", results)
+        return results
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
@@ -181,16 +179,17 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     import_extensions(cfg.IMPORTS)
     cfg = cfg.clone()
     cfg.DISTILL.METHODS = []
-    start_logs(None)
-    register_datasets(cfg)
-    data = EvaluationData(cfg, check_test_sets(cfg))
-    check_evaluators(cfg)
-    model = build_model(cfg)
-    load_student(model, cfg.MODEL.WEIGHTS, complete=True)
-    model.eval()
-    results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
-    _log(cfg.MODEL.WEIGHTS, results)
-    return results
+    # Its inference/ is written to.
+    with hold_run_folder(cfg.OUTPUT_DIR, logs=None):
+        register_datasets(cfg)
+        data = EvaluationData(cfg, check_test_sets(cfg))
+        check_evaluators(cfg)
+        model = build_model(cfg)
+        load_student(model, cfg.MODEL.WEIGHTS, complete=True)
+        model.eval()
+        results = {**evaluate_detector(cfg, model, data=data), **_augmented(cfg, model, data)}
+        _log(cfg.MODEL.WEIGHTS, results)
+        return results
 
 
 def _log(title: str, results: dict[str, float]) -> None:

@@ -20,12 +20,12 @@ from pathlib import Path
 import yaml
 from fvcore.common.config import CfgNode
 from tabulate import tabulate
-from tqdm import tqdm
 
+from d2distill.common.engine.folder_lock import check_folder, folder_user, lock_folder
 from d2distill.common.engine.settings import flat_settings
 from d2distill.common.errors import ConfigError, UserError
 from d2distill.tools.launchers import Launcher, LocalLauncher, Run, stop_signals
-from d2distill.tools.progress import LastLine
+from d2distill.tools.progress import LastLine, runs_bar
 
 __all__ = ["CLASSIFICATION", "DETECTION", "Comparison", "Entry", "RunsFailed", "Task", "mean_std"]
 
@@ -186,7 +186,8 @@ class Comparison:
     def run(self, jobs: int, deadline: float = math.inf, launcher: Launcher | None = None) -> None:
         """Train every row with every seed, in this order, so many jobs at a time, and show the progress.
 
-        A row waits for its teacher. A run that fails stops no other. At the deadline (of ``time.monotonic()``), and on
+        A row waits for its teacher, and a run for a process that trains in its folder already, such as one that a
+        killed call left behind. A run that fails stops no other. At the deadline (of ``time.monotonic()``), and on
         SIGINT, SIGTERM and SIGHUP, the runs save and stop; the next call resumes them.
 
         Args:
@@ -194,6 +195,8 @@ class Comparison:
             launcher: starts the runs, on this machine if it is None.
 
         Raises:
+            ConfigError: another call runs in the same folder.
+            OutputError: the folder was removed.
             RunsFailed: after all others have ended.
             SystemExit: after a signal, with 128 + its number.
         """
@@ -204,25 +207,29 @@ class Comparison:
         trained = {entry.label for entry in self.entries if self.results(entry)}
         running: list[tuple[tuple[Entry, int], Run, LastLine]] = []
         failures = []
-        bar = tqdm(
-            desc=f"{len(everything) - len(waiting)}/{len(everything)} runs",
-            initial=len(everything) - len(waiting),
-            total=len(everything),
-            bar_format="{desc}, {percentage:.0f} %, {elapsed}, about {remaining} left",
-            smoothing=0,
-            miniters=0,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )
-        with bar, stop_signals() as received:
+        users: dict[Path, str] = {}
+        with (
+            lock_folder(self.output_dir, "--output"),
+            runs_bar(len(everything) - len(waiting), len(everything)) as bar,
+            stop_signals() as received,
+        ):
             try:
                 while (waiting or running) and not received and time.monotonic() < deadline:
+                    check_folder(self.output_dir)
                     ready = [job for job in waiting if job[0].teacher is None or job[0].teacher.label in trained]
-                    for job in ready[: jobs - len(running)]:
-                        waiting.remove(job)
+                    for job in ready:
+                        if len(running) == jobs:
+                            break
                         folder = self.folder(*job)
+                        if user := folder_user(folder):
+                            if users.get(folder) != user:
+                                bar.write(f"waiting for {folder}, which is in use by {user}", file=sys.stderr)
+                            users[folder] = user
+                            continue
+                        waiting.remove(job)
                         folder.mkdir(parents=True, exist_ok=True)
                         running.append((job, launcher.start(self._command(*job), folder), LastLine(folder)))
-                    if not running:
+                    if not running and not ready:
                         failures.append(f"{len(waiting)} runs have no teacher")
                         break
                     time.sleep(0.2)

@@ -1,11 +1,27 @@
-"""How far a run in another process is, as its log says."""
+"""How far runs in other processes are, as their logs say."""
 
 import json
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["LastLine"]
+from tqdm import tqdm
+
+__all__ = ["LastLine", "runs_bar"]
+
+
+def runs_bar(ended: int, total: int) -> tqdm:
+    """The progress of several runs, of which some have ended, on stderr."""
+    return tqdm(
+        desc=f"{ended}/{total} runs",
+        initial=ended,
+        total=total,
+        bar_format="{desc}, {percentage:.0f} %, {elapsed}, about {remaining} left",
+        smoothing=0,
+        miniters=0,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+    )
 
 
 class LastLine:

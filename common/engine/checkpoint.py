@@ -14,8 +14,9 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.folder_lock import check_folder
 from d2distill.common.engine.weight_files import DESCRIPTION, compare_states, read_torch
-from d2distill.common.errors import CheckpointError, DivergedError, OutputError
+from d2distill.common.errors import CheckpointError, DivergedError, writing
 
 logger = logging.getLogger("detectron2.d2distill")
 _NAME = re.compile(r"model_(\d{7,})\.pth")
@@ -25,30 +26,27 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     """Let `write` fill a temporary file, then put it at `path`: a reader sees the old file or the whole new one.
 
     Raises:
-        OutputError: the disk is full, or may not be written to.
+        OutputError: the disk is full, or may not be written to, or the run folder is no longer this run's.
     """
     path = Path(path)
+    check_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a write that failed
-        if not isinstance(cause, OSError):
-            raise
-        raise OutputError(
-            f"{path} cannot be written: {cause.strerror or cause}; see to room and permission there, or choose another"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    # The rename itself must reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        # The rename itself must reach the disk too.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def assert_finite_tensors(tensors: Mapping[str, Any]) -> None:
@@ -93,7 +91,8 @@ class RunCheckpointer:
         write_atomically(self.save_dir / f"{name}.pth", lambda file: torch.save(data, file))
         write_atomically(self.save_dir / "last_checkpoint", lambda file: file.write(f"{name}.pth".encode()))
         for old in self.files()[self.keep :]:
-            old.unlink()
+            with writing(old, "removed"):
+                old.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
         """Checkpoints of the run folder, newest first."""
@@ -121,8 +120,6 @@ class RunCheckpointer:
         return path, data
 
     def _latest_valid(self) -> str | None:
-        for stale in self.save_dir.glob("*.tmp"):
-            stale.unlink(missing_ok=True)  # of a save that was killed
         errors = []
         for path in self.files():
             try:

@@ -4,6 +4,7 @@ Imports neither torch nor Detectron2, so that `--help` is quick and a missing De
 """
 
 import argparse
+import errno
 import logging
 import re
 import sys
@@ -96,6 +97,8 @@ def user_message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # names no file
+        return f"a file cannot be written: {error.strerror}"
     return None
 
 

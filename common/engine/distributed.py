@@ -21,13 +21,13 @@ def run_on_main_process(action: Callable[[], Any]) -> Any:
     """Do something in the main process alone, while the others wait, and return its result in all. All call it.
 
     Raises:
-        UserError: in all processes, where the main one raises it: none waits for one that has ended.
+        UserError, OSError: in all processes, where the main one raises it: none waits for one that has ended.
     """
     result = error = None
     if comm.is_main_process():
         try:
             result = action()
-        except UserError as own:
+        except (UserError, OSError) as own:
             error = own
     result, error = comm.all_gather((result, error))[0]
     if error is not None:

@@ -4,18 +4,19 @@ repeated when a run is resumed from it, so that the log then has neither more no
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 
 from d2distill.common.engine.checkpoint import RunCheckpointer
 from d2distill.common.engine.distributed import run_on_main_process
+from d2distill.common.engine.folder_lock import check_folder
 from d2distill.common.engine.preemption import Preemption, stop
 from d2distill.common.engine.writers import build_writers
-from d2distill.common.errors import OutputError
+from d2distill.common.errors import writing
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -126,12 +127,16 @@ class WriterHook(HookBase):
         images_per_step: float = 0.0,
     ) -> None:
         self._output_dir, self._epoch_length, self._images_per_step = output_dir, epoch_length, images_per_step
-        self._loggers, self._settings = loggers, settings
+        self._loggers, self._settings, self._writers = loggers, settings, []
         self._periods = [period for period in (*periods, epoch_length) if period]
 
     def before_train(self) -> None:
+        run_on_main_process(self._open)
+
+    def _open(self) -> None:
         given = (self.trainer.start_iter, self.trainer.max_iter, self._loggers, self._settings, self._epoch_length)
-        self._writers = build_writers(self._output_dir, *given) if comm.is_main_process() else []
+        with writing(f"the run's log in {self._output_dir}"):
+            self._writers = build_writers(self._output_dir, *given)
 
     def after_step(self) -> None:
         done, length = self.trainer.iter + 1, self._epoch_length
@@ -156,11 +161,11 @@ class WriterHook(HookBase):
             storage.put_scalar("max_mem", torch.cuda.max_memory_allocated() / 2**20, smoothing_hint=False)
 
     def _write(self) -> None:
-        try:
+        # Some of the writers do not see it by themselves.
+        check_folder(self._output_dir)
+        with writing(f"the run's log in {self._output_dir}"):
             for writer in self._writers:
                 writer.write()
-        except OSError as error:
-            raise OutputError(f"the run's log cannot be written: {error.strerror or error}") from error
         # TensorBoard's writer takes the pictures; without it they would stay in memory.
         self.trainer.storage.clear_images()
         self.trainer.storage.clear_histograms()
@@ -168,4 +173,5 @@ class WriterHook(HookBase):
     def after_train(self) -> None:
         # Nothing is written here: what a run that was cut off has pending, the resumed one writes in its place.
         for writer in self._writers:
-            writer.close()
+            with suppress(OSError):  # what could not be written was reported, and is no more to be written
+                writer.close()

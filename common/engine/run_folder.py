@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from typing import IO
 
 import torch
 from detectron2.utils import comm
@@ -14,45 +16,71 @@ from fvcore.common.config import CfgNode
 from d2distill.common.config import import_extensions
 from d2distill.common.engine.checkpoint import write_atomically
 from d2distill.common.engine.distributed import check_processes, run_on_main_process
+from d2distill.common.engine.folder_lock import lock_folder
 from d2distill.common.errors import ConfigError
 
 RESULTS = "results.json"
 METRICS = "metrics.json"
 #: Facts of the run in results.json, which are no metrics of the student; so is what begins with one of the prefixes.
 _FACTS, _PREFIXES = ("parameters", "flops", "seconds", "steps"), ("teacher_", "per_class")
+#: The log of the run that this process began last.
+_open_logs: list[IO[str]] = []
 logger = logging.getLogger("detectron2.d2distill")
 
 
-def prepare_run(cfg: CfgNode, resume: bool) -> None:
-    """What comes before data and networks: own modules, checks of the run folder, the batch size and the device."""
+@contextmanager
+def prepare_run(cfg: CfgNode, resume: bool) -> Iterator[None]:
+    """What a training needs before data and networks: own modules, a run folder that is held for the block, the device.
+
+    The batch size is checked as well.
+    """
     # Processes that Detectron2 started have imported nothing yet.
     import_extensions(cfg.IMPORTS)
     check_processes(cfg)
-    run_on_main_process(lambda: _make_folder(cfg.OUTPUT_DIR))
-    if not resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
-        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another")
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    # The log begins before the data, whose warnings belong there.
+    with hold_run_folder(cfg.OUTPUT_DIR, logs=cfg.OUTPUT_DIR):
+        if not resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
+            raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run: continue it with --resume, or choose another")
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        yield
 
 
-def _make_folder(folder: str) -> None:
-    """Before anything is read, which may take long: that it can be written to is seen by writing."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"OUTPUT_DIR {folder} cannot be used as a run folder: {error.strerror}; choose one that can be written to"
-        ) from error
+@contextmanager
+def hold_run_folder(folder: str, logs: str | None) -> Iterator[None]:
+    """Hold a folder by :func:`.lock_folder` for this job's main process, and :func:`start_logs`. All call it."""
+    with ExitStack() as stack:
+        warning = run_on_main_process(lambda: stack.enter_context(lock_folder(folder)))
+        start_logs(logs)
+        if warning:
+            logger.warning(warning)
+        yield
 
 
 def start_logs(output_dir: str | None) -> None:
     """Send Detectron2's and our logs to the console and, in a run folder, to log.txt."""
     setup_logger.cache_clear()  # one process may start several runs, one by one
+    while _open_logs:
+        with suppress(OSError):
+            _open_logs.pop().close()
+    file = _open_log(Path(output_dir)) if output_dir else None
     for name in ("fvcore", "detectron2"):
         logging.getLogger(name).handlers.clear()
-        setup_logger(output_dir, distributed_rank=comm.get_rank(), name=name)
+        setup_logger(distributed_rank=comm.get_rank(), name=name)
+        if file is not None:
+            logging.getLogger(name).addHandler(file)
     logging.getLogger("detectron2.evaluation.evaluator").addFilter(_says_how_far)
+
+
+def _open_log(folder: Path) -> logging.Handler:
+    # Detectron2's own file stays open until the process ends, also where its folder was removed and made again, and on
+    # a full disk it then prints a traceback. A FileHandler is closed by libraries that configure the logging of all.
+    rank = comm.get_rank()
+    folder.mkdir(parents=True, exist_ok=True)  # of each node, where they do not share it
+    path = folder / (f"log.txt.rank{rank}" if rank else "log.txt")
+    _open_logs.append(path.open("a", encoding="utf-8"))
+    handler = logging.StreamHandler(_open_logs[-1])
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S"))
+    return handler
 
 
 def _says_how_far(record: logging.LogRecord) -> bool:

@@ -24,6 +24,7 @@ from d2distill import __version__
 from d2distill.common.engine import report, run_folder
 from d2distill.common.engine.accumulation import accumulate
 from d2distill.common.engine.checkpoint import RunCheckpointer, assert_finite_tensors, save_student
+from d2distill.common.engine.cli import user_message
 from d2distill.common.engine.cuda_graphs import CudaGraph
 from d2distill.common.engine.distributed import run_on_main_process
 from d2distill.common.engine.ema import EMAHook
@@ -35,7 +36,7 @@ from d2distill.common.engine.progress import ProgressLine
 from d2distill.common.engine.seeding import seed_step
 from d2distill.common.engine.settings import apply_new_hyperparams, config_diff, flat_settings, param_group_hparams
 from d2distill.common.engine.task import Task
-from d2distill.common.errors import CheckpointError, ConfigError, DivergedError, UserError
+from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
 
 logger = logging.getLogger("detectron2.d2distill")
 
@@ -167,7 +168,7 @@ class Trainer(TrainerBase):
             The last value of each metric and the best under ``best_<metric>`` on the main process, else nothing.
 
         Raises:
-            UserError: what ended the training, after a line in the log.
+            UserError, OSError: what ended the training, after a line in the log.
             SystemExit: preempted; everything is saved.
         """
         check_same_on_all_ranks({"--resume": resume, **self.task.run_identity})
@@ -190,10 +191,11 @@ class Trainer(TrainerBase):
             results = self.evaluation.summary() if comm.is_main_process() else {}
             results = {**results, **self.task.evaluate_once(self.task.deployed_student())}
             run_on_main_process(lambda: self._finish(results))
-        except UserError as error:
+        except Exception as error:
             if isinstance(error, DivergedError):
                 error.hint = self._recovery_hint()
-            logger.error(error)
+            if message := user_message(error):
+                logger.error(message)
             raise
         return results
 
@@ -237,8 +239,7 @@ class Trainer(TrainerBase):
         path, saved = found
         # Before anything is loaded, which may fail for the same reason and says less of it.
         before, now = {**saved["settings"], **saved["run_identity"]}, {**self.settings, **self.task.run_identity}
-        refused = config_diff(before, now, self.task.may_change)
-        if refused:
+        if refused := config_diff(before, now, self.task.may_change):
             raise CheckpointError(
                 f"{self.cfg.OUTPUT_DIR} cannot be resumed as another run: {'; '.join(refused)}. Set it as it was, or "
                 "choose another OUTPUT_DIR"

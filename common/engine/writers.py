@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,41 @@ def build_writers(
     drop_lines_from(path, first)
     writers = [StepLineWriter(max_iter, epoch_length), JSONWriter(str(path))]
     if "tensorboard" in loggers:
-        writers.append(TensorboardXWriter(output_dir, purge_step=first or None))
+        writers.append(TensorBoardWriter(output_dir, purge_step=first or None))
     if "csv" in loggers:
         writers.append(CSVWriter(output_dir))
     for name, kind in (("wandb", WandbWriter), ("mlflow", MLflowWriter)):
         if name in loggers:
             writers.append(GuardedWriter(name, lambda kind=kind: kind(output_dir, settings or {}, resumed)))
     return writers
+
+
+class TensorBoardWriter(TensorboardXWriter):
+    """Detectron2's, which raises here what its thread could not write: with the next line it would, or never.
+
+    The file is made at once: its making would make a removed folder too.
+    """
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        if not isinstance(threading.excepthook, _ThreadErrors):
+            threading.excepthook = _ThreadErrors(threading.excepthook)
+        super().__init__(folder, **options)
+        self._writer.flush()
+
+    def write(self) -> None:
+        super().write()
+        self._writer.flush()
+
+
+@dataclass
+class _ThreadErrors:
+    """A threading.excepthook without tracebacks of TensorBoard's thread."""
+
+    others: Callable[[Any], Any]
+
+    def __call__(self, error: Any) -> None:
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self.others(error)
 
 
 class StepLineWriter(EventWriter):

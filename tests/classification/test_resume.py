@@ -15,6 +15,7 @@ from detectron2.engine import HookBase
 
 from d2distill.classification.trainer import build_trainer, load_datasets
 from d2distill.common.engine.checkpoint import RunCheckpointer, save_student, write_atomically
+from d2distill.common.engine.folder_lock import lock_folder
 from d2distill.common.engine.run_folder import prepare_run
 from d2distill.common.engine.writers import drop_lines_from, read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DataError, DivergedError, OutputError
@@ -199,8 +200,8 @@ def test_what_a_process_does_before_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("IMPORTED_HERE", "")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     cfg = small_cfg(tmp_path / "run", CUDNN_BENCHMARK=True, IMPORTS=[str(tmp_path / "own.py")])
-    prepare_run(cfg, resume=False)
-    assert os.environ["IMPORTED_HERE"] == "yes" and torch.backends.cudnn.benchmark
+    with prepare_run(cfg, resume=False):
+        assert os.environ["IMPORTED_HERE"] == "yes" and torch.backends.cudnn.benchmark
 
 
 def test_a_run_can_be_made_longer(tmp_path):
@@ -337,7 +338,7 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("d2distill.common.engine.writers.JSONWriter.write", fail)
-    with pytest.raises(OutputError, match="the run's log cannot be written: No space left on device"):
+    with pytest.raises(OutputError, match=f"the run's log in {tmp_path} cannot be written: No space left on device"):
         run(small_cfg(tmp_path))
 
 
@@ -346,8 +347,19 @@ def test_a_run_folder_that_cannot_be_is_said_before_anything_is_read(tmp_path, m
     (tmp_path / "file").touch()
     folder = folder.format(file=tmp_path / "file")
     monkeypatch.setattr("d2distill.classification.trainer.load_datasets", None)
-    with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} cannot be used as a run folder: .*; choose one"):
+    with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} cannot be used: .*; choose one"):
         run(small_cfg(folder))
+
+
+def test_a_run_folder_in_use_is_left_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with lock_folder(folder):
+        (folder / "log.txt").write_text("of the other run")
+        monkeypatch.setattr("d2distill.classification.trainer.load_datasets", None)
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} is in use by process {os.getpid()} on"):
+                run(small_cfg(folder), resume)
+        assert (folder / "log.txt").read_text() == "of the other run"
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -357,7 +369,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in checkpointer.files()] == ["model_10000000.pth", "model_9999999.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_9999999.pth"
     (tmp_path / "model_10000001.pth.77.tmp").write_bytes(b"half")
-    assert checkpointer.latest()[0].name == "model_10000000.pth" and not list(tmp_path.glob("*.tmp"))
+    assert checkpointer.latest()[0].name == "model_10000000.pth"
 
 
 # Of losses and weights, or of what the student makes of the test images.

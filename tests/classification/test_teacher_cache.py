@@ -458,12 +458,10 @@ def as_opts(cfg):
 
 @pytest.fixture
 def console():
-    """The loggers as they were, after a command has set them up."""
-    names = ("detectron2", "fvcore")
-    before = {name: logging.getLogger(name).handlers[:] for name in names}
+    """No handlers of the loggers that a command has set up."""
     yield
-    for name in names:
-        logging.getLogger(name).handlers[:] = before[name]
+    for name in ("detectron2", "fvcore"):
+        logging.getLogger(name).handlers.clear()
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_help_is_of_the_task(command, main, example, key):
         (ConfigError("SEED is -1"), 2, "error: SEED is -1\n"),
         (FileNotFoundError("no data at /data"), 2, "error: no data at /data\n"),
         (PermissionError(13, "Permission denied", "/data/x"), 2, "error: /data/x: Permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "error: a file cannot be written: No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

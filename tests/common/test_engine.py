@@ -193,7 +193,7 @@ def test_no_loss_is_the_best():
 def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch, start):
     given = []
     monkeypatch.setattr(writers, "JSONWriter", lambda path: None)
-    monkeypatch.setattr(writers, "TensorboardXWriter", lambda folder, **options: given.append(options))
+    monkeypatch.setattr(writers, "TensorBoardWriter", lambda folder, **options: given.append(options))
     writers.build_writers(str(tmp_path), start, 10)
     # The line of the last step that is done is written anew.
     assert given == [{"purge_step": 6 if start else None}]

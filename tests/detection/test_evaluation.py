@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +13,8 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
 
-from d2distill.common.errors import ConfigError
+from d2distill.common.engine.folder_lock import lock_folder
+from d2distill.common.errors import ConfigError, OutputError
 from d2distill.detection.config import get_cfg, teacher_cfg
 from d2distill.detection.data import check_test_sets
 from d2distill.detection.evaluation import (
@@ -118,6 +120,29 @@ def test_as_many_detections_count_as_are_kept(cfg, log):
     # Scores are alike in both images, so that two are found among 302.
     assert per_class["per_class"]["cat"] == pytest.approx(100 * 2 / 302, rel=1e-3)
     assert "AP is of at most 200 detections per image, COCO's own of 100" in log.text
+
+
+@pytest.mark.parametrize("name", ["coco_instances_results.json", "instances_predictions.pth"])
+def test_predictions_on_a_full_disk_are_one_line(cfg, tmp_path, name):
+    check_test_sets(cfg)
+    folder = tmp_path / "run/inference/seen"
+    folder.mkdir(parents=True)
+    (folder / name).symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=f"^{folder} cannot be written: No space left on device; see to room"):
+        evaluate_detector(cfg, detector())
+
+
+def test_predictions_do_not_make_a_removed_run_folder_again(cfg, tmp_path):
+    check_test_sets(cfg)
+    detect, run = detector(), tmp_path / "run"
+
+    def remove(batched_inputs):
+        shutil.rmtree(run, ignore_errors=True)
+        return detect(batched_inputs)
+
+    with lock_folder(run), pytest.raises(OutputError, match=f"^{run} was removed"):
+        evaluate_detector(cfg, remove)
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("name", ["unseen", "empty"])

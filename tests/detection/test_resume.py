@@ -7,11 +7,14 @@ import time
 import pytest
 import torch
 
+from d2distill.common.engine.folder_lock import lock_folder
 from d2distill.common.engine.writers import read_metrics
 from d2distill.common.errors import CheckpointError, ConfigError, DivergedError
+from d2distill.detection.data import load_training_set, register_datasets
+from d2distill.detection.trainer import build_trainer, evaluate
 from tests.detection.tiny_detectors import small_cfg
 from tests.detection.tiny_training import STEPS, run, run_disturbed, state, tiny_cfg
-from tests.interruptions import assert_identical
+from tests.interruptions import assert_identical, fail_in_evaluation
 from tests.processes import exit_code, start
 from tests.report_pages import open_page
 
@@ -67,6 +70,29 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroke
     assert (tmp_path / f"model_{step:07d}.pth").exists()
     run(tiny_cfg("rcnn", tmp_path), resume=True)
     assert_identical(state(tmp_path), unbroken["rcnn"])
+
+
+def test_an_error_in_an_evaluation_leaves_it_to_the_resumed_run(tmp_path, unbroken):
+    """Whatever it is, also a fault of the program."""
+    cfg = tiny_cfg("rcnn", tmp_path)
+    register_datasets(cfg)
+    for resumed in (False, True):
+        trainer = build_trainer(cfg, load_training_set(cfg))
+        fail_in_evaluation(trainer, 3, KeyError("area"))
+        with pytest.raises(KeyError, match="area"):
+            trainer.run(resumed)
+        assert trainer.checkpointer.files()[0].name == "model_0000003.pth"
+    run(cfg, resume=True)
+    assert_identical(state(tmp_path), unbroken["rcnn"])
+
+
+def test_a_run_folder_in_use_is_left_alone(tmp_path, tiny):
+    cfg = tiny_cfg("rcnn", tmp_path)
+    with lock_folder(tmp_path):
+        for call in (run, lambda cfg: run(cfg, resume=True), evaluate):
+            with pytest.raises(ConfigError, match=f"OUTPUT_DIR {tmp_path} is in use by process .*; wait for it, stop"):
+                call(cfg)
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_workers_change_nothing(tmp_path, unbroken):

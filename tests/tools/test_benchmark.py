@@ -28,7 +28,8 @@ from tests.detection.tiny_detectors import SMALL, TEACHER
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {name: pair for name, *pair in loss_pairs()}
 TINY = ["MODEL.DEVICE", "cpu", "MODEL.TEACHER.NAME", "resnet14", "MODEL.TEACHER.WEIGHTS", "", "SOLVER.IMS_PER_BATCH"]
-TINY += ["8", "DATASETS.TRAIN_SIZE", "32", "DATALOADER.NUM_WORKERS", "0"]
+# A benchmark is a long run, which would compile its teacher.
+TINY += ["8", "DATASETS.TRAIN_SIZE", "32", "DATALOADER.NUM_WORKERS", "0", "SOLVER.COMPILE", ""]
 CONFIG = find_config("cls/digits_vgg8_r8_dkd.yaml")
 
 

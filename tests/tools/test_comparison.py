@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,7 +16,8 @@ from threading import Thread
 import pytest
 from fvcore.common.config import CfgNode
 
-from d2distill.common.errors import ConfigError, UserError
+from d2distill.common.engine.folder_lock import lock_folder
+from d2distill.common.errors import ConfigError, OutputError, UserError
 from d2distill.tools import benchmark_methods
 from d2distill.tools.comparison import CLASSIFICATION, DETECTION, Comparison, Entry, RunsFailed, mean_std
 from d2distill.tools.launchers import LocalLauncher
@@ -185,11 +188,45 @@ def test_a_signal_ends_the_runs_and_the_next_call_continues(stand_in, tmp_path, 
     assert list(comparison.results(comparison.entries[0])) == [0, 1]
 
 
+def test_a_run_that_another_process_makes_is_waited_for(stand_in, tmp_path, capfd):
+    entry = Entry("mine", str(tmp_path / "digits_a.yaml"), [0, 1])
+    comparison = Comparison(stand_in, [entry], tmp_path / "out")
+
+    def train_elsewhere():
+        while not (comparison.folder(entry, 1) / "results.json").exists():
+            time.sleep(0.02)
+        assert not (comparison.folder(entry, 0) / "console.txt").exists()
+        stack.close()
+
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(comparison.folder(entry, 0)))
+        Thread(target=train_elsewhere, daemon=True).start()
+        comparison.run(1)
+    assert list(comparison.results(entry)) == [0, 1]
+    assert f"waiting for {comparison.folder(entry, 0)}, which is in use by process" in capfd.readouterr().err
+    with lock_folder(tmp_path / "out"), pytest.raises(ConfigError, match=f"--output {tmp_path}/out is in use by"):
+        comparison.run(1)
+
+
+def test_a_folder_that_was_removed_ends_the_runs(stand_in, tmp_path):
+    def remove():
+        while len(found := [*filter(None, (path.read_text() for path in tmp_path.glob("out/*/ready")))]) < 2:
+            time.sleep(0.02)
+        processes.extend(found)
+        shutil.rmtree(tmp_path / "out")
+
+    processes, comparison = [], stopped_run(tmp_path)
+    Thread(target=remove, daemon=True).start()
+    with pytest.raises(OutputError, match=f"^{tmp_path}/out was removed"):
+        comparison.run(2)
+    assert not (tmp_path / "out").exists() and not [pid for pid in processes if Path("/proc", pid).exists()]
+
+
 @pytest.mark.slow
 def test_a_deadline_lets_runs_save(stand_in, tmp_path):
     comparison = stopped_run(tmp_path)
     comparison.run(2, deadline=time.monotonic())
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     comparison.run(2, deadline=time.monotonic() + 2)
     assert len(list(tmp_path.glob("out/*/saved"))) == 2 and not comparison.results(comparison.entries[0])
 
