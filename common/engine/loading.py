@@ -90,18 +90,26 @@ def _raise_errors(batches: Iterator[Any], of_workers: bool) -> Iterator[Any]:
         batch = batches = None
 
 
+_torch_handler: Callable[..., None] | None = None
+
+
 def _explain_killed_workers() -> None:
     """Let torch's handler of SIGCHLD, which raises an error when a worker has been killed, raise one for the user."""
+    global _torch_handler
     handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "").startswith("torch."):  # which installs it once, in the main thread
+        _torch_handler = handler
+    elif handler is not signal.SIG_DFL:
+        return
+    if _torch_handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, _explain)
 
-    def explain(*arguments: Any) -> None:
-        try:
-            handler(*arguments)
-        except RuntimeError as error:
-            raise (_worker_killed(error) or error) from error
 
-    if getattr(handler, "__module__", "").startswith("torch."):  # which installs it in the main thread alone
-        signal.signal(signal.SIGCHLD, explain)
+def _explain(*arguments: Any) -> None:
+    try:
+        _torch_handler(*arguments)
+    except RuntimeError as error:
+        raise (_worker_killed(error) or error) from error
 
 
 def _worker_killed(error: Exception) -> UserError | None:
@@ -114,9 +122,12 @@ def _worker_killed(error: Exception) -> UserError | None:
     of_torch = text.startswith("DataLoader worker (pid")
     if not of_torch and (isinstance(error, RuntimeError) or text.startswith("Caught ")):  # an error of the data set
         return None
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler would raise again whenever another child ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return DataError(
-        f"a worker of the data loader has ended ({text}): mostly the system kills one when memory runs out (/dev/shm's "
-        "by a bus error); lower DATALOADER.NUM_WORKERS, or give the job more memory"
+        f"a worker of the data loader has ended ({text}): mostly memory ran out and the system killed it; lower "
+        "DATALOADER.NUM_WORKERS, or give the job more memory (after a bus error, more of /dev/shm)"
     )
 
 
