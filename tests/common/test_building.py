@@ -67,8 +67,14 @@ def test_errors_for_users_pass():
         with pytest.raises(type(error)) as caught, building("MODEL", {}):
             raise error
         assert caught.value is error
-    with pytest.raises(KeyboardInterrupt), building("MODEL", {}):
-        raise KeyboardInterrupt
+    for kind in (KeyboardInterrupt, FloatingPointError):  # the latter says that a training diverged
+        with pytest.raises(kind), building("MODEL", {}):
+            raise kind
+
+
+def test_what_processes_say_to_each_other_is_no_settings_fault():
+    with pytest.raises(ValueError, match="process group has not been initialized"), building("MODEL", {}):
+        torch.distributed.all_reduce(torch.zeros(1))
 
 
 @pytest.mark.parametrize(
