@@ -50,16 +50,24 @@ def exit_code(process: ForkServerProcess) -> int:
 
 
 def run_ranks(
-    number: int, function: Callable, *arguments, store: TCPStore | None = None, output: Path | None = None
+    number: int,
+    function: Callable,
+    *arguments,
+    store: TCPStore | None = None,
+    hosted: bool = True,
+    output: Path | None = None,
 ) -> list[int]:
     """Exit codes of `number` processes that call `function` as those of a job of torchrun's.
 
-    A `store` is kept over several calls, as torchrun does for attempts. What rank 1 prints goes to ``output/rank1``.
+    Its `store` may be kept over several calls, as torchrun does over attempts; if not `hosted`, rank 0 has one, as by
+    srun. What rank 1 prints goes to ``output/rank1``.
     """
     store = store or TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     job = {"WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    job |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    job |= {"TORCHELASTIC_USE_AGENT_STORE": hosted, "TORCHELASTIC_RESTART_COUNT": 0}
     job = {name: str(value) for name, value in job.items()}
+    if not hosted:
+        del store  # leaves the port
     processes = []
     for rank in range(number):
         console = output and output / f"rank{rank}"

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 
 from d2distill.common.engine.cli import debugging, exit_with_error, user_errors, user_message
 from d2distill.common.engine.job import Job
-from d2distill.common.engine.peers import Peers, naming_ended_rank, watch_peers
+from d2distill.common.engine.peers import Peers, RankEndedError, naming_ended_rank, watch_peers
 from d2distill.common.engine.preemption import Preemption
 from d2distill.common.errors import ConfigError
 
@@ -227,7 +227,8 @@ def _one_error(store: dist.Store, rank: int = 0) -> Iterator[None]:
         try:
             earlier = store.add(_ERRORS, int(mine)) > mine
         except dist.DistError:
-            earlier = rank != 1  # rank 0, which hosts the store, has ended: one of the others says it
+            # Rank 0, which hosts the store, has ended: it has printed why, or was killed, which one other says.
+            earlier = rank != 1 or not isinstance(error, RankEndedError)
         if earlier:
             time.sleep(1)  # the end of this process may be the end of all: the first one prints before
             if not mine and not debugging():

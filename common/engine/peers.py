@@ -20,6 +20,10 @@ _MAY_DIFFER = ("DATASETS.ROOT", "IMPORTS", "*WEIGHTS")
 _ENDED = "d2distill_ended_rank"
 
 
+class RankEndedError(UserError):
+    """Another process of the job has ended, without which this one cannot continue."""
+
+
 class Peers:
     """The processes of a job, watched from one of them.
 
@@ -79,7 +83,7 @@ def _suspects(error: BaseException) -> list[int]:
 
 @contextmanager
 def naming_ended_rank() -> Iterator[None]:
-    """Replace an error of the block by a :class:`UserError` that says which other rank has ended, where one has."""
+    """Replace an error of the block by a :class:`RankEndedError` where another rank's end has caused it."""
     try:
         yield
     except Exception as error:
@@ -87,7 +91,7 @@ def naming_ended_rank() -> Iterator[None]:
         if not ranks:
             raise
         who = f"rank {ranks[0]}" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"
-        raise UserError(
+        raise RankEndedError(
             f"{who} has ended, and the rest of the job cannot continue without it: its own last line says why, or it "
             "was killed (by the system, if memory ran out); `--resume` continues a training"
         ) from error

@@ -14,8 +14,8 @@ from d2distill.common.config import CfgNode
 from d2distill.common.engine import peers
 from d2distill.common.engine.distributed import check_processes
 from d2distill.common.engine.launch import _address, _store, launch
-from d2distill.common.engine.peers import Peers, check_same_on_all_ranks, naming_ended_rank
-from d2distill.common.errors import ConfigError, UserError
+from d2distill.common.engine.peers import Peers, RankEndedError, check_same_on_all_ranks, naming_ended_rank
+from d2distill.common.errors import ConfigError
 from tests.processes import exit_code, in_job, run_ranks, start
 
 
@@ -34,6 +34,20 @@ def test_peers_of_a_killed_rank_name_it_and_the_next_attempt_finds_itself(tmp_pa
     assert said.count("\n") == 1 and said.startswith("error: rank 2 has ended")
     # torchrun keeps its store for it.
     assert run_ranks(2, in_job, comm.synchronize, store=store) == [0, 0]
+
+
+def kill_first():
+    if comm.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.synchronize()
+
+
+@pytest.mark.slow
+def test_the_end_of_rank_0_is_said_once_where_it_had_the_store(tmp_path):
+    """As by srun. torch's own warnings of the connection follow."""
+    assert run_ranks(3, in_job, kill_first, hosted=False, output=tmp_path) == [-signal.SIGKILL, 2, 2]
+    said = "".join((tmp_path / f"rank{rank}").read_text() for rank in range(3))
+    assert said.count("error: ") == 1 and "error: rank 0 has ended" in said and "Traceback" not in said
 
 
 def launch_and_die():
@@ -88,7 +102,7 @@ def test_an_error_by_the_end_of_another_rank_names_it(monkeypatch):
     assert raised(fault) is fault
     ended = subprocess.Popen(["true"])  # not waited for, as by a launcher that has not looked yet
     monkeypatch.setattr(peers, "_peers", Peers(dist.HashStore(), {1: os.getpid(), 2: ended.pid}))
-    assert isinstance(raised(fault), UserError) and str(raised(fault)).startswith("rank 2 has ended, and the rest")
+    assert isinstance(raised(fault), RankEndedError) and str(raised(fault)).startswith("rank 2 has ended, and the rest")
     own = ConfigError("SEED is -1")
     assert raised(own) is own
     ended.wait()
