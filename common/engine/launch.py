@@ -133,8 +133,9 @@ def _wait(children: list[SpawnProcess], signals: Preemption) -> int | None:
             told = True
             for child in running:
                 child.terminate()
-        if failed is None and (failed := _first_failed(children)) is not None:
-            if not told and children[failed].exitcode not in _SAVED:
+        if failed is None:
+            failed = _first_failed(children)
+            if failed is not None and not told and children[failed].exitcode not in _SAVED:
                 deadline = time.monotonic() + 10
         if time.monotonic() > deadline:
             for child in running:
