@@ -134,13 +134,17 @@ def _wait(children: list[SpawnProcess], signals: Preemption) -> int | None:
             for child in running:
                 child.terminate()
         if failed is None:
-            failed = next((index for index, child in enumerate(children) if child.exitcode), None)
+            failed = _first_failed(children)
             if failed is not None and not told and children[failed].exitcode not in _SAVED:
                 deadline = time.monotonic() + 10
         if time.monotonic() > deadline:
             for child in running:
                 child.kill()
-    return failed
+    return _first_failed(children) if failed is None else failed
+
+
+def _first_failed(children: list[SpawnProcess]) -> int | None:
+    return next((index for index, child in enumerate(children) if child.exitcode), None)
 
 
 def _address(dist_url: str, num_machines: int) -> tuple[str, int]:

@@ -35,7 +35,7 @@ def prepare_run(cfg: CfgNode, resume: bool) -> Iterator[None]:
 
     The batch size is checked as well.
     """
-    # Processes that Detectron2 started have imported nothing yet.
+    # Processes that launch() started have imported nothing yet.
     import_extensions(cfg.IMPORTS)
     check_processes(cfg)
     # The log begins before the data, whose warnings belong there.
