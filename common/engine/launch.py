@@ -81,6 +81,8 @@ def launch(
 ) -> None:
     """Run ``main(*arguments)`` in so many processes of this machine, each with a GPU of its own, as torchrun does.
 
+    Detectron2's function hands no signal on, and ends the others at once where one has died, before they can say so.
+
     Raises:
         SystemExit: with the code of the first process that failed; after a signal to stop, 128 + its number.
     """
