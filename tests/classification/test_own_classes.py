@@ -137,7 +137,7 @@ def test_features_of_a_teacher_of_other_classes(name, other_teacher, log):
 
 @pytest.mark.parametrize("name", [*(name for name in WITH_TEACHER if reads_logits(name)), "SimKD"])
 def test_logits_of_a_teacher_of_other_classes(name, other_teacher):
-    with pytest.raises(ConfigError, match=rf"^DISTILL\.METHODS: {name} .*7.*$") as error:
+    with pytest.raises(ConfigError, match=rf"^DISTILL\.{name.upper()}: {name} .*7.*$") as error:
         with_teacher(name, other_teacher)
     assert "10" in str(error.value) and "\n" not in str(error.value)
 

@@ -27,11 +27,11 @@ def build(num_classes):
         ({"INPUT__RESIZE": 10**20}, r"^INPUT.SIZE 16 with .*Overflow when unpacking long long \(TypeError in torch\."),
         (
             {"INPUT__MIXUP": 1e-300, "DISTILL__METHODS": ["KD"]},
-            r"^INPUT: Expected parameter concentration .* \(ValueError in torch\.distr",
+            r"^INPUT.*: Expected parameter concentration .* \(ValueError in torch\.distr",
         ),
         (
             {"MODEL__TEACHER__CACHE": "cache", "MODEL__TEACHER__CACHE_GB": 1e300},
-            "^MODEL.TEACHER: cannot convert float infinity to integer",
+            r"^MODEL.TEACHER.CACHE_GB 1e\+300: cannot convert float infinity to integer",
         ),
         ({"SOLVER__EPOCHS": 10**20}, "^SOLVER: cannot fit 'int' into an index-sized integer .*OverflowError in d2dist"),
         ({"DISTILL__METHODS": ["CRD"], "DISTILL__CRD__K": 10**11}, "^DISTILL.CRD: CRD takes K from 1 to 10,000,000"),
