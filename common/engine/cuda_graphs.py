@@ -76,7 +76,6 @@ class CudaGraph:
         except Exception as error:
             self.failed = True
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
-            _end_capture()
             logger.warning(f"{self.name} is not replayed as a CUDA graph: {type(error).__name__}: {reason}")
         else:
             logger.info(f"{self.name} is replayed as a CUDA graph")
@@ -89,17 +88,19 @@ class CudaGraph:
 
 def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """The kernels of a call as something to run again, and its results, which hold values from the first run on."""
-    graph = torch.cuda.CUDAGraph()
-    # The threads of data loaders allocate pinned memory meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = function()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # The threads of data loaders allocate pinned memory meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = function()
+    except Exception:
+        # What torch leaves undone where a capture cannot be ended: it stays on the capture's stream, and its generators
+        # still count for the graph, and refuse all other draws.
+        torch.cuda.set_stream(stream)
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay, results
-
-
-def _end_capture() -> None:
-    """After a capture that failed, torch's generators would still count for it, and refuse all other draws."""
-    for generator in torch.cuda.default_generators:
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 class _NotInGraphs:
