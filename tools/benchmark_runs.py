@@ -114,9 +114,11 @@ class VariantProcess:
     """
 
     def __init__(self, module: str, variant: Variant, arguments: dict[str, Any], threads: int) -> None:
-        # Not forked from this process, which may have used the GPU, nor spawned, which imports everything each time.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([module])
+        # Not forked from this process, which may have used the GPU. To spawn one imports everything each time, but on
+        # an H100 the plain loop's loader did not get through its first batches in a child of the forkserver.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload([module])
         self._connection, other = context.Pipe()
         self.folder = tempfile.mkdtemp(prefix="d2distill-benchmark-")
         opts = [item.replace("{tmp}", self.folder) for item in variant.opts]
