@@ -122,7 +122,9 @@ class VariantProcess:
         self._connection, other = context.Pipe()
         self.folder = tempfile.mkdtemp(prefix="d2distill-benchmark-")
         opts = [item.replace("{tmp}", self.folder) for item in variant.opts]
-        given = (other, module, variant.kind, {**arguments, "opts": [*arguments["opts"], *opts], "folder": self.folder})
+        # Its loaders start their workers as those of a training do.
+        arguments = {**arguments, "opts": [*arguments["opts"], *opts], "folder": self.folder}
+        given = (multiprocessing.get_start_method(), other, module, variant.kind, arguments)
         # Not a daemon: it has the workers of data loaders.
         self._process = context.Process(target=_serve, args=(*given, threads), daemon=False)
         self._process.start()
@@ -164,7 +166,10 @@ class VariantProcess:
         return value
 
 
-def _serve(connection: Connection, module: str, kind: str, arguments: dict[str, Any], threads: int) -> None:
+def _serve(
+    start_method: str, connection: Connection, module: str, kind: str, arguments: dict[str, Any], threads: int
+) -> None:
+    multiprocessing.set_start_method(start_method, force=True)
     lines: list[str] = []
     log = logging.getLogger("detectron2.d2distill")
     log.setLevel(logging.INFO)

@@ -137,12 +137,13 @@ def _answer_parent_only(worker: int) -> None:
     All other signals are discarded. They stay blocked in the worker, as inherited, so only this thread sees them, and
     who sent them.
     """
-    parent = multiprocessing.parent_process().pid
+    # Which started it itself, and is gone when it has another parent, or by a server, whose pipe then closes.
+    parent, starter = multiprocessing.parent_process(), os.getppid()
 
     def wait() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == starter and parent.is_alive():
             info = signal.sigtimedwait(_SIGNALS, 1)
-            if info is not None and (info.si_pid, info.si_signo) == (parent, signal.SIGTERM):
+            if info is not None and (info.si_pid, info.si_signo) == (parent.pid, signal.SIGTERM):
                 break
         os._exit(0)
 

@@ -126,6 +126,22 @@ def test_workers_outlive_sigterm_and_end_with_the_iterator(digits, batches_befor
     assert all(worker.exitcode == 0 for worker in workers)
 
 
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        time.sleep(0.5)
+        return torch.tensor(index)
+
+
+@pytest.mark.slow
+def test_workers_of_a_server():
+    """Python 3.14 starts them so: they have another parent than the process that they work for."""
+    loader = WorkerLoader(Slow(), batch_size=1, num_workers=1, multiprocessing_context="forkserver")
+    assert [batch.item() for batch in loader] == [0, 1, 2]
+
+
 class Broken(torch.utils.data.Dataset):
     def __init__(self, error):
         self.error = error
