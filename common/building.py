@@ -55,7 +55,7 @@ def _explain(node: str, cfg: Mapping[str, Any], error: Exception) -> str:
     extension = extension_line(error)
     # Of a bare assertion the line says what was asserted; of a table's KeyError the text is the key.
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    # torch goes on with a stack of its C++ functions.
+    # torch appends a stack of its C++ functions.
     reason = textwrap.shorten(text.partition("\nException raised from")[0] or line, 400)
     if module.startswith("d2distill.") and not extension and line.startswith("raise "):
         return f"{node}: {reason}"  # a sentence for users already

@@ -140,7 +140,7 @@ def import_extensions(names: Iterable[str]) -> None:
                 spec = importlib.util.spec_from_file_location(module_name, path)
                 sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # a script's sys.exit() would end the run without a word
+        except (Exception, SystemExit) as error:  # a script's sys.exit() would end the run silently
             sys.modules.pop(module_name, None)
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
             where = f"{name}, line {lines[-1]}" if lines else name

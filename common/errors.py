@@ -61,7 +61,7 @@ def writing(what: object, done: str = "written") -> Iterator[None]:
         if isinstance(error, UserError) or not isinstance(cause, OSError):
             raise
         raise OutputError(
-            f"{what} cannot be {done}: {cause.strerror or cause}; see to room and permission there, or choose another"
+            f"{what} cannot be {done}: {cause.strerror or cause}; check free space and permissions, or choose another"
         ) from error
 
 

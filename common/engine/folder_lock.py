@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from d2distill.common.errors import ConfigError, OutputError
+from d2distill.common.text import printable
 
 __all__ = ["check_folder", "folder_user", "lock_folder"]
 
@@ -73,7 +74,7 @@ def lock_folder(folder: str | Path, key: str = "OUTPUT_DIR") -> Iterator[str]:
     _held[path.parent] = descriptor
     try:
         if refusal:
-            yield f"{key} {folder} cannot be locked ({refusal}): see to it that no other run writes into it"
+            yield f"{key} {folder} cannot be locked ({refusal}): make sure that no other run writes into it"
         else:
             with suppress(OSError):
                 for stale in filter(_TEMPORARY.search, map(str, path.parent.iterdir())):
@@ -145,5 +146,4 @@ def _is_file(path: Path, descriptor: int) -> bool:
 
 
 def _user(descriptor: int) -> str:
-    text = os.pread(descriptor, 1000, 0).decode(errors="replace")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) or "another process"
+    return printable(os.pread(descriptor, 1000, 0).decode(errors="replace")) or "another process"

@@ -86,7 +86,7 @@ def has_digest(file: IO[bytes]) -> bool:
 
 
 def state_digest(state: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of tensors with their names, in their order, and of what is said of them."""
+    """SHA-256 of tensors with their names, in their order, and of their metadata."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode() if facts else b"")
     for name, value in state.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

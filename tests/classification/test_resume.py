@@ -362,7 +362,9 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, values):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OutputError, match=r"student\.pth cannot be written: File too large; see to room") as error:
+        with pytest.raises(
+            OutputError, match=r"student\.pth cannot be written: File too large; check free space"
+        ) as error:
             save_student(tmp_path / "student.pth", {"weight": torch.zeros(values)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -101,7 +101,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_line_and_the_last_is_wh
 
 
 def test_torch_hides_what_the_disk_said(tmp_path):
-    no_room = pytest.raises(OutputError, match=r"^inference cannot be written: No space left on device; see to room")
+    no_room = pytest.raises(
+        OutputError, match=r"^inference cannot be written: No space left on device; check free space"
+    )
     with no_room, writing("inference"), open("/dev/full", "wb") as file:
         torch.save(torch.zeros(10**5), file)
     with pytest.raises(RuntimeError, match=r"^of a network$"), writing("inference"):
@@ -109,7 +111,7 @@ def test_torch_hides_what_the_disk_said(tmp_path):
 
 
 def test_a_log_in_a_folder_that_was_made_again(tmp_path):
-    """Two runs of one process; Detectron2 would go on with the file that was removed."""
+    """Two runs of one process; Detectron2 would keep writing to the file that was removed."""
     folder = tmp_path / "run"
     for text in ("first", "second"):
         folder.mkdir()

@@ -18,7 +18,7 @@ def interrupt(*_):
 
 def main():
 """
-#: Bodies of a command's main(). Each goes on to print, unless the interrupt ends it.
+#: Bodies of a command's main(). Each prints afterwards, unless the interrupt ends it.
 BODIES = {
     "at a fork": """
     os.register_at_fork(before=interrupt)

@@ -1,4 +1,4 @@
-"""The processes of a job: how they find each other, and what is said when one of them is not as the others."""
+"""The processes of a job: how they find each other, and the one line where one of them differs or dies."""
 
 import os
 import signal

@@ -131,7 +131,7 @@ def test_predictions_on_a_full_disk_are_one_line(cfg, tmp_path, name):
     folder = tmp_path / "run/inference/seen"
     folder.mkdir(parents=True)
     (folder / name).symlink_to("/dev/full")
-    with pytest.raises(OutputError, match=f"^{folder} cannot be written: No space left on device; see to room"):
+    with pytest.raises(OutputError, match=f"^{folder} cannot be written: No space left on device; check free space"):
         evaluate_detector(cfg, detector())
 
 
